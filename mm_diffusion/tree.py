@@ -1,0 +1,66 @@
+"""A sample is a tree: one tensor, or a dict of tensors keyed by modality.
+
+Diffusion, solvers, resampler and trainer work on trees and never name a modality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+
+Tree = th.Tensor | dict[str, th.Tensor]
+Generators = th.Generator | Sequence[th.Generator] | None
+
+
+def tree_map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply `fn` leaf by leaf to trees of one structure; the result has that structure."""
+    if not isinstance(tree, dict):
+        return fn(tree, *rest)
+    for other in rest:
+        if not isinstance(other, dict) or other.keys() != tree.keys():
+            raise ValueError(f"trees differ: {_describe(tree)} against {_describe(other)}")
+    return {key: fn(leaf, *(other[key] for other in rest)) for key, leaf in tree.items()}
+
+
+def leaves(tree: Any) -> list:
+    """The leaves of a tree, in order."""
+    return list(tree.values()) if isinstance(tree, dict) else [tree]
+
+
+def append_dims(values: th.Tensor, like: th.Tensor) -> th.Tensor:
+    """[B] -> [B, 1, ..., 1] with as many axes as `like`."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def mean_flat(x: th.Tensor) -> th.Tensor:
+    """[B, ...] -> [B]: the mean over everything but the batch."""
+    return x.flatten(1).mean(dim=1)
+
+
+def randn_like(tree: Tree, generator: Generators = None) -> Tree:
+    """Standard normal noise in the shape of `tree`.
+
+    `generator`: None (torch's global state), one generator, or one per sample of the batch; with one per sample a
+    sample's noise does not depend on its neighbours. Noise is drawn on the generator's device and then moved.
+    """
+    if generator is None:
+        return tree_map(th.randn_like, tree)
+    if isinstance(generator, th.Generator):
+        return tree_map(lambda x: _randn(x.shape, x, generator), tree)
+    return tree_map(lambda x: th.stack([_randn(x.shape[1:], x, g) for g in _one_each(generator, x)]), tree)
+
+
+def _randn(shape: Sequence[int], like: th.Tensor, generator: th.Generator) -> th.Tensor:
+    return th.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+
+def _one_each(generators: Sequence[th.Generator], x: th.Tensor) -> Sequence[th.Generator]:
+    if len(generators) != x.shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {x.shape[0]}: need one per sample")
+    return generators
+
+
+def _describe(tree: Any) -> str:
+    return str(sorted(tree)) if isinstance(tree, dict) else type(tree).__name__
