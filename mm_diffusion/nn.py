@@ -1,0 +1,197 @@
+"""Layers of the networks. Maps are [B, C, *grid] in channels-last memory, and every layer keeps them so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import torch as th
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .modality import from_tokens, tokens
+
+NORM_GROUPS = 32
+SHORT_SEQUENCE = 64  # on a CPU attention over fewer keys than this is faster as two matrix products
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000.0) -> th.Tensor:
+    """[B] timesteps -> [B, dim] sinusoids, cosines first."""
+    half = dim // 2
+    frequencies = th.exp(-math.log(max_period) / half * th.arange(half, dtype=th.float32, device=timesteps.device))
+    angles = timesteps[:, None].float() * frequencies
+    return F.pad(th.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def zero_init(module: Module) -> Module:
+    """Start a residual branch at the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def concat_channels(a: th.Tensor, b: th.Tensor) -> th.Tensor:
+    """Two maps [B, C, *grid] one after the other on the channels, in channels-last memory."""
+    return from_tokens(th.cat([tokens(a), tokens(b)], dim=-1))
+
+
+class _Normalize(th.autograd.Function):
+    """Group normalisation of tokens [..., C] over `dims`, with statistics and affine map in float32.
+
+    Written out because the native channels-last kernel has a slow backward; `weight` and `bias` broadcast against the
+    statistics, so that a scale and shift per sample costs no further pass over the map.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
+        mean = _group_mean(x.mean(dims, keepdim=True, dtype=th.float32))
+        centred = x - mean
+        rstd = (_group_mean(centred.square().mean(dims, keepdim=True)) + eps).rsqrt()
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.dims, ctx.bias_shape = dims, bias.shape
+        return th.addcmul(bias.float(), centred, rstd * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        x, mean, rstd, weight = ctx.saved_tensors
+        grad = grads[0].float()
+        normed = (x - mean).mul_(rstd)
+        grad_bias = grad.sum(ctx.dims, keepdim=True)
+        grad_weight = (grad * normed).sum(ctx.dims, keepdim=True)
+        count = math.prod(x.shape[d] for d in ctx.dims)
+        slope = _group_mean(grad_weight * weight) / count
+        offset = _group_mean(grad_bias * weight) / count
+        grad_x = (grad * weight).sub_(offset).sub_(normed.mul_(slope)).mul_(rstd)
+        grad_weight = grad_weight.sum_to_size(weight.shape).to(weight.dtype)
+        grad_bias = grad_bias.sum_to_size(ctx.bias_shape).to(weight.dtype)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
+
+
+def _group_mean(per_channel: th.Tensor) -> th.Tensor:
+    """[..., C] -> [..., C]: every channel gets the mean of its group."""
+    grouped = per_channel.unflatten(-1, (NORM_GROUPS, -1))
+    return grouped.mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
+
+
+class GroupNorm32(nn.Module):
+    """Group normalisation with 32 groups in float32, whatever the dtype of the map."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        if channels % NORM_GROUPS:
+            raise ValueError(f"{channels} channels are not a multiple of {NORM_GROUPS}: change num_channels or channel_mult")
+        self.eps = eps
+        self.weight = nn.Parameter(th.ones(channels))
+        self.bias = nn.Parameter(th.zeros(channels))
+
+    def forward(self, x: th.Tensor, scale_shift: th.Tensor | None = None) -> th.Tensor:
+        """[B, C, *grid] normalised over the whole grid; `scale_shift` [B, 2C]: norm(x) * (1 + scale) + shift."""
+        sequence = tokens(x)
+        weight, bias = self.weight, self.bias
+        if scale_shift is not None:
+            scale, shift = scale_shift.float().view(x.shape[0], *(1,) * (x.ndim - 2), -1).chunk(2, dim=-1)
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        return from_tokens(_normalize(sequence, weight, bias, list(range(1, x.ndim - 1)), self.eps))
+
+    def over(self, x: th.Tensor, dims: list[int]) -> th.Tensor:
+        """Tokens [..., C] normalised over the axes `dims` only."""
+        return _normalize(x, self.weight, self.bias, dims, self.eps)
+
+
+def _normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
+    with th.autocast(x.device.type, enabled=False):
+        return _Normalize.apply(x, weight.float(), bias.float(), dims, eps)
+
+
+class PointwiseConv(nn.Module):
+    """A convolution of kernel one as a linear layer on tokens; the weight is [O, I, 1, ...] as published."""
+
+    def __init__(self, in_channels: int, out_channels: int, grid_axes: int) -> None:
+        super().__init__()
+        linear = nn.Linear(in_channels, out_channels)
+        self.weight = nn.Parameter(linear.weight.detach()[(...,) + (None,) * grid_axes].clone())
+        self.bias = nn.Parameter(linear.bias.detach())
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return from_tokens(self.on_tokens(tokens(x)))
+
+    def on_tokens(self, x: th.Tensor) -> th.Tensor:
+        """[..., I] -> [..., O]"""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class SequenceConv(nn.Conv1d):
+    """A dilated convolution along [B, C, L] of odd kernel, run as a two-dimensional one in channels-last memory."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        if self.dilation[0] >= x.shape[-1]:  # the outer taps see padding only
+            return from_tokens(F.linear(tokens(x), self.weight[..., self.kernel_size[0] // 2], self.bias))
+        y = F.conv2d(
+            x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, padding=(0, self.padding[0]), dilation=(1, self.dilation[0])
+        )
+        return y.squeeze(2)
+
+
+class FactorizedConv(nn.Module):
+    """[B, I, F, H, W] -> [B, O, F, H, W]: a 3x3 convolution in every frame, then one of kernel 3 along time."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.temporal = nn.Conv1d(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        b, _, _, h, _ = x.shape
+        y = self.spatial(rearrange(x, "b c f h w -> (b f) c h w"))
+        y = rearrange(y, "(b f) c h w -> b c f (h w)", b=b)
+        y = F.conv2d(y, self.temporal.weight.unsqueeze(-1), self.temporal.bias, padding=(1, 0))
+        return rearrange(y, "b c f (h w) -> b c f h w", h=h)
+
+
+class VolumeConv(nn.Conv3d):
+    """[B, I, F, H, W] -> [B, O, F, H, W]: one 3x3x3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+
+def attend(query: th.Tensor, key: th.Tensor, value: th.Tensor, num_heads: int) -> th.Tensor:
+    """Softmax attention of [N, Q, C] on [N, K, C] -> [N, Q, C]; heads split the channels, scale 1 / sqrt(head dim)."""
+    q, k, v = (rearrange(x, "n t (h d) -> n h t d", h=num_heads) for x in (query, key, value))
+    if q.device.type == "cpu" and k.shape[-2] < SHORT_SEQUENCE:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        out = scores.float().softmax(dim=-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "n h t d -> n t (h d)")
+
+
+class SelfAttention(nn.Module):
+    """`x + proj(attention(norm(x)))` among some axes of the grid; every place on the other axes has a sequence of its own.
+
+    On the grid "f h w", attention `among` "h w" is among the pixels of a frame, "f" among the frames of a pixel.
+    """
+
+    def __init__(self, channels: int, num_heads: int, grid: str = "l", among: str = "l") -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels do not split into {num_heads} heads: change num_heads")
+        self.num_heads = num_heads
+        apart = " ".join(axis for axis in grid.split() if axis not in among.split())
+        self.grid, self.sequences = grid, f"(b {apart}) ({among}) c"
+        self.norm = GroupNorm32(channels)
+        self.qkv = PointwiseConv(channels, 3 * channels, 1)
+        self.proj = zero_init(PointwiseConv(channels, channels, 1))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        sizes = dict(zip(self.grid.split(), x.shape[2:], strict=True))
+        y = rearrange(tokens(x), f"b {self.grid} c -> {self.sequences}")
+        query, key, value = self.qkv.on_tokens(self.norm.over(y, [1])).chunk(3, dim=-1)
+        y = y + self.proj.on_tokens(attend(query, key, value, self.num_heads))
+        return from_tokens(rearrange(y, f"{self.sequences} -> b {self.grid} c", **sizes))
