@@ -1,0 +1,70 @@
+"""Does the sound come from where the object is? One number for clips that show one bright object on a darker ground."""
+
+from __future__ import annotations
+
+import torch as th
+
+MAX_SHIFTS = 64  # pairings tried by `mismatched_alignment`
+
+
+def horizontal_place(videos: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """[N, F, C, H, W] in [-1, 1] -> (place [N, F] in 0..1, object energy [N, F]).
+
+    With e the brightness (mean over C) above the frame's median, and 0 below it, at the pixel centre x in 0..1:
+    energy = sum e^2, place = sum(x e^2) / sum e^2.
+    """
+    brightness = videos.double().mean(dim=2)
+    ground = brightness.flatten(2).median(dim=2).values[..., None, None]
+    energy = (brightness - ground).clamp(min=0).square().sum(dim=2)  # over H: [N, F, W]
+    x = (th.arange(energy.shape[-1], device=energy.device) + 0.5) / energy.shape[-1]
+    total = energy.sum(dim=-1)
+    return (energy * x).sum(dim=-1) / total.clamp(min=1e-12), total
+
+
+def level_difference(audios: th.Tensor, num_frames: int) -> tuple[th.Tensor, th.Tensor]:
+    """[N, 2, L] -> (difference [N, F] in -1..1, energy [N, F]) of the sound during each of F frames.
+
+    E is the sum of squares of a channel over the frame's samples; difference = (E_R - E_L) / (E_R + E_L).
+    """
+    running = th.nn.functional.pad(audios.double().square().cumsum(dim=-1), (1, 0))
+    edges = th.linspace(0, audios.shape[-1], num_frames + 1, device=audios.device).round().long()
+    left, right = running[..., edges].diff(dim=-1).unbind(dim=1)
+    total = left + right
+    return (right - left) / total.clamp(min=1e-12), total
+
+
+def weighted_correlation(x: th.Tensor, y: th.Tensor, weight: th.Tensor) -> float:
+    """Pearson correlation of x and y (any one shape) under weights; nan where either does not vary."""
+    weight = weight / weight.sum()
+    dx, dy = x - (weight * x).sum(), y - (weight * y).sum()
+    covariance, var_x, var_y = ((weight * product).sum() for product in (dx * dy, dx * dx, dy * dy))
+    return (covariance / (var_x * var_y).sqrt()).item()
+
+
+def spatial_alignment(videos: th.Tensor, audios: th.Tensor) -> float:
+    """[N, F, C, H, W] and [N, 2, L] -> correlation over frames and clips of place and level difference, -1..1.
+
+    A frame's weight is min(v / mean v, 1) * min(a / mean a, 1) with v its object energy and a its sound energy: frames
+    that show or sound next to nothing count for next to nothing. nan where nothing shows, sounds or moves.
+    """
+    return _alignment(videos, audios, shifts=[0])
+
+
+def mismatched_alignment(videos: th.Tensor, audios: th.Tensor) -> float:
+    """As `spatial_alignment`, pictures paired with other clips' sounds (cyclic shifts of the batch, at most 64).
+
+    ValueError for fewer than two clips.
+    """
+    if len(videos) < 2:
+        raise ValueError(f"mismatched pairs need at least 2 clips, got {len(videos)}")
+    return _alignment(videos, audios, shifts=range(1, min(len(videos), MAX_SHIFTS + 1)))
+
+
+def _alignment(videos: th.Tensor, audios: th.Tensor, shifts) -> float:
+    place, object_energy = horizontal_place(videos)
+    level, sound_energy = level_difference(audios, videos.shape[1])
+    shown, heard = (e / e.mean().clamp(min=1e-12) for e in (object_energy, sound_energy))
+    shown, heard = shown.clamp(max=1), heard.clamp(max=1)
+    rolled_level, rolled_heard = (th.cat([row.roll(shift, 0) for shift in shifts]) for row in (level, heard))
+    repeats = (len(shifts), 1)
+    return weighted_correlation(place.repeat(repeats), rolled_level, shown.repeat(repeats) * rolled_heard)
