@@ -5,6 +5,7 @@ Diffusion, solvers, resampler and trainer work on trees and never name a modalit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,32 @@ def append_dims(values: th.Tensor, like: th.Tensor) -> th.Tensor:
 def mean_flat(x: th.Tensor) -> th.Tensor:
     """[B, ...] -> [B]: the mean over everything but the batch."""
     return x.flatten(1).mean(dim=1)
+
+
+def weighted_sum(*terms: tuple[th.Tensor, Tree]) -> Tree:
+    """Sum of weight * tree over `(weight [B] or [1], tree)` terms, in float32 whatever comes in."""
+    weights = [weight for weight, _ in terms]
+
+    def total(*xs: th.Tensor) -> th.Tensor:
+        scaled = [append_dims(w.to(x.device), x) * x.float() for w, x in zip(weights, xs, strict=True)]
+        return functools.reduce(th.add, scaled)
+
+    return tree_map(total, *(tree for _, tree in terms))
+
+
+def split_doubled(output: th.Tensor, like: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """Halves of a model output with twice the channels of its input `like`: the prediction and the variance values.
+
+    The channel axis is the one axis on which the two shapes differ, by a factor of two.
+    """
+    differing = [i for i, (a, b) in enumerate(zip(output.shape, like.shape, strict=False)) if a != b]
+    if output.ndim != like.ndim or len(differing) != 1 or output.shape[differing[0]] != 2 * like.shape[differing[0]]:
+        raise ValueError(
+            f"learned sigma: output {list(output.shape)} for input {list(like.shape)}, need twice the channels "
+            "and nothing else different"
+        )
+    first, second = output.chunk(2, dim=differing[0])
+    return first, second
 
 
 def randn_like(tree: Tree, generator: Generators = None) -> Tree:

@@ -1,0 +1,129 @@
+"""Which timesteps to train on (Nichol and Dhariwal 2021, arXiv 2102.09672)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch as th
+import torch.distributed as dist
+
+from mm_diffusion.tree import Generators
+
+
+class UniformSampler:
+    """Every timestep alike. Also what all samplers share: drawing from the probabilities that `probabilities` gives."""
+
+    def __init__(self, num_timesteps: int):
+        self.num_timesteps = num_timesteps
+
+    def probabilities(self) -> th.Tensor:
+        """[T] float64 that sum to one."""
+        return th.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=th.float64)
+
+    def sample(
+        self, batch_size: int, device: th.device | str, generator: Generators = None
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """Timesteps [B] long and importance weights [B] float 1 / (T p_t), whose expectation is one.
+
+        `generator`: None, one, or one per sample; then a sample's timestep depends on neither neighbours nor rank.
+        """
+        p = self.probabilities().to(device)
+        uniform = _uniform(batch_size, generator).to(device)
+        t = th.searchsorted(p.cumsum(0), uniform, right=True).clamp(max=self.num_timesteps - 1)
+        return t, (1 / (self.num_timesteps * p[t])).float()
+
+    def update_with_local_losses(self, t: th.Tensor, losses: th.Tensor) -> None:
+        """Tell the sampler the losses [B] at timesteps [B] of this rank; all ranks must call it together."""
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
+        if state:
+            raise ValueError(f"schedule_sampler uniform keeps no state, the checkpoint has {sorted(state)}")
+
+
+class LossSecondMomentResampler(UniformSampler):
+    """p_t proportional to sqrt(E[L_t^2]) over the last `history_per_term` losses of each t (Eq. 18).
+
+    Uniform until every timestep has that many. A share `uniform_prob` stays uniform.
+    """
+
+    def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
+        super().__init__(num_timesteps)
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self.losses = th.zeros(num_timesteps, history_per_term, dtype=th.float64)  # a ring buffer per timestep
+        self.counts = th.zeros(num_timesteps, dtype=th.long)  # losses ever seen
+
+    def probabilities(self) -> th.Tensor:
+        uniform = super().probabilities().to(self.losses.device)
+        moments = self.losses.square().mean(dim=1).sqrt().clamp(min=1e-30)
+        p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob * uniform
+        return th.where((self.counts >= self.history_per_term).all(), p, uniform)  # no wait for the device
+
+    def update_with_local_losses(self, t: th.Tensor, losses: th.Tensor) -> None:
+        t, losses = _gather(t.detach(), losses.detach().double())
+        finite = losses.isfinite()  # a step that overflowed says nothing about its timestep
+        t, losses = t[finite], losses[finite]
+        self.losses, self.counts = self.losses.to(t.device), self.counts.to(t.device)
+        same = t[:, None] == t[None, :]
+        earlier = same.tril(-1).sum(dim=1)  # occurrences of the same timestep before this one
+        kept = earlier >= same.sum(dim=1) - self.history_per_term
+        slots = (self.counts[t] + earlier) % self.history_per_term
+        self.losses[t[kept], slots[kept]] = losses[kept]
+        self.counts.index_add_(0, t, th.ones_like(t))
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        return {"losses": self.losses.cpu().clone(), "counts": self.counts.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
+        for name, mine in self.state_dict().items():
+            if name not in state or state[name].shape != mine.shape:
+                found = list(state[name].shape) if name in state else "missing"
+                raise ValueError(
+                    f"schedule_sampler state {name!r}: {found}, need {list(mine.shape)}; keep diffusion_steps and "
+                    "schedule_sampler of the run that is resumed"
+                )
+        self.losses = state["losses"].to(self.losses)
+        self.counts = state["counts"].to(self.counts)
+
+
+SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+
+
+def create_named_schedule_sampler(name: str, num_timesteps: int) -> UniformSampler:
+    """The timestep sampler called `name`."""
+    if name not in SCHEDULE_SAMPLERS:
+        raise ValueError(f"schedule_sampler {name!r} is unknown: choose one of {', '.join(SCHEDULE_SAMPLERS)}")
+    return SCHEDULE_SAMPLERS[name](num_timesteps)
+
+
+def _uniform(batch_size: int, generator: Generators) -> th.Tensor:
+    """[B] float64 in [0, 1). Without a generator they come from the CPU's global state, alike for all devices."""
+    if not isinstance(generator, Sequence):
+        device = generator.device if generator is not None else None
+        return th.rand(batch_size, generator=generator, device=device, dtype=th.float64)
+    if len(generator) != batch_size:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: need one per sample")
+    return th.cat([th.rand(1, generator=g, device=g.device, dtype=th.float64) for g in generator])
+
+
+def _gather(t: th.Tensor, losses: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """The timesteps and losses of all ranks, in order of rank; batches may differ in size."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return t, losses
+    sizes = _all_gather(th.tensor([len(t)], device=t.device)).flatten().tolist()
+
+    def gather(values: th.Tensor) -> th.Tensor:
+        padded = _all_gather(th.nn.functional.pad(values, (0, max(sizes) - len(values))))
+        return th.cat([row[:size] for row, size in zip(padded, sizes, strict=True)])
+
+    return gather(t), gather(losses)
+
+
+def _all_gather(values: th.Tensor) -> th.Tensor:
+    """[N] of each rank -> [ranks, N]."""
+    rows = [th.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, values)
+    return th.stack(rows)

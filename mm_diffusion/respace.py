@@ -1,0 +1,79 @@
+"""A diffusion that visits only some of the timesteps of another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mm_diffusion.gaussian_diffusion import GaussianDiffusion
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> list[int]:
+    """The timesteps to keep, ascending.
+
+    section_counts: "ddimN" for N steps at a fixed stride from 0 (arXiv 2010.02502); "a,b,c" or [a, b, c] for a steps
+    spread evenly over the first third, and so on; "" for all.
+    """
+    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
+        return _strided(num_timesteps, _count(section_counts[4:], section_counts))
+    parts = section_counts.split(",") if isinstance(section_counts, str) else section_counts
+    counts = [_count(part, section_counts) for part in parts] if section_counts else [num_timesteps]
+    size, extra = divmod(num_timesteps, len(counts))
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        section = size + (i < extra)
+        if count > section:
+            raise ValueError(
+                f"timestep_respacing {section_counts!r}: section {i} has {section} of {num_timesteps} steps, "
+                f"not {count}; ask for at most {section}"
+            )
+        stride = (section - 1) / (count - 1) if count > 1 else 1
+        kept += _accumulated(start, stride, count)
+        start += section
+    return kept
+
+
+def _accumulated(start: int, stride: float, count: int) -> list[int]:
+    position, steps = 0.0, []
+    for _ in range(count):
+        steps.append(start + round(position))
+        position += stride
+    return steps
+
+
+def _strided(num_timesteps: int, count: int) -> list[int]:
+    for stride in range(1, num_timesteps + 1):
+        steps = range(0, num_timesteps, stride)
+        if len(steps) == count:
+            return list(steps)
+    raise ValueError(
+        f"timestep_respacing 'ddim{count}': no integer stride over {num_timesteps} steps makes exactly {count}; "
+        "choose a divisor of the number of steps"
+    )
+
+
+def _count(text: str | int, where: object) -> int:
+    if not str(text).strip().isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"timestep_respacing {where!r}: {text!r} is not a number of steps; write e.g. 'ddim25', '250' or '10,20'"
+        )
+    return int(text)
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """A diffusion over the steps `use_timesteps` of a longer one, with the same alpha_bar at those steps.
+
+    `timestep_map` holds the original number of each step, which is what the model receives.
+    """
+
+    def __init__(self, use_timesteps: Iterable[int], *, betas: np.ndarray, **kwargs: Any):
+        kept = sorted(set(use_timesteps))
+        if not kept or kept[0] < 0 or kept[-1] >= len(betas):
+            raise ValueError(f"use_timesteps {kept[:1]} .. {kept[-1:]} must lie in 0 .. {len(betas) - 1}")
+        alpha_bar = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[kept]
+        super().__init__(betas=1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), **kwargs)
+        self.timestep_map = kept
+        self.original_num_steps = len(betas)
