@@ -257,7 +257,7 @@ class GaussianDiffusion:
         sigma = eta * ((1 - previous) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / previous).sqrt()
         sample = weighted_sum(
             (previous.sqrt(), pred_xstart),
-            ((1 - previous - sigma**2).sqrt(), epsilon),
+            ((1 - previous - sigma**2).clamp(min=0).sqrt(), epsilon),
             ((t > 0) * sigma, randn_like(epsilon, generator)),
         )
         return {"sample": sample, "pred_xstart": pred_xstart}
@@ -304,7 +304,7 @@ class GaussianDiffusion:
         progress: Callable[[float], None] | None = None,
         **options: Any,
     ) -> Iterator[dict[str, Tree]]:
-        step = partial(step_fn, model_fn, generator=generator, **options)
+        step: Step = partial(step_fn, model_fn, generator=generator, **options)
         x: Any = tree_map(lambda leaf: leaf.float(), x_T)
         given = _checked_given(given, x)
         noise = {key: x[key] for key in given}

@@ -27,10 +27,10 @@ class UniformSampler:
 
         `generator`: None, one, or one per sample; then a sample's timestep depends on neither neighbours nor rank.
         """
-        p = self.probabilities().to(device)
-        uniform = _uniform(batch_size, generator).to(device)
+        p = self.probabilities()
+        uniform = _uniform(batch_size, generator).to(p.device)
         t = th.searchsorted(p.cumsum(0), uniform, right=True).clamp(max=self.num_timesteps - 1)
-        return t, (1 / (self.num_timesteps * p[t])).float()
+        return t.to(device), (1 / (self.num_timesteps * p[t])).float().to(device)
 
     def update_with_local_losses(self, t: th.Tensor, losses: th.Tensor) -> None:
         """Tell the sampler the losses [B] at timesteps [B] of this rank; all ranks must call it together."""
