@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
 import re
+from collections import OrderedDict
+from typing import Any
 
+import blobfile as bf
 import torch as th
 from torch import nn
 
@@ -47,3 +53,101 @@ def published_state_dict(model: nn.Module) -> dict[str, th.Tensor]:
     """The weights under their published names; tensors share memory with the model's."""
     state = model.state_dict()
     return {published: state[name] for published, name in published_names(model).items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit."""
+
+
+def save_weights(path: str, model_or_state: nn.Module | dict[str, th.Tensor], flags: dict[str, Any]) -> None:
+    """Write a state dict under published names that carries its flags; complete or absent, whatever happens.
+
+    It is an ordinary state dict for every other tool: the flags are an attribute of it.
+    """
+    state = published_state_dict(model_or_state) if isinstance(model_or_state, nn.Module) else model_or_state
+    carrier = OrderedDict((name, tensor.detach().cpu().contiguous()) for name, tensor in state.items())
+    carrier.flags = dict(flags)  # type: ignore[attr-defined]
+    save(path, carrier)
+
+
+def save(path: str, state: Any) -> None:
+    """torch.save to a temporary file, flushed, then renamed."""
+    temporary = f"{path}.partial"
+    with open(temporary, "wb") as file:
+        th.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: str) -> Any:
+    """What `save` wrote, from a local, gs://, az:// or https:// path, onto the CPU. Never runs code from the file."""
+    try:
+        with bf.BlobFile(path, "rb") if "://" in path else open(path, "rb") as file:
+            return th.load(io.BytesIO(file.read()) if "://" in path else file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; check the path") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder, need a checkpoint file") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a complete checkpoint ({reason}); copy or save it again") from None
+
+
+def load_state(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    """The weights under published names, and the flags they carry ({} for a published file)."""
+    state = load(path)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, th.Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: holds no weights; give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt")
+    return dict(state), dict(getattr(state, "flags", {}))
+
+
+def load_weights(
+    model: nn.Module, path_or_state_dict: str | os.PathLike | dict[str, th.Tensor], strict: bool = True
+) -> list[str]:
+    """Fill `model` from published names; nothing is changed unless everything fits.
+
+    A mismatch raises CheckpointError with the missing, extra and misshapen names and the flag that is probably wrong.
+    With strict=False what fits is taken, and the names that were left out are returned.
+    """
+    path = "state dict" if isinstance(path_or_state_dict, dict) else str(path_or_state_dict)
+    given = path_or_state_dict if isinstance(path_or_state_dict, dict) else load_state(path)[0]
+    state, names = model.state_dict(), published_names(model)
+    missing = [name for name in names if name not in given]
+    extra = [name for name in given if name not in names]
+    misshapen = [name for name in names if name in given and given[name].shape != state[names[name]].shape]
+    if strict and (missing or extra or misshapen):
+        raise CheckpointError(_misfit(path, missing, extra, misshapen, given, state, names))
+    if len(missing) + len(misshapen) == len(names):
+        raise CheckpointError(f"{path}: not one of its tensors fits this model; it is of another architecture")
+    with th.no_grad():
+        for published, name in names.items():
+            if published not in missing and published not in misshapen:
+                state[name].copy_(given[published])
+    return missing + extra + misshapen
+
+
+# Part of a published name -> the flag to look at, first match wins.
+SUSPECTS = [
+    ("audio_out.2", "learn_sigma or audio_size"),
+    ("video_out.2", "learn_sigma or video_size"),
+    ("time_embed", "num_channels"),
+    ("audio_attention_block", "audio_attention_resolutions"),
+    ("spatial_attention_block", "video_attention_resolutions"),
+    ("middle_blocks.2", "cross_attention_windows"),
+    ("qkv", "cross_attention_resolutions or channel_mult"),
+    ("emb_layers", "use_scale_shift_norm or channel_mult"),
+]
+
+
+def _misfit(path: str, missing: list, extra: list, misshapen: list, given: dict, state: dict, names: dict) -> str:
+    parts = []
+    for title, found in (("missing", missing), ("extra", extra)):
+        if found:
+            parts.append(f"{len(found)} {title} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})")
+    if misshapen:
+        shapes = [f"{n} {list(given[n].shape)} for {list(state[names[n]].shape)}" for n in misshapen[:3]]
+        parts.append(f"{len(misshapen)} misshapen ({', '.join(shapes)}{', ...' if len(misshapen) > 3 else ''})")
+    odd = misshapen + missing + extra
+    blame = next((flags for part, flags in SUSPECTS if any(part in name for name in odd)), "channel_mult or num_res_blocks")
+    return f"{path} does not fit the model: {'; '.join(parts)}; probably wrong: {blame}"

@@ -8,26 +8,359 @@ the samples of `[start, start + num_samples / sample_rate)`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+import math
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import av.logging
+import blobfile
 import numpy as np
 import soundfile
 import torch as th
+import torchaudio
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as picture_functional
 from torchvision.utils import make_grid, save_image
 
 av.logging.set_level(av.logging.PANIC)
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
+PREROLL_SECONDS = 0.5  # decoding starts at least this long before a window, for codecs whose frames overlap
+SOUND_FRAMES_TO_SETTLE = 2  # after a seek the first sound frames may be damaged or misplaced
+MAX_MISSING_SECONDS = 1.0  # a file whose streams all end earlier than it announces by more than this is truncated
+MAX_RESAMPLING_KERNEL = 8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
+RESAMPLING_CONTEXT = 64  # samples of the lower rate on either side of a window: more than the filter reaches
 
 
 class MediaError(ValueError):
     """A file that cannot be used; one line, naming the file and the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipInfo:
+    """What a file holds, of the chosen streams; sizes in pixels, rates in Hz."""
+
+    duration_seconds: float  # of the picture
+    fps: float
+    width: int
+    height: int
+    sample_rate: int
+    channels: int
+    video_stream: int
+    audio_stream: int
+    video_codec: str
+    audio_codec: str
+
+
+# ---------------------------------------------------------------- reading
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file as a PyAV container (local, gs://, az://, https://); libav's errors become MediaErrors."""
+    try:
+        with ExitStack() as stack:
+            is_local = "://" not in path
+            source = path if is_local else stack.enter_context(blobfile.BlobFile(path, "rb"))
+            yield stack.enter_context(av.open(source, metadata_errors="ignore"))
+    except (av.error.FFmpegError, blobfile.Error) as error:
+        raise MediaError(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _choose_stream(path: str, container, kind: str, index: int | None) -> Any:
+    """The stream of that index in the file, or the best of its kind ("video" or "audio")."""
+    streams = list(container.streams)
+    if index is not None:
+        if not 0 <= index < len(streams) or streams[index].type != kind:
+            found = [stream.index for stream in streams if stream.type == kind]
+            raise MediaError(f"{path}: stream {index} is not {kind} (its {kind} streams: {found})")
+        return streams[index]
+    stream = container.streams.best(kind)
+    if stream is None:
+        raise MediaError(f"{path}: has no {'sound track' if kind == 'audio' else 'video stream'}")
+    return stream
+
+
+def _start(stream) -> Fraction:
+    return Fraction(stream.start_time or 0) * stream.time_base
+
+
+def _decode(container, stream) -> Iterator[tuple[Fraction, Any]]:
+    """(presentation time in seconds on the file's clock, frame) from where the container stands."""
+    stream.codec_context.thread_count = 1
+    due = _start(stream)
+    for frame in container.decode(stream):
+        seconds = due if frame.pts is None else frame.pts * Fraction(frame.time_base)
+        is_sound = stream.type == "audio"
+        due = seconds + (Fraction(frame.samples, frame.sample_rate) if is_sound else 1 / (stream.average_rate or 25))
+        yield seconds, frame
+
+
+def _decode_from(path: str, stream_index: int, begin: Fraction) -> Iterator[tuple[Fraction, Any]]:
+    """Decode a stream from its last safe point before `begin` seconds; from its start where seeking does not help."""
+    for back in (PREROLL_SECONDS, 16 * PREROLL_SECONDS, None):
+        with _opened(path) as container:
+            stream = container.streams[stream_index]
+            if back is None or begin - Fraction(back) <= _start(stream):
+                yield from _decode(container, stream)
+                return
+            settle = SOUND_FRAMES_TO_SETTLE if stream.type == "audio" else 0
+            try:
+                container.seek(math.floor((begin - Fraction(back)) / stream.time_base), stream=stream)
+                timed = _decode(container, stream)
+                head = list(itertools.islice(timed, settle + 1))
+            except av.error.FFmpegError:
+                continue  # the last attempt decodes from the start and lets errors through
+            if len(head) > settle and head[settle][0] <= begin:
+                yield from itertools.chain(head[settle:], timed)
+                return
+
+
+def probe(path: str | os.PathLike, video_stream: int | None = None, audio_stream: int | None = None) -> ClipInfo:
+    """What the file holds. Decodes the beginning and the end of both streams: a good header alone does not pass.
+
+    Streams are the best ones, or those of the given indices in the file. MediaError with the reason where the file has
+    no video stream, no sound track, or cannot be decoded.
+    """
+    path = os.fspath(path)
+    with _opened(path) as container:
+        streams = [_choose_stream(path, container, *want) for want in (("video", video_stream), ("audio", audio_stream))]
+        picture, sound = streams
+        file_end = Fraction((container.start_time or 0) + (container.duration or 0), 1_000_000)
+        announced = [_start(s) + s.duration * s.time_base if s.duration else file_end for s in streams]
+        ends = [_last_instant(path, s, end) for s, end in zip(streams, announced, strict=True)]
+        if max(ends) < max(announced) - Fraction(MAX_MISSING_SECONDS):
+            held, promised = float(max(ends)), float(max(announced))
+            raise MediaError(f"{path}: is truncated (ends at {held:.1f} s, should reach {promised:.1f} s)")
+        rate = picture.average_rate or picture.guessed_rate or 1
+        return ClipInfo(
+            duration_seconds=float(ends[0] - _start(picture)),
+            fps=float(rate),
+            width=picture.codec_context.width,
+            height=picture.codec_context.height,
+            sample_rate=sound.codec_context.sample_rate,
+            channels=sound.codec_context.channels,
+            video_stream=picture.index,
+            audio_stream=sound.index,
+            video_codec=picture.codec_context.name,
+            audio_codec=sound.codec_context.name,
+        )
+
+
+def _last_instant(path: str, stream, announced: Fraction) -> Fraction:
+    """When the stream's last decodable frame ends, in seconds on the file's clock; its first frame must decode too."""
+    first = next(_decode_from(path, stream.index, _start(stream)), None)
+    if first is None:
+        raise MediaError(f"{path}: its {stream.type} stream holds nothing that can be decoded")
+    seconds, frame = first
+    for seconds, frame in _decode_from(path, stream.index, max(announced - Fraction(PREROLL_SECONDS), first[0])):
+        pass
+    is_sound = stream.type == "audio"
+    return seconds + (Fraction(frame.samples, frame.sample_rate) if is_sound else 1 / (stream.average_rate or 25))
+
+
+def read_window(
+    path: str | os.PathLike,
+    start_seconds: float | Fraction,
+    num_frames: int,
+    fps: float | Fraction,
+    height: int,
+    width: int,
+    sample_rate: int,
+    num_samples: int,
+    video_stream: int | None = None,
+    audio_stream: int | None = None,
+) -> tuple[th.Tensor, th.Tensor]:
+    """-> (frames [F, H, W, 3] uint8, audio [2, L] float32) of the window that starts at `start_seconds`.
+
+    Frames are fitted into H x W (bicubic, aspect kept) and padded with black; past the picture's end its last frame
+    repeats, and where there is no sound there are zeros. Mono becomes two equal channels, more than two are downmixed
+    (libav's matrix). The window starts on the grid of output samples: at sample round(start * rate) of the resampled
+    whole. MediaError where the file cannot be decoded.
+    """
+    path = os.fspath(path)
+    with _opened(path) as container:
+        picture = _choose_stream(path, container, "video", video_stream)
+        sound = _choose_stream(path, container, "audio", audio_stream)
+        zero, tick = _start(picture), Fraction(picture.time_base)
+        picture_index, sound_index = picture.index, sound.index
+        in_rate = sound.codec_context.sample_rate
+    start = Fraction(start_seconds)
+    times = [zero + start + i / Fraction(fps) for i in range(num_frames)]
+    frames = _pick_frames(path, _decode_from(path, picture_index, times[0]), times, tick / 2 + Fraction(1, 10**6))
+
+    def cut(begin: int, end: int) -> th.Tensor:
+        return _cut_sound(path, sound_index, zero, in_rate, begin, end)
+
+    audio = _resampled(cut, in_rate, sample_rate, round(start * sample_rate), num_samples)
+    fitted = {id(frame): fit_picture(_to_rgb(frame), height, width) for frame in frames}
+    return th.stack([fitted[id(frame)] for frame in frames]).permute(0, 2, 3, 1).contiguous(), audio
+
+
+def _pick_frames(path: str, timed: Iterable[tuple[Fraction, Any]], times: list[Fraction], slack: Fraction) -> list:
+    """The frame shown at each of `times` (ascending); `slack` allows for the rounding of time stamps."""
+    shown, picked = None, []
+    for seconds, frame in timed:
+        while shown is not None and len(picked) < len(times) and seconds > times[len(picked)] + slack:
+            picked.append(shown)
+        if len(picked) == len(times):
+            return picked
+        shown = frame
+    if shown is None:
+        raise MediaError(f"{path}: no frame can be decoded at {float(times[0]):.2f} s")
+    return picked + [shown] * (len(times) - len(picked))
+
+
+def _to_rgb(frame) -> th.Tensor:
+    """-> [3, h, w] uint8, turned upright as the file's display matrix asks."""
+    array = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    return th.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+
+
+def fit_picture(image: th.Tensor, height: int, width: int) -> th.Tensor:
+    """[C, h, w] uint8 -> [C, height, width]: bicubic, aspect ratio kept, centred on black (pad // 2 first)."""
+    h, w = image.shape[-2:]
+    scale = min(height / h, width / w)
+    size = [min(height, max(1, round(h * scale))), min(width, max(1, round(w * scale)))]
+    if size != [h, w]:
+        image = picture_functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+    down, across = height - size[0], width - size[1]
+    return picture_functional.pad(image, [across // 2, down // 2, across - across // 2, down - down // 2])
+
+
+def _resampled(cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int, first: int, count: int) -> th.Tensor:
+    """Samples [first, first + count) of the whole sound at `out_rate`, where cut(begin, end) gives it at `in_rate`.
+
+    A polyphase filter repeats every `ratio.denominator` input samples, so a cut that begins at a multiple of that and
+    has enough context gives the same numbers as resampling everything.
+    """
+    if in_rate == out_rate:
+        return cut(first, first + count)
+    ratio = Fraction(out_rate, in_rate)
+    ratio = ratio.limit_denominator(max(1, int(math.sqrt(MAX_RESAMPLING_KERNEL / ratio))))
+    context = math.ceil(RESAMPLING_CONTEXT * max(1, 1 / ratio))  # input samples
+    block = math.floor((first / ratio - context) / ratio.denominator)
+    begin, skip = block * ratio.denominator, first - block * ratio.numerator
+    end = math.ceil((first + count) / ratio) + context
+    return _resampler(ratio.denominator, ratio.numerator)(cut(begin, end))[:, skip : skip + count].contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _resampler(in_step: int, out_step: int) -> th.nn.Module:
+    return torchaudio.transforms.Resample(in_step, out_step)
+
+
+def _cut_sound(path: str, stream_index: int, zero: Fraction, rate: int, begin: int, end: int) -> th.Tensor:
+    """[2, end - begin]: samples begin..end at the stream's own rate, counted from `zero` seconds; silence elsewhere."""
+    window = th.zeros(2, end - begin)
+    for origin, samples in _runs_of_sound(path, stream_index, zero, rate, begin, end):
+        low, high = max(origin, begin), min(origin + samples.shape[1], end)
+        if low < high:
+            window[:, low - begin : high - begin] = samples[:, low - origin : high - origin]
+    return window
+
+
+@dataclasses.dataclass
+class _Run:
+    """Sound frames without a gap; time stamps, being rounded, only bound where the run begins (in samples)."""
+
+    low: float
+    high: float
+    pieces: list[th.Tensor]
+    length: int = 0
+
+    def expects(self, position: float, half_tick: float) -> bool:
+        """Whether a frame at `position` can be the next of this run."""
+        return self.low - half_tick - 1 <= position - self.length <= self.high + half_tick + 1
+
+    def append(self, position: float, half_tick: float, samples: th.Tensor) -> None:
+        """Take the next frame; the bounds tighten if its time stamp is plausible."""
+        if self.expects(position, half_tick):
+            start = position - self.length
+            self.low, self.high = max(self.low, start - half_tick), min(self.high, start + half_tick)
+        self.pieces.append(samples)
+        self.length += samples.shape[1]
+
+
+def _runs_of_sound(path: str, stream_index: int, zero: Fraction, rate: int, begin: int, end: int):
+    """(first sample, [2, n]) of each gapless stretch of sound that touches the window; samples counted from `zero`."""
+    frames, half_tick, to_stereo = [], 0.5, _stereo_converter()
+    for seconds, frame in _decode_from(path, stream_index, zero + Fraction(begin, rate)):
+        half_tick = max(0.5, float(frame.time_base) * rate / 2)
+        position = float((seconds - zero) * rate)
+        if position - half_tick >= end:
+            break
+        frames.append((position, to_stereo(frame)))
+    runs = _gapless_runs(frames, half_tick)
+    grid = _sound_grid(path, stream_index, zero, rate) if half_tick > 0.5 and runs else None
+    return [(_origin(run, grid), th.cat(run.pieces, dim=1)) for run in runs]
+
+
+def _gapless_runs(frames: list[tuple[float, th.Tensor]], half_tick: float) -> list[_Run]:
+    """Group (position, samples) in order. One odd time stamp (Vorbis has them) is no gap; two in a row are."""
+    runs: list[_Run] = []
+    for index, (position, samples) in enumerate(frames):
+        following = frames[index + 1][0] - samples.shape[1] if index + 1 < len(frames) else None
+        odd = bool(runs) and not runs[-1].expects(position, half_tick)
+        if not runs or (odd and following is not None and not runs[-1].expects(following, half_tick)):
+            runs.append(_Run(position - half_tick, position + half_tick, []))
+        runs[-1].append(position, half_tick, samples)
+    return runs
+
+
+def _sound_grid(path: str, stream_index: int, zero: Fraction, rate: int) -> tuple[float, int, int]:
+    """(where the stream's first frame begins, its length, the length of the next one), in samples from `zero`."""
+    with _opened(path) as container:
+        timed = list(itertools.islice(_decode(container, container.streams[stream_index]), 2))
+    return float((timed[0][0] - zero) * rate), timed[0][1].samples, timed[-1][1].samples
+
+
+def _origin(run: _Run, grid: tuple[float, int, int] | None) -> int:
+    """The sample at which a run begins. Where time stamps are too coarse to tell, frames of one length lie on a grid."""
+    middle = (run.low + run.high) / 2
+    if grid is None:
+        return round(middle)
+    first, first_length, step = grid
+    if run.low <= first <= run.high:
+        return round(first)
+    snapped = first + first_length + step * round((middle - first - first_length) / step)
+    of_one_length = all(piece.shape[1] == step for piece in run.pieces[:-1])
+    return round(snapped if of_one_length and run.low - 1 <= snapped <= run.high + 1 else middle)
+
+
+def _stereo_converter() -> Callable[[Any], th.Tensor]:
+    """A function frame -> [2, n] float32 in [-1, 1]: mono doubled, stereo as it is, more channels downmixed."""
+    downmix = av.AudioResampler(format="fltp", layout="stereo")
+
+    def convert(frame) -> th.Tensor:
+        channels = frame.layout.nb_channels
+        if channels > 2:
+            (frame,) = downmix.resample(frame)
+        array = frame.to_ndarray()
+        if not frame.format.is_planar:
+            array = array.reshape(-1, min(channels, 2)).T
+        samples = th.from_numpy(_to_float(array))
+        return samples.expand(2, -1) if channels == 1 else samples
+
+    return convert
+
+
+def _to_float(array: np.ndarray) -> np.ndarray:
+    """Samples of any type to float32 in [-1, 1]."""
+    if array.dtype == np.uint8:
+        return (array.astype(np.float32) - 128) / 128
+    if array.dtype.kind == "i":
+        return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
+    return array.astype(np.float32)
 
 
 # ---------------------------------------------------------------- writing

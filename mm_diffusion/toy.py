@@ -88,7 +88,7 @@ class Thing:
         for ratio, gain in self._partials():
             if ratio * self.fundamental_hz < highest_hz:
                 wave += gain * np.sin(ratio * phase)
-        return wave * self.loudness(t) / (0.75 * sum(gain for _, gain in self._partials()))
+        return wave * self.loudness(t) / sum(gain for _, gain in self._partials())
 
     def _partials(self) -> list[tuple[float, float]]:
         """(frequency ratio, gain): harmonics under formants, or a bell's stretched ones. The first is the strongest."""

@@ -1,0 +1,318 @@
+"""Configuration: frozen dataclasses -> command-line flags -> networks and diffusions."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from . import gaussian_diffusion as gd
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import AUDIO_TYPES, VIDEO_CONVS, MultimodalUNet
+
+Config = TypeVar("Config")
+
+WITHOUT_EFFECT = ("t_lr", "frame_gap")  # published flags that the published code never reads
+DEFAULT_CHANNEL_MULT = {64: "1,2,3,4", 128: "1,1,2,3,4", 256: "1,1,2,2,4,4", 512: "0.5,1,1,2,2,4,4"}
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of a config with its help text; the field's type is the flag's."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The coupled U-Net."""
+
+    video_size: str = flag("20,3,64,64", "frames, channels, height, width of a clip")
+    audio_size: str = flag("2,80000", "channels, samples of a clip")
+    num_channels: int = flag(128, "width of the first level")
+    num_res_blocks: int = flag(2, "residual blocks per level")
+    channel_mult: str = flag("", "width of each level, in num_channels; empty: what the picture size calls for")
+    num_heads: int = flag(4, "heads of self-attention")
+    num_head_channels: int = flag(64, "channels per head of cross-attention; -1: num_heads heads")
+    num_heads_upsample: int = flag(-1, "read by the upsampler only")
+    cross_attention_resolutions: str = flag("2,4,8", "downsample rates with cross-attention")
+    cross_attention_windows: str = flag("1,4,8", "its windows in frames, one per rate")
+    cross_attention_shift: bool = flag(True, "shift the windows at random")
+    video_attention_resolutions: str = flag("2,4,8", "downsample rates with spatial and temporal attention; -1: none")
+    audio_attention_resolutions: str = flag("-1", "downsample rates with audio self-attention; -1: none")
+    dropout: float = flag(0.0, "dropout in the residual blocks")
+    use_checkpoint: bool = flag(False, "recompute activations for the gradient: less memory, a third more time")
+    use_scale_shift_norm: bool = flag(True, "the timestep scales and shifts the second norm, else is added before it")
+    resblock_updown: bool = flag(True, "residual blocks change the resolution; the only way the base model is defined")
+    video_type: str = flag("2d+1d", "video convolutions: 2d+1d or 3d")
+    audio_type: str = flag("1d", "audio convolutions: 1d (linear is the same)")
+    class_cond: bool = flag(False, "condition on a class; not defined for clips")
+    use_fp16: bool = flag(False, "mixed precision: bfloat16 where the device has it, else float16 with a loss scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process."""
+
+    learn_sigma: bool = flag(False, "learn the variances")
+    diffusion_steps: int = flag(1000, "steps of the process")
+    noise_schedule: str = flag("linear", "linear or cosine")
+    timestep_respacing: str = flag("", "steps to sample with: ddimN, N or sections such as 10,15,20; empty: all")
+    use_kl: bool = flag(False, "train on the variational bound")
+    predict_xstart: bool = flag(False, "predict the clip instead of the noise")
+    rescale_timesteps: bool = flag(False, "give the model timesteps scaled to 0..1000")
+    rescale_learned_sigmas: bool = flag(False, "scale the bound by steps/1000 beside the squared error")
+
+
+# What a checkpoint was trained as: a flag that says otherwise is a mistake. The rest may change from run to run.
+FREE_FLAGS = {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas"}
+TRAINED_FLAGS = tuple(
+    f.name for c in (ModelConfig, DiffusionConfig) for f in dataclasses.fields(c) if f.name not in FREE_FLAGS
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Clips on disk."""
+
+    data_dir: str = flag("", "folder of clips, searched below; several with commas")
+    num_workers: int = flag(4, "processes that decode; 0: decode between the steps")
+    video_fps: int = flag(4, "frames per second of a clip")
+    audio_fps: int = flag(16000, "samples per second of a clip")
+    random_flip: bool = flag(True, "mirror half of the clips, picture and stereo channels together")
+    clip_stride: int = flag(1, "frames between the windows of a long file")
+    video_stream: int = flag(-1, "number of the video stream in every file; -1: the best")
+    audio_stream: int = flag(-1, "number of the audio stream in every file; -1: the best")
+    max_bad_share: float = flag(0.1, "refuse to start when more than this share of the files is unusable")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The trainer."""
+
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn: uniform or loss-second-moment")
+    lr: float = flag(2e-4, "learning rate")
+    weight_decay: float = flag(0.0, "of AdamW")
+    lr_anneal_steps: int = flag(0, "go linearly to 0 over this many steps and stop; 0: constant, no end")
+    lr_warmup_steps: int = flag(0, "raise the learning rate linearly over this many steps")
+    grad_clip: float = flag(0.0, "largest gradient norm; 0: no limit")
+    batch_size: int = flag(4, "clips per rank and step")
+    microbatch: int = flag(-1, "clips per forward pass; -1: batch_size")
+    ema_rate: str = flag("0.9999", "rate of the moving average of the weights; several with commas")
+    seed: int = flag(42, "of all randomness")
+    fp16_scale_growth: float = flag(1e-3, "growth of log2 of the float16 loss scale per good step")
+    log_interval: int = flag(100, "steps between rows of the log")
+    save_interval: int = flag(10000, "steps between checkpoints")
+    output_dir: str = flag("", "where checkpoints, log and previews go")
+    resume_checkpoint: str = flag("", "modelNNNNNN.pt to go on from; its EMA and optimizer files lie beside it")
+    sample_fn: str = flag("dpm_solver", "sampler of the previews")
+    preview_clips: int = flag(1, "clips that each rank draws from the EMA at every save; 0: none")
+    save_type: str = flag("mp4", "of the previews: mp4, or wav for the sound alone")
+    use_db: bool = flag(False, "log to Weights and Biases as well")
+    devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Sampling from a checkpoint."""
+
+    multimodal_model_path: str = flag("", "checkpoint, several with commas, or a folder (its newest EMA)")
+    output_dir: str = flag("", "where original/ (mp4) and audios/ (wav) go")
+    sample_fn: str = flag("dpm_solver++", "ddpm, ddim, dpm_solver or dpm_solver++")
+    all_save_num: int = flag(96, "clips to draw, over all ranks")
+    batch_size: int = flag(4, "clips per rank at a time")
+    seed: int = flag(42, "clip k depends on (seed, k) only")
+    clip_denoised: bool = flag(True, "clamp predicted clips to [-1, 1] (ddpm, ddim)")
+    is_strict: bool = flag(True, "refuse a checkpoint with misfitting tensors; False: skip and list them")
+    sample_steps: int = flag(0, "model evaluations of dpm_solver; 0: the sampler's own")
+    solver_order: int = flag(0, "order of dpm_solver, 1 to 3; 0: the sampler's own")
+    solver_method: str = flag("", "singlestep, singlestep_fixed, multistep or adaptive; empty: the sampler's own")
+    skip_type: str = flag("", "time_uniform, logSNR or time_quadratic; empty: the sampler's own")
+    sr_model_path: str = flag("", "checkpoint of the upsampler")
+    devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
+
+
+# ---------------------------------------------------------------- flags
+
+
+def to_bool(text: str | bool) -> bool:
+    """True/False, 1/0, yes/no in any case."""
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if str(text).lower() not in known:
+        raise ValueError(f"{text!r} is neither True nor False")
+    return known[str(text).lower()]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line and leaves with status 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parse(description: str, *configs: type, defaults: Mapping[str, Any] | None = None) -> tuple[dict, set[str]]:
+    """The command line -> values of all fields of `configs` and the names that were given explicitly.
+
+    A later config may repeat a field of an earlier one and then owns it; `defaults` replace those of the fields.
+    """
+    parser = Parser(description=description)
+    fields = {f.name: f for config in configs for f in dataclasses.fields(config)}
+    values = {name: f.default for name, f in fields.items()} | dict(defaults or {})
+    for name, f in fields.items():
+        kind = {"bool": to_bool, "int": int, "float": float, "str": str}[f.type]
+        text = f"{f.metadata['help']} (default: {values[name]!r})".replace("%", "%%")
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.upper(), help=text)
+    for name in WITHOUT_EFFECT:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help="accepted, no effect")
+    given = vars(parser.parse_args())
+    return values | given, set(given)
+
+
+def pick(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config made of those of `values` that are its fields."""
+    return config(**{f.name: values[f.name] for f in dataclasses.fields(config)})  # type: ignore[arg-type]
+
+
+def notes_on(given: set[str]) -> list[str]:
+    """What to tell about flags that were given."""
+    return [f"--{name} has no effect (nor had it in the published code)" for name in WITHOUT_EFFECT if name in given]
+
+
+def merge_checkpoint_flags(values: dict, given: set[str], trained: Mapping[str, Any], path: str) -> dict:
+    """Flags that a checkpoint carries take the place of defaults; ValueError where one given explicitly contradicts."""
+    for name in sorted(given & set(trained) & set(TRAINED_FLAGS)):
+        if _normal(values[name]) != _normal(trained[name]):
+            raise ValueError(
+                f"--{name} {values[name]} contradicts {path}, which was trained with {trained[name]}: leave the flag out"
+            )
+    return values | {name: value for name, value in trained.items() if name in values and name not in given}
+
+
+def _normal(value: Any) -> str:
+    return str(value).replace(" ", "")
+
+
+# ---------------------------------------------------------------- factories
+
+
+def _defaults(*configs: type) -> dict[str, Any]:
+    return {f.name: f.default for config in configs for f in dataclasses.fields(config)}
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of the joint model and its diffusion with their defaults."""
+    return _defaults(ModelConfig, DiffusionConfig)
+
+
+def create_model_and_diffusion(**flags: Any) -> tuple[MultimodalUNet, SpacedDiffusion]:
+    """Flags as on the command line (strings or numbers; those left out have their defaults) -> model, diffusion.
+
+    ValueError, naming the flag, for an unknown flag or an impossible value.
+    """
+    values = _typed(flags, ModelConfig, DiffusionConfig)
+    diffusion = create_diffusion(pick(DiffusionConfig, values))
+    return create_model(pick(ModelConfig, values), learn_sigma=values["learn_sigma"]), diffusion
+
+
+def _typed(flags: Mapping[str, Any], *configs: type) -> dict[str, Any]:
+    """All fields of `configs`, those in `flags` converted to their types."""
+    kinds = {f.name: f.type for config in configs for f in dataclasses.fields(config)}
+    unknown = sorted(set(flags) - set(kinds))
+    if unknown:
+        raise ValueError(f"unknown flag {unknown[0]!r}: the model and diffusion flags are {', '.join(sorted(kinds))}")
+    values = _defaults(*configs)
+    for name, value in flags.items():
+        if isinstance(value, (tuple, list)):
+            value = ",".join(map(str, value))
+        try:
+            values[name] = {"bool": to_bool, "int": int, "float": float, "str": str}[kinds[name]](value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} {value!r}: need a value of type {kinds[name]}") from None
+    return values
+
+
+def create_model(config: ModelConfig, learn_sigma: bool = False) -> MultimodalUNet:
+    """The coupled U-Net; ValueError, naming the flag, for what it cannot be."""
+    if config.class_cond:
+        raise ValueError("class_cond True: clips have no classes; leave it False")
+    if not config.resblock_updown:
+        raise ValueError("resblock_updown False: not defined for the base model; leave it True")
+    if config.video_type not in VIDEO_CONVS or config.audio_type not in AUDIO_TYPES:
+        raise ValueError(
+            f"video_type {config.video_type!r}, audio_type {config.audio_type!r}: "
+            f"choose from {', '.join(VIDEO_CONVS)} and {', '.join(AUDIO_TYPES)}"
+        )
+    num_frames, channels, height, width = video_size = numbers("video_size", config.video_size, 4)
+    audio_size = numbers("audio_size", config.audio_size, 2)
+    return MultimodalUNet(
+        video_size=(num_frames, channels, height, width),
+        audio_size=(audio_size[0], audio_size[1]),
+        num_channels=config.num_channels,
+        num_res_blocks=config.num_res_blocks,
+        channel_mult=channel_multipliers(config.channel_mult, video_size[3]),
+        num_heads=config.num_heads,
+        num_head_channels=config.num_head_channels,
+        cross_attention_resolutions=rates("cross_attention_resolutions", config.cross_attention_resolutions),
+        cross_attention_windows=rates("cross_attention_windows", config.cross_attention_windows),
+        cross_attention_shift=config.cross_attention_shift,
+        video_attention_resolutions=rates("video_attention_resolutions", config.video_attention_resolutions),
+        audio_attention_resolutions=rates("audio_attention_resolutions", config.audio_attention_resolutions),
+        dropout=config.dropout,
+        use_checkpoint=config.use_checkpoint,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+        learn_sigma=learn_sigma,
+        video_type=config.video_type,
+    )
+
+
+def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
+    """The diffusion over the steps that `timestep_respacing` keeps."""
+    if config.use_kl:
+        loss_type = gd.LossType.RESCALED_KL
+    elif config.rescale_learned_sigmas:
+        loss_type = gd.LossType.RESCALED_MSE
+    else:
+        loss_type = gd.LossType.MSE
+    return SpacedDiffusion(
+        space_timesteps(config.diffusion_steps, config.timestep_respacing or [config.diffusion_steps]),
+        betas=gd.get_named_beta_schedule(config.noise_schedule, config.diffusion_steps),
+        model_mean_type=gd.ModelMeanType.START_X if config.predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=gd.ModelVarType.LEARNED_RANGE if config.learn_sigma else gd.ModelVarType.FIXED_LARGE,
+        loss_type=loss_type,
+        rescale_timesteps=config.rescale_timesteps,
+    )
+
+
+def numbers(name: str, text: str, count: int) -> tuple[int, ...]:
+    """"20,3,64,64" -> (20, 3, 64, 64); ValueError, naming the flag, unless `count` positive integers are given."""
+    try:
+        values = tuple(int(part) for part in str(text).split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count or min(values) < 1:
+        raise ValueError(f"{name} {text!r}: need {count} positive integers with commas between")
+    return values
+
+
+def rates(name: str, text: str) -> tuple[int, ...]:
+    """"2,4,8" -> (2, 4, 8); "-1" or empty -> none."""
+    if str(text) in ("", "-1"):
+        return ()
+    return numbers(name, text, len(str(text).split(",")))
+
+
+def channel_multipliers(text: str, picture_size: int) -> tuple[float, ...]:
+    """A list as given, or what a picture of this width calls for."""
+    text = text or DEFAULT_CHANNEL_MULT.get(picture_size, "")
+    try:
+        values: Sequence[float] = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = ()
+    if not values or min(values) <= 0:
+        raise ValueError(
+            f"channel_mult {text!r}: for pictures {picture_size} wide give a list such as 1,2,3,4 "
+            f"(known without one: {', '.join(map(str, DEFAULT_CHANNEL_MULT))})"
+        )
+    return tuple(values)
