@@ -133,7 +133,9 @@ def probe(path: str | os.PathLike, video_stream: int | None = None, audio_stream
     """
     path = os.fspath(path)
     with _opened(path) as container:
-        streams = [_choose_stream(path, container, *want) for want in (("video", video_stream), ("audio", audio_stream))]
+        streams = [
+            _choose_stream(path, container, *want) for want in (("video", video_stream), ("audio", audio_stream))
+        ]
         picture, sound = streams
         file_end = Fraction((container.start_time or 0) + (container.duration or 0), 1_000_000)
         announced = [_start(s) + s.duration * s.time_base if s.duration else file_end for s in streams]
