@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -102,15 +103,55 @@ def load_state(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     return dict(state), dict(getattr(state, "flags", {}))
 
 
+def fingerprint(state: dict[str, th.Tensor]) -> str:
+    """A short name of these very weights."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(th.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def find_checkpoints(path: str) -> list[str]:
+    """A file, a list with commas, or a folder (its newest EMA, else its newest model) -> files.
+
+    Raises CheckpointError where the path is empty, or the folder holds no checkpoint.
+    """
+    if not path:
+        raise CheckpointError("no checkpoint given: name a file, a list of files or a folder")
+    found = []
+    for part in path.split(","):
+        if "://" in part or not os.path.isdir(part):
+            found.append(part)
+            continue
+        names = os.listdir(part)
+        candidates = [name for name in names if re.fullmatch(r"ema_[\d.]+_\d+\.pt", name)]
+        candidates = candidates or [name for name in names if re.fullmatch(r"model\d+\.pt", name)]
+        if not candidates:
+            raise CheckpointError(f"{part}: holds neither ema_RATE_NNNNNN.pt nor modelNNNNNN.pt")
+        newest = max(steps_done(name) for name in candidates)
+        found.append(os.path.join(part, min(name for name in candidates if steps_done(name) == newest)))
+    return found
+
+
+def steps_done(path: str) -> int:
+    """The optimizer steps that a checkpoint's name tells; 0 where it tells none."""
+    match = re.search(r"(\d+)\.pt$", path)
+    return int(match[1]) if match else 0
+
+
 def load_weights(
-    model: nn.Module, path_or_state_dict: str | os.PathLike | dict[str, th.Tensor], strict: bool = True
+    model: nn.Module,
+    path_or_state_dict: str | os.PathLike | dict[str, th.Tensor],
+    strict: bool = True,
+    name: str = "state dict",
 ) -> list[str]:
     """Fill `model` from published names; nothing is changed unless everything fits.
 
     A mismatch raises CheckpointError with the missing, extra and misshapen names and the flag that is probably wrong.
-    With strict=False what fits is taken, and the names that were left out are returned.
+    With strict=False what fits is taken, and the names that were left out are returned. `name` is for the message.
     """
-    path = "state dict" if isinstance(path_or_state_dict, dict) else str(path_or_state_dict)
+    path = name if isinstance(path_or_state_dict, dict) else str(path_or_state_dict)
     given = path_or_state_dict if isinstance(path_or_state_dict, dict) else load_state(path)[0]
     state, names = model.state_dict(), published_names(model)
     missing = [name for name in names if name not in given]
@@ -149,5 +190,7 @@ def _misfit(path: str, missing: list, extra: list, misshapen: list, given: dict,
         shapes = [f"{n} {list(given[n].shape)} for {list(state[names[n]].shape)}" for n in misshapen[:3]]
         parts.append(f"{len(misshapen)} misshapen ({', '.join(shapes)}{', ...' if len(misshapen) > 3 else ''})")
     odd = misshapen + missing + extra
-    blame = next((flags for part, flags in SUSPECTS if any(part in name for name in odd)), "channel_mult or num_res_blocks")
+    blame = next(
+        (flags for part, flags in SUSPECTS if any(part in name for name in odd)), "channel_mult or num_res_blocks"
+    )
     return f"{path} does not fit the model: {'; '.join(parts)}; probably wrong: {blame}"

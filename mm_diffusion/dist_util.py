@@ -8,14 +8,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch as th
 import torch.distributed as dist
 
 MPI_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
+Result = TypeVar("Result")
+
 TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may index a large folder, or draw previews, while the others wait
 
 
@@ -27,6 +30,9 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: th.device = th.device("cpu")  # noqa: RUF009 (immutable)
+
+
+ALONE = World()
 
 
 def setup_dist(devices: str = "") -> World:
@@ -107,6 +113,15 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_rank_0(make: Callable[[], Result]) -> Result:
+    """What `make()` gives on rank 0, on every rank."""
+    if not dist.is_initialized():
+        return make()
+    box: list = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def all_sum(values: th.Tensor) -> th.Tensor:

@@ -94,14 +94,20 @@ def _start(stream) -> Fraction:
     return Fraction(stream.start_time or 0) * stream.time_base
 
 
+def _frame_seconds(stream, frame) -> Fraction:
+    """How long a decoded frame lasts."""
+    if stream.type == "audio":
+        return Fraction(frame.samples, frame.sample_rate)
+    return 1 / Fraction(stream.average_rate or 25)
+
+
 def _decode(container, stream) -> Iterator[tuple[Fraction, Any]]:
     """(presentation time in seconds on the file's clock, frame) from where the container stands."""
     stream.codec_context.thread_count = 1
     due = _start(stream)
     for frame in container.decode(stream):
         seconds = due if frame.pts is None else frame.pts * Fraction(frame.time_base)
-        is_sound = stream.type == "audio"
-        due = seconds + (Fraction(frame.samples, frame.sample_rate) if is_sound else 1 / (stream.average_rate or 25))
+        due = seconds + _frame_seconds(stream, frame)
         yield seconds, frame
 
 
@@ -163,11 +169,9 @@ def _last_instant(path: str, stream, announced: Fraction) -> Fraction:
     first = next(_decode_from(path, stream.index, _start(stream)), None)
     if first is None:
         raise MediaError(f"{path}: its {stream.type} stream holds nothing that can be decoded")
-    seconds, frame = first
-    for seconds, frame in _decode_from(path, stream.index, max(announced - Fraction(PREROLL_SECONDS), first[0])):
-        pass
-    is_sound = stream.type == "audio"
-    return seconds + (Fraction(frame.samples, frame.sample_rate) if is_sound else 1 / (stream.average_rate or 25))
+    tail = _decode_from(path, stream.index, max(announced - Fraction(PREROLL_SECONDS), first[0]))
+    seconds, frame = functools.reduce(lambda _, last: last, tail, first)
+    return seconds + _frame_seconds(stream, frame)
 
 
 def read_window(
@@ -327,7 +331,7 @@ def _sound_grid(path: str, stream_index: int, zero: Fraction, rate: int) -> tupl
 
 
 def _origin(run: _Run, grid: tuple[float, int, int] | None) -> int:
-    """The sample at which a run begins. Where time stamps are too coarse to tell, frames of one length lie on a grid."""
+    """The sample at which a run begins. Coarse time stamps do not tell, but frames of one length lie on a grid."""
     middle = (run.low + run.high) / 2
     if grid is None:
         return round(middle)

@@ -45,7 +45,6 @@ class Modality:
         return from_tokens(repeat(tokens(x), f"b {self.grid} c -> {self._pooled()}"))
 
 
-
 def tokens(x: th.Tensor) -> th.Tensor:
     """[B, C, *grid] -> [B, *grid, C], a view."""
     return x.movedim(1, -1)

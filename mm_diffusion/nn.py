@@ -82,7 +82,9 @@ class GroupNorm32(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         if channels % NORM_GROUPS:
-            raise ValueError(f"{channels} channels are not a multiple of {NORM_GROUPS}: change num_channels or channel_mult")
+            raise ValueError(
+                f"{channels} channels are not a multiple of {NORM_GROUPS}: change num_channels or channel_mult"
+            )
         self.eps = eps
         self.weight = nn.Parameter(th.ones(channels))
         self.bias = nn.Parameter(th.zeros(channels))
@@ -127,13 +129,19 @@ class SequenceConv(nn.Conv1d):
     """A dilated convolution along [B, C, L] of odd kernel, run as a two-dimensional one in channels-last memory."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation
+        )
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         if self.dilation[0] >= x.shape[-1]:  # the outer taps see padding only
             return from_tokens(F.linear(tokens(x), self.weight[..., self.kernel_size[0] // 2], self.bias))
         y = F.conv2d(
-            x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, padding=(0, self.padding[0]), dilation=(1, self.dilation[0])
+            x.unsqueeze(2),
+            self.weight.unsqueeze(2),
+            self.bias,
+            padding=(0, self.padding[0]),
+            dilation=(1, self.dilation[0]),
         )
         return y.squeeze(2)
 
@@ -173,7 +181,7 @@ def attend(query: th.Tensor, key: th.Tensor, value: th.Tensor, num_heads: int) -
 
 
 class SelfAttention(nn.Module):
-    """`x + proj(attention(norm(x)))` among some axes of the grid; every place on the other axes has a sequence of its own.
+    """`x + proj(attention(norm(x)))` among some axes of the grid; each place on the other axes is a sequence of its own.
 
     On the grid "f h w", attention `among` "h w" is among the pixels of a frame, "f" among the frames of a pixel.
     """

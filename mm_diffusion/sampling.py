@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch as th
 from torch import nn
+from tqdm import tqdm
 
-from . import rng
+from . import media, rng
+from .dist_util import World
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
+from .script_util import DataConfig, SampleConfig
 from .tree import Generators, Tree, tree_map
 from .unet import window_shift
 
@@ -38,7 +46,7 @@ Sampler = Callable[..., Tree]
 
 
 def bind(model: nn.Module, cond: dict[str, Any] | None = None) -> Callable[..., Tree]:
-    """A model as `(x, t, **more conditions) -> tree`, conditions bound; a dict goes in as keywords, one per modality."""
+    """A model as `(x, t, **more conditions) -> tree`, conditions bound; a dict goes in as one keyword per modality."""
 
     def model_fn(x: Tree, t: th.Tensor, **more: Any) -> Tree:
         if isinstance(x, dict):
@@ -140,3 +148,138 @@ def sample_joint(
     with window_shift(rng.generator(seed, "window shift")):
         sample = sampler(bind(model), x_T, generators, progress)
     return tree_map(lambda x: x.clamp(-1, 1).cpu(), sample)
+
+
+# ---------------------------------------------------------------- clips on disk
+
+
+def clip_paths(folder: str | os.PathLike, name: str) -> tuple[Path, Path]:
+    """(mp4, wav) of a clip below an output folder."""
+    return Path(folder, "original", f"{name}.mp4"), Path(folder, "audios", f"{name}.wav")
+
+
+def write_sample(
+    folder: str | os.PathLike, name: str, video: th.Tensor, audio: th.Tensor, video_fps: int, audio_fps: int
+) -> None:
+    """A clip [F, C, H, W], [C, L] -> original/NAME.mp4 (with its sound) and audios/NAME.wav; the mp4 comes last."""
+    mp4, wav = clip_paths(folder, name)
+    for path in (wav, mp4):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    media.write_wav(wav, audio, audio_fps)
+    media.write_clip(mp4, video, video_fps, audio, audio_fps)
+
+
+@contextmanager
+def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
+    """`call(function, *args)` that returns at once, to encode files beside the model; errors surface here at the latest."""
+    waiting: list[Future] = []
+    with ThreadPoolExecutor(max_workers=1) as pool:
+
+        def call(function: Callable, *args: Any) -> None:
+            waiting.append(pool.submit(function, *args))
+            while len(waiting) > most_waiting:
+                waiting.pop(0).result()
+
+        yield call
+        for future in waiting:
+            future.result()
+
+
+def draw_clips(
+    model: nn.Module,
+    sampler: Sampler,
+    indices: Sequence[int],
+    batch_size: int,
+    seed: int,
+    device: th.device | str,
+    save: Callable[[int, th.Tensor, th.Tensor], None],
+    progress: Callable[[float], None] | None = None,
+) -> None:
+    """Draw clips number `indices` and `save(index, video [F, C, H, W], audio [C, L])` each, beside the model's work.
+
+    `progress` is called with the number of clips done, fractions included.
+    """
+    with background() as call:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+
+            def report(fraction: float, start: int = start, size: int = len(batch)) -> None:
+                if progress:
+                    progress(start + fraction * size)
+
+            sample = sample_joint(model, sampler, batch, seed, device, report)
+            report(1.0)
+            for index, video, audio in zip(batch, sample["video"], sample["audio"], strict=True):
+                call(save, index, video, audio)
+
+
+def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:
+    """Note in sampling.json what the clips of this folder are, or ValueError where it holds other ones."""
+    note, text = Path(folder, "sampling.json"), json.dumps(description, indent=1, sort_keys=True)
+    if note.exists():
+        known = json.loads(note.read_text())
+        different = [key for key in description if known.get(key) != description[key]]
+        if different:
+            raise ValueError(
+                f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
+            )
+        return
+    if any(Path(folder, "original").glob("*.mp4")):
+        raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_suffix(".partial")
+    temporary.write_text(text)
+    os.replace(temporary, note)
+
+
+def missing_clips(folder: str | os.PathLike, stem: str, count: int, description: dict[str, Any]) -> list[int]:
+    """Claim the folder, and the numbers of the clips STEM_NNNNN out of `count` that it does not hold whole."""
+    claim_folder(folder, description)
+    return [k for k in range(count) if not all(path.exists() for path in clip_paths(folder, f"{stem}_{k:05d}"))]
+
+
+def check_sample_config(config: SampleConfig) -> None:
+    """ValueError, naming the flag, for what cannot be sampled."""
+    if not config.output_dir:
+        raise ValueError("output_dir is empty: say where the clips go with --output_dir")
+    for name in ("all_save_num", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
+    if config.sample_fn not in SAMPLERS:
+        raise ValueError(f"sample_fn {config.sample_fn!r}: choose from {', '.join(SAMPLERS)}")
+    if config.sr_model_path:
+        raise ValueError("sr_model_path: this version has no upsampler; leave it empty")
+
+
+def make_preview(
+    diffusion: SpacedDiffusion,
+    sample_fn: str,
+    save_type: str,
+    clips_per_rank: int,
+    folder: str,
+    data: DataConfig,
+    world: World,
+) -> Callable[[nn.Module, int], None] | None:
+    """A function `(model, step)` that draws a few clips into `folder`/samples/NNNNNN, always the same numbers."""
+    if save_type not in ("mp4", "wav"):
+        raise ValueError(f"save_type {save_type!r}: choose mp4 or wav")
+    sampler = make_sampler(sample_fn, diffusion, **PREVIEW_SETTINGS.get(sample_fn, {}))
+    if clips_per_rank == 0:
+        return None
+    indices = range(world.rank * clips_per_rank, (world.rank + 1) * clips_per_rank)
+
+    def preview(model: nn.Module, step: int) -> None:
+        bar = tqdm(
+            total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format="{l_bar}{bar}| {remaining} left"
+        )
+        with bar:
+            sample = sample_joint(model, sampler, indices, 0, world.device, lambda done: bar.update(done - bar.n))
+        for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True):
+            path = Path(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if save_type == "wav":
+                media.write_wav(path, audio, data.audio_fps)
+            else:
+                media.write_clip(path, video, data.video_fps, audio, data.audio_fps)
+
+    return preview

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from . import gaussian_diffusion as gd
@@ -68,6 +68,8 @@ FREE_FLAGS = {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "us
 TRAINED_FLAGS = tuple(
     f.name for c in (ModelConfig, DiffusionConfig) for f in dataclasses.fields(c) if f.name not in FREE_FLAGS
 )
+# What a checkpoint tells a later run that was not told otherwise.
+CARRIED_FLAGS = (*TRAINED_FLAGS, "dropout", "use_kl", "rescale_learned_sigmas", "video_fps", "audio_fps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,8 @@ class DataConfig:
     audio_fps: int = flag(16000, "samples per second of a clip")
     random_flip: bool = flag(True, "mirror half of the clips, picture and stereo channels together")
     clip_stride: int = flag(1, "frames between the windows of a long file")
-    video_stream: int = flag(-1, "number of the video stream in every file; -1: the best")
-    audio_stream: int = flag(-1, "number of the audio stream in every file; -1: the best")
+    video_stream: int | None = flag(None, "number of the video stream in every file; None: the best")
+    audio_stream: int | None = flag(None, "number of the audio stream in every file; None: the best")
     max_bad_share: float = flag(0.1, "refuse to start when more than this share of the files is unusable")
 
 
@@ -142,6 +144,9 @@ def to_bool(text: str | bool) -> bool:
     return known[str(text).lower()]
 
 
+CONVERT: dict[Any, Callable] = {"bool": to_bool, "int": int, "int | None": int, "float": float, "str": str}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line and leaves with status 2."""
 
@@ -161,9 +166,11 @@ def parse(description: str, *configs: type, defaults: Mapping[str, Any] | None =
     fields = {f.name: f for config in configs for f in dataclasses.fields(config)}
     values = {name: f.default for name, f in fields.items()} | dict(defaults or {})
     for name, f in fields.items():
-        kind = {"bool": to_bool, "int": int, "float": float, "str": str}[f.type]
+        kind = CONVERT[f.type]
         text = f"{f.metadata['help']} (default: {values[name]!r})".replace("%", "%%")
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.upper(), help=text)
+        parser.add_argument(
+            f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.split()[0].upper(), help=text
+        )
     for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help="accepted, no effect")
     given = vars(parser.parse_args())
@@ -185,9 +192,9 @@ def merge_checkpoint_flags(values: dict, given: set[str], trained: Mapping[str, 
     for name in sorted(given & set(trained) & set(TRAINED_FLAGS)):
         if _normal(values[name]) != _normal(trained[name]):
             raise ValueError(
-                f"--{name} {values[name]} contradicts {path}, which was trained with {trained[name]}: leave the flag out"
+                f"--{name} {values[name]} contradicts {path}, trained with {trained[name]}: leave the flag out"
             )
-    return values | {name: value for name, value in trained.items() if name in values and name not in given}
+    return values | {name: trained[name] for name in CARRIED_FLAGS if name in trained and name not in given}
 
 
 def _normal(value: Any) -> str:
@@ -227,7 +234,7 @@ def _typed(flags: Mapping[str, Any], *configs: type) -> dict[str, Any]:
         if isinstance(value, (tuple, list)):
             value = ",".join(map(str, value))
         try:
-            values[name] = {"bool": to_bool, "int": int, "float": float, "str": str}[kinds[name]](value)
+            values[name] = CONVERT[kinds[name]](value)
         except (TypeError, ValueError):
             raise ValueError(f"{name} {value!r}: need a value of type {kinds[name]}") from None
     return values
@@ -286,7 +293,7 @@ def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
 
 
 def numbers(name: str, text: str, count: int) -> tuple[int, ...]:
-    """"20,3,64,64" -> (20, 3, 64, 64); ValueError, naming the flag, unless `count` positive integers are given."""
+    """ "20,3,64,64" -> (20, 3, 64, 64); ValueError, naming the flag, unless `count` positive integers are given."""
     try:
         values = tuple(int(part) for part in str(text).split(","))
     except ValueError:
@@ -297,7 +304,7 @@ def numbers(name: str, text: str, count: int) -> tuple[int, ...]:
 
 
 def rates(name: str, text: str) -> tuple[int, ...]:
-    """"2,4,8" -> (2, 4, 8); "-1" or empty -> none."""
+    """ "2,4,8" -> (2, 4, 8); "-1" or empty -> none."""
     if str(text) in ("", "-1"):
         return ()
     return numbers(name, text, len(str(text).split(",")))

@@ -20,6 +20,7 @@ METADATA_HZ = 10
 METADATA_PIXELS = 256  # SAVGBench gives places as if every picture were this wide and high
 MAX_EAR_DELAY_SECONDS = 6e-4  # a source hard to one side reaches the far ear this much later
 SPEECH, INSTRUMENT = 0, 1
+FUNDAMENTAL_LEVEL = 0.95  # amplitude of the first partial hard to one side; all partials together stay below 1
 COLOURS = {SPEECH: (1.0, 0.75, 0.45), INSTRUMENT: (0.5, 0.85, 1.0)}
 
 
@@ -73,11 +74,11 @@ class Thing:
         """Seconds -> 0..1: syllables swell and fade, strokes jump up and decay."""
         cycle = self.bursts_per_second * t + self.burst_phase
         if self.category == SPEECH:
-            return 0.15 + 0.85 * np.sin(np.pi * cycle) ** 2
+            return 0.3 + 0.7 * np.sin(np.pi * cycle) ** 2
         since_stroke = cycle % 1
         attack = np.minimum(since_stroke / 0.06, 1)
-        tail = np.exp(-1.5) * (1 - attack)  # what the stroke before left, so that the envelope has no jump
-        return attack * np.exp(-1.5 * since_stroke) + tail
+        tail = np.exp(-1.0) * (1 - attack)  # what the stroke before left, so that the envelope has no jump
+        return attack * np.exp(-since_stroke) + tail
 
     def tone(self, t: np.ndarray, highest_hz: float) -> np.ndarray:
         """Seconds -> waveform within about -1..1, partials above `highest_hz` left out."""
@@ -91,13 +92,16 @@ class Thing:
         return wave * self.loudness(t) / sum(gain for _, gain in self._partials())
 
     def _partials(self) -> list[tuple[float, float]]:
-        """(frequency ratio, gain): harmonics under formants, or a bell's stretched ones. The first is the strongest."""
+        """(frequency ratio, gain): harmonics under formants, or a bell's stretched ones.
+
+        The first is about 1 and the others far below, so that little of the level is lost at a low sample rate.
+        """
         if self.category == INSTRUMENT:
-            return [(1, 1.0), (2.0, 0.3), (2.99, 0.2), (4.2, 0.15), (5.4, 0.1)]
+            return [(1, 1.0), (2.0, 0.15), (2.99, 0.1), (4.2, 0.08), (5.4, 0.05)]
         harmonics = np.arange(1, 25)
         distance = harmonics[:, None] * self.fundamental_hz - np.array(self.formants_hz)
-        formant_gain = 0.25 * np.exp(-0.5 * (distance / 150) ** 2).sum(axis=1)
-        return list(zip(harmonics.tolist(), (0.6 ** (harmonics - 1.0) + formant_gain).tolist(), strict=True))
+        formant_gain = 0.06 * np.exp(-0.5 * (distance / 150) ** 2).sum(axis=1)
+        return list(zip(harmonics.tolist(), (0.25 ** (harmonics - 1.0) + formant_gain).tolist(), strict=True))
 
 
 def draw_things(config: ToyConfig, rng: np.random.Generator) -> list[Thing]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import checkpoint, logger, rng
 from .checkpoint import CheckpointError
-from .dist_util import World, all_sum, barrier
+from .dist_util import ALONE, World, all_sum, barrier
 from .gaussian_diffusion import GaussianDiffusion
 from .resample import create_named_schedule_sampler
 from .sampling import DTYPES, bind, half_precision
@@ -68,7 +68,7 @@ class TrainLoop:
         diffusion: GaussianDiffusion,
         data: Callable[[int], Iterator[tuple[Tree, dict[str, Any]]]],
         config: TrainConfig,
-        world: World = World(),
+        world: World = ALONE,
         *,
         use_fp16: bool = False,
         flags: dict[str, Any] | None = None,
@@ -135,21 +135,28 @@ class TrainLoop:
         noise = randn_like(x_start, generators)
         th.manual_seed(rng.derive_seed(self.config.seed, self.step, "dropout", self.world.rank))
         size = self.config.microbatch if self.config.microbatch > 0 else batch
+        losses = []
         for start in range(0, batch, size):
-            part = slice(start, start + size)
-            take = lambda tree: tree_map(lambda x: x[part], tree)  # noqa: E731, B023
+            parts = [tree_map(lambda x, s=start: x[s : s + size], tree) for tree in (x_start, cond, t, noise, weights)]
             last = start + size >= batch
-            waiting = self.forward_model.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext()
-            shifts = rng.generator(self.config.seed, self.step, "window shift")
-            with waiting, window_shift(shifts):
-                with th.autocast(device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32"):
-                    model_fn = bind(self.forward_model, take(cond))
-                    terms = self.diffusion.training_losses(model_fn, take(x_start), t[part], take(noise))
-                loss = (terms["loss"] * weights[part]).sum() / batch
-                (loss * 2**self.log_loss_scale if self.precision == "fp16" else loss).backward()
-            self._note_losses(t[part], {name: term.detach() * weights[part] for name, term in terms.items()})
-            self._note("unweighted", terms["loss"].detach())
-        self.sampler.update_with_local_losses(t, th.cat(self.seen.pop("unweighted")))
+            with self.forward_model.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext():
+                losses.append(self._microbatch(*parts, share=1 / batch))
+        self.sampler.update_with_local_losses(t, th.cat(losses))
+
+    def _microbatch(
+        self, x_start: Tree, cond: dict[str, Any], t: th.Tensor, noise: Tree, weights: th.Tensor, share: float
+    ) -> th.Tensor:
+        """Add the gradient of `share` times the summed weighted losses; returns the losses [B] without weights."""
+        shifts = rng.generator(self.config.seed, self.step, "window shift")  # the same for every microbatch and rank
+        with window_shift(shifts):
+            with th.autocast(self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+                terms = self.diffusion.training_losses(bind(self.forward_model, cond), x_start, t, noise)
+            loss = (terms["loss"] * weights).sum() * share
+            (loss * 2**self.log_loss_scale if self.precision == "fp16" else loss).backward()
+        self._note("quartile", QUARTILES * t // self.diffusion.num_timesteps)
+        for name, term in terms.items():
+            self._note(f"term {name}", term.detach() * weights)
+        return terms["loss"].detach()
 
     def _optimize(self) -> th.Tensor:
         """Clip, step, average; returns the norm of the gradient before clipping."""
@@ -182,13 +189,8 @@ class TrainLoop:
     def _note(self, name: str, value: th.Tensor) -> None:
         self.seen.setdefault(name, []).append(value.detach())
 
-    def _note_losses(self, t: th.Tensor, terms: dict[str, th.Tensor]) -> None:
-        self._note("quartile", QUARTILES * t // self.diffusion.num_timesteps)
-        for name, values in terms.items():
-            self._note(f"term {name}", values)
-
     def _log(self, samples_per_second: float) -> None:
-        """Average what was noted since the last row, over all ranks, and write the row: the only wait for the device."""
+        """Average over ranks what was noted since the last row, and write one: the only wait for the device."""
         quartile = th.cat(self.seen.pop("quartile"))
         bins = th.nn.functional.one_hot(quartile, QUARTILES).double()
         norm = th.stack(self.seen.pop("grad_norm")).mean()
@@ -252,7 +254,7 @@ class TrainLoop:
         if not match:
             raise ValueError(f"resume_checkpoint {path}: need a file named modelNNNNNN.pt")
         checkpoint.load_weights(self.model, path)
-        own = {name: p for name, p in self.model.named_parameters()}
+        own = dict(self.model.named_parameters())
         for rate, ema in self.emas.items():
             state, _ = checkpoint.load_state(os.path.join(folder, f"ema_{rate}_{match[1]}.pt"))
             names = {ours: published for published, ours in checkpoint.published_names(self.model).items()}

@@ -132,7 +132,9 @@ class ResBlock(nn.Module):
             AUDIO: {"audio": "l"} if audio_attention else {},
         }
         for modality, conv in convs.items():
-            blocks = {k: SelfAttention(out, num_heads, modality.grid, among) for k, among in attention[modality].items()}
+            blocks = {
+                k: SelfAttention(out, num_heads, modality.grid, among) for k, among in attention[modality].items()
+            }
             stream = ResStream(
                 modality, channels, out, conv, dropout, use_scale_shift_norm, resample, nn.ModuleDict(blocks)
             )
@@ -358,27 +360,24 @@ def check_sizes(
     """ValueError, naming the flag, where a clip of these sizes does not fit a network of `num_levels` levels."""
     num_frames, _, height, width = video_size
     length, deepest = audio_size[1], num_levels - 1
+    for_levels = f"which {num_levels} levels of channel_mult need"
     if len(resolutions) != len(windows):
         raise ValueError(
-            f"cross_attention_windows has {len(windows)} entries for {len(resolutions)} cross_attention_resolutions: give one each"
+            f"cross_attention_windows: {len(windows)} windows for {len(resolutions)} cross_attention_resolutions; "
+            "give one for each"
         )
-    if max(windows, default=1) > num_frames:
+    if any(not 1 <= window <= num_frames for window in windows):
         raise ValueError(
-            f"cross_attention_windows {max(windows)}: longer than the clip of {num_frames} frames (video_size); use at most {num_frames}"
+            f"cross_attention_windows {','.join(map(str, windows))}: the clip has {num_frames} frames (video_size), "
+            f"windows must be from 1 to {num_frames}"
         )
-    if min(windows, default=1) < 1:
-        raise ValueError(f"cross_attention_windows {min(windows)}: a window has at least one frame")
     for axis, size in (("height", height), ("width", width)):
         if size % 2**deepest:
-            raise ValueError(
-                f"video_size: {axis} {size} is not a multiple of {2**deepest}, which {num_levels} levels of channel_mult need"
-            )
+            raise ValueError(f"video_size: {axis} {size} is not a multiple of {2**deepest}, {for_levels}")
     if length % 4**deepest:
-        raise ValueError(
-            f"audio_size: {length} samples are not a multiple of {4**deepest}, which {num_levels} levels of channel_mult need"
-        )
+        raise ValueError(f"audio_size: {length} samples are not a multiple of {4**deepest}, {for_levels}")
     if length // 4**deepest < num_frames:
         raise ValueError(
-            f"audio_size: {length} samples leave {length // 4**deepest} tokens at the deepest level for {num_frames} frames; "
-            f"use at least {num_frames * 4**deepest} samples or fewer levels in channel_mult"
+            f"audio_size: {length} samples are too few for {num_frames} frames; "
+            f"{num_frames * 4**deepest} is the least for {num_levels} levels of channel_mult"
         )

@@ -1,0 +1,56 @@
+"""Train the coupled U-Net on clips of video and stereo sound."""
+
+from mm_diffusion import checkpoint, logger, sampling
+from mm_diffusion.datasets import load_data
+from mm_diffusion.dist_util import friendly_errors, setup_dist
+from mm_diffusion.script_util import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TrainConfig,
+    create_model_and_diffusion,
+    merge_checkpoint_flags,
+    model_and_diffusion_defaults,
+    notes_on,
+    parse,
+    pick,
+)
+from mm_diffusion.train_util import TrainLoop
+
+
+def main() -> None:
+    flags, given = parse(__doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
+    if flags["resume_checkpoint"]:
+        trained = checkpoint.load_state(flags["resume_checkpoint"])[1]
+        flags = merge_checkpoint_flags(flags, given, trained, flags["resume_checkpoint"])
+    config, data_config = pick(TrainConfig, flags), pick(DataConfig, flags)
+    world = setup_dist(config.devices)
+    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    preview = sampling.make_preview(
+        diffusion, config.sample_fn, config.save_type, config.preview_clips, config.output_dir, data_config, world
+    )
+    logger.configure(config.output_dir or None, enabled=world.rank == 0)
+    for note in notes_on(given):
+        logger.log(note)
+
+    def data(start_batch: int):
+        return load_data(
+            **vars(data_config),
+            batch_size=config.batch_size,
+            video_size=flags["video_size"],
+            audio_size=flags["audio_size"],
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            start_batch=start_batch,
+        )
+
+    logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}")
+    TrainLoop(
+        model, diffusion, data, config, world, use_fp16=flags["use_fp16"], flags=flags, preview=preview
+    ).run_loop()
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()
