@@ -214,7 +214,8 @@ def read_window(
 
 def _pick_frames(path: str, timed: Iterable[tuple[Fraction, Any]], times: list[Fraction], slack: Fraction) -> list:
     """The frame shown at each of `times` (ascending); `slack` allows for the rounding of time stamps."""
-    shown, picked = None, []
+    picked: list[Any] = []
+    shown = None
     for seconds, frame in timed:
         while shown is not None and len(picked) < len(times) and seconds > times[len(picked)] + slack:
             picked.append(shown)
@@ -253,7 +254,7 @@ def _resampled(cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int
         return cut(first, first + count)
     ratio = Fraction(out_rate, in_rate)
     ratio = ratio.limit_denominator(max(1, int(math.sqrt(MAX_RESAMPLING_KERNEL / ratio))))
-    context = math.ceil(RESAMPLING_CONTEXT * max(1, 1 / ratio))  # input samples
+    context = math.ceil(RESAMPLING_CONTEXT * max(1.0, float(1 / ratio)))  # input samples
     block = math.floor((first / ratio - context) / ratio.denominator)
     begin, skip = block * ratio.denominator, first - block * ratio.numerator
     end = math.ceil((first + count) / ratio) + context

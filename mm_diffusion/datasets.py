@@ -1,0 +1,209 @@
+"""Clips for training: windows of files as tensors, in an order that depends on the seed and the batch number only."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch as th
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import logger, media, rng
+from .clip_index import ClipIndex, build_index
+from .media import ClipInfo, MediaError
+
+Sample = dict[str, th.Tensor]
+CACHE_BYTES = 2**28
+
+
+def parse_size(text: str | Sequence[int], flag: str, axes: str) -> tuple[int, ...]:
+    """ "20,3,64,64" -> (20, 3, 64, 64). ValueError naming the flag unless it is positive numbers, one for each axis."""
+    try:
+        size = tuple(int(part) for part in (text.split(",") if isinstance(text, str) else text))
+    except ValueError:
+        size = ()
+    if len(size) != len(axes.split(",")) or min(size) < 1:
+        raise ValueError(f"{flag} {text!r}: need {axes} as positive whole numbers")
+    return size
+
+
+def mirror(sample: Sample) -> Sample:
+    """The clip seen in a mirror: picture and stereo channels change sides together. Twice is the identity."""
+    return {"video": sample["video"].flip(-1), "audio": sample["audio"].flip(-2)}
+
+
+def is_mirrored(seed: int, epoch: int, index: int) -> bool:
+    """Whether window `index` is shown mirrored in this epoch: a fair coin for each."""
+    return rng.derive_seed(seed, "mirror", epoch, index) % 2 == 1
+
+
+def count_windows(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) -> int:
+    """How many windows of `num_frames` begin every `clip_stride` frames; 1 in a file just long enough, or short."""
+    frames = int(info.duration_seconds * fps + 1e-3)
+    return max(0, frames - num_frames) // clip_stride + 1
+
+
+class ClipDataset(Dataset):
+    """All windows of all clips of an index.
+
+    Item `(epoch, window)`, or just `window` for epoch 0, is {"video": [F, 3, H, W], "audio": [2, L]}, float32 in
+    [-1, 1]. A file that cannot be decoded raises MediaError; nothing is put in its place. Decoded windows are kept in
+    memory until `cache_bytes` are full. ValueError for impossible sizes and rates.
+    """
+
+    def __init__(
+        self,
+        index: ClipIndex,
+        video_size: str | Sequence[int],
+        audio_size: str | Sequence[int],
+        video_fps: float = 4,
+        audio_fps: int = 16000,
+        random_flip: bool = True,
+        clip_stride: int = 1,
+        seed: int = 42,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.num_frames, video_channels, self.height, self.width = parse_size(video_size, "--video_size", "F,C,H,W")
+        audio_channels, self.num_samples = parse_size(audio_size, "--audio_size", "C,L")
+        if video_channels != 3 or audio_channels != 2:
+            raise ValueError(
+                f"clips are RGB and stereo: --video_size {video_size} needs C 3, --audio_size {audio_size} 2"
+            )
+        for flag, value in {"video_fps": video_fps, "audio_fps": audio_fps, "clip_stride": clip_stride}.items():
+            if value <= 0:
+                raise ValueError(f"--{flag} {value}: must be positive")
+        self.clips, self.video_fps, self.audio_fps = index.clips, video_fps, audio_fps
+        self.random_flip, self.clip_stride, self.seed = random_flip, clip_stride, seed
+        counts = [count_windows(info, self.num_frames, video_fps, clip_stride) for _, info in self.clips]
+        self.first_after = list(itertools.accumulate(counts))  # window numbers up to this belong to clip i or earlier
+        self.cache_bytes = cache_bytes
+        self.cache: dict[int, tuple[th.Tensor, th.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.first_after[-1]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, window = key if isinstance(key, tuple) else (0, key)
+        frames, audio = self._decoded(window)
+        sample = {"video": frames.permute(0, 3, 1, 2).float() / 127.5 - 1, "audio": audio.clone()}
+        return mirror(sample) if self.random_flip and is_mirrored(self.seed, epoch, window) else sample
+
+    def place(self, window: int) -> tuple[str, ClipInfo, Fraction]:
+        """Window -> (path, info, start in seconds)."""
+        clip = bisect.bisect_right(self.first_after, window)
+        first = self.first_after[clip - 1] if clip else 0
+        return *self.clips[clip], (window - first) * self.clip_stride / Fraction(self.video_fps)
+
+    def _decoded(self, window: int) -> tuple[th.Tensor, th.Tensor]:
+        """([F, H, W, 3] uint8, [2, L] float32), from memory where it has room."""
+        if window in self.cache:
+            return self.cache[window]
+        path, info, start = self.place(window)
+        decoded = media.read_window(
+            path,
+            start,
+            self.num_frames,
+            self.video_fps,
+            self.height,
+            self.width,
+            self.audio_fps,
+            self.num_samples,
+            info.video_stream,
+            info.audio_stream,
+        )
+        size = sum(part.nbytes for part in decoded)
+        if (len(self.cache) + 1) * size <= self.cache_bytes:
+            self.cache[window] = decoded
+        return decoded
+
+
+class GlobalOrder(Sampler):
+    """Rank `rank`'s share of every global batch, without end, as lists of (epoch, window).
+
+    All windows of an epoch in an order drawn from (seed, epoch), epoch after epoch, are one stream; global batch n is
+    its n-th piece of `batch_size * world_size`, and rank r takes the r-th part of that. So how many ranks there are
+    changes nothing but who decodes what.
+    """
+
+    def __init__(
+        self, num_windows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start_batch: int = 0
+    ) -> None:
+        self.num_windows, self.batch_size, self.seed = num_windows, batch_size, seed
+        self.rank, self.world_size, self.start_batch = rank, world_size, start_batch
+        self.permutation = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng(rng.derive_seed(self.seed, "order", epoch)).permutation(self.num_windows)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, window) at a position of the stream."""
+        epoch, offset = divmod(position, self.num_windows)
+        return epoch, int(self.permutation(epoch)[offset])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in itertools.count(self.start_batch):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield [self.at(position) for position in range(first, first + self.batch_size)]
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    video_size: str | Sequence[int],
+    audio_size: str | Sequence[int],
+    video_fps: float = 4,
+    audio_fps: int = 16000,
+    random_flip: bool = True,
+    clip_stride: int = 1,
+    num_workers: int = 4,
+    seed: int = 42,
+    rank: int = 0,
+    world_size: int = 1,
+    start_batch: int = 0,
+    max_bad_share: float = 0.1,
+    video_stream: int | None = None,
+    audio_stream: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> Iterator[tuple[Sample, dict]]:
+    """-> endless ({"video": [B, F, 3, H, W], "audio": [B, 2, L]}, {}), float32 in [-1, 1], from batch `start_batch` on.
+
+    Must be called on every rank. `cache_bytes` is what decoded windows may take in memory on this rank. DataError (a
+    bad folder), ValueError (an impossible size) at once, MediaError when a file turns out to be undecodable.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size}: must be at least 1")
+    empty = ClipIndex([], {})
+    options = (video_size, audio_size, video_fps, audio_fps, random_flip, clip_stride, seed)
+    ClipDataset(empty, *options)  # a wrong size is cheaper to tell than to probe all files first
+    index = build_index(data_dir, max_bad_share, max(1, num_workers), video_stream, audio_stream, rank)
+    if rank == 0:
+        logger.log(f"{data_dir}: {index.report()}")
+    dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_batch),
+        num_workers=num_workers,
+        pin_memory=th.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        # Processes forked from one that holds MPI, CUDA or threads may hang.
+        multiprocessing_context=multiprocessing.get_context("forkserver") if num_workers else None,
+    )
+    return _batches(loader)
+
+
+def _start_worker(_: int) -> None:
+    th.set_num_threads(1)
+
+
+def _batches(loader: DataLoader) -> Iterator[tuple[Sample, dict]]:
+    try:
+        for batch in loader:
+            yield batch, {}
+    except MediaError as error:  # a worker's comes with its traceback as text, and its own line last
+        raise MediaError(str(error).strip().splitlines()[-1].split("MediaError: ", 1)[-1]) from error
