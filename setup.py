@@ -1,0 +1,17 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="mm-diffusion-stereo",
+    version="0.1.0",
+    description="Stereo MM-Diffusion: joint diffusion of video and stereo sound",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["mm_diffusion*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=(HERE / "requirements_training_joint.txt").read_text().splitlines(),
+)

@@ -1,0 +1,117 @@
+# Sourced by the launchers: finds or makes the Python environment, and starts a script on one or more ranks.
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$REPO/.venv}
+
+# Large tensors come and go at every step; given back to the system each time, they cost a third of the time on CPUs.
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-68719476736}
+
+# The scripts find the package in this checkout, installed or not.
+export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
+
+die() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# is_supported PYTHON: it runs, and its version is one that setup.py allows.
+is_supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1
+}
+
+# Prints the Python to make an environment from: $PYTHON, else the first fitting one on PATH.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11; do
+        if is_supported "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+        [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not Python 3.11 or 3.12"
+    done
+    die "need Python 3.11 or 3.12 on PATH (found: $(python3 --version 2>&1 || true)); install one, or name it with PYTHON=..."
+}
+
+# has_pip DIR: an environment that works.
+has_pip() {
+    is_supported "$1/bin/python" && "$1/bin/python" -m pip --version >/dev/null 2>&1
+}
+
+# make_environment REQUIREMENTS...: an environment in $VENV, first on PATH, with the pins of these files and the package
+# in it. What is there already is reused; pip runs only where pins have changed.
+make_environment() {
+    local python file pins stamp changed=
+    if ! has_pip "$VENV"; then
+        if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV" 2>/dev/null || echo file)" ]; then
+            die "VENV=$VENV exists and is no virtual environment; choose another place"
+        fi
+        python=$(find_python) || exit 1
+        echo "making a virtual environment in $VENV ($("$python" --version))"
+        "$python" -m venv "$VENV" >/dev/null 2>&1 ||
+            die "$python cannot make an environment in $VENV; is it writable, and venv installed (Debian, Ubuntu: apt-get install python3-venv)?"
+        has_pip "$VENV" || die "the environment in $VENV is broken; remove that folder and run this again"
+    fi
+    export PATH=$VENV/bin:$PATH
+    for file in "$@"; do
+        pins=$(cd "$REPO" && echo "$REPO" && cksum "$file" setup.py)
+        stamp=$VENV/.installed_$file
+        [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ] || continue
+        echo "installing $file into $VENV (minutes the first time)"
+        rm -f "$stamp"
+        install -r "$REPO/$file"
+        changed=yes
+        echo "$pins" >"$stamp"
+    done
+    [ -z "$changed" ] || install --no-deps -e "$REPO"
+}
+
+install() {
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet "$@" >"$VENV/pip.log" 2>&1 ||
+        die "pip install $* failed: $(grep -i error "$VENV/pip.log" | tail -n 1) (all of it: $VENV/pip.log)"
+}
+
+# Puts an environment that holds the requirements first on PATH: the active one, else $VENV.
+use_environment() {
+    local candidate
+    for candidate in python "$VENV/bin/python" python3; do
+        if "$candidate" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ["torch", "av"]))' \
+            >/dev/null 2>&1; then
+            PATH=$(dirname "$("$candidate" -c 'import sys; print(sys.executable)')"):$PATH
+            export PATH
+            return
+        fi
+    done
+    die "no Python environment with the requirements; activate yours, or make one with: bash ssh_scripts/install.sh"
+}
+
+# launch SCRIPT FLAG...: run py_scripts/SCRIPT on NUM_GPUS ranks.
+launch() {
+    local command=(python "$REPO/py_scripts/$1")
+    shift
+    case $NUM_GPUS in
+    1) ;;
+    '' | *[!0-9]* | 0*) die "NUM_GPUS=$NUM_GPUS: need a whole number, 1 or more" ;;
+    *)
+        command -v mpiexec >/dev/null || die "NUM_GPUS=$NUM_GPUS needs mpiexec, which is not on PATH; install mpich, or set NUM_GPUS=1"
+        local threads=$(($(nproc 2>/dev/null || echo 1) / NUM_GPUS)) # ranks share the cores
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+        command=(mpiexec -n "$NUM_GPUS" "${command[@]}")
+        ;;
+    esac
+    exec "${command[@]}" "$@"
+}
+
+# need_path NAME VALUE WHAT: VALUE is a path, or several with commas, that exist; remote ones are left to the script.
+need_path() {
+    local path
+    local paths=()
+    [ -n "$2" ] || die "$1 is not set: $1=$3 bash $0"
+    IFS=, read -r -a paths <<<"$2"
+    for path in "${paths[@]}"; do
+        case $path in
+        *://*) ;;
+        *) [ -e "$path" ] || die "$1=$path: no such file or folder" ;;
+        esac
+    done
+}
