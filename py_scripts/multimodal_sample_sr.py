@@ -50,7 +50,7 @@ def sample_from(path: str, folder: str, flags: dict, given: set, config: SampleC
     precision = sampling.half_precision(world.device) if flags["use_fp16"] else "fp32"
     model = sampling.prepare(model.to(world.device), precision)
     stem = f"{config.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
-    rates = (flags["video_fps"], flags["audio_fps"])
+    rates = [flags["video_fps"], flags["audio_fps"]]
     description = {
         "checkpoint": checkpoint.fingerprint(weights),
         "sampler": [config.sample_fn, settings, flags["timestep_respacing"], config.clip_denoised],

@@ -68,3 +68,16 @@ def _alignment(videos: th.Tensor, audios: th.Tensor, shifts) -> float:
     rolled_level, rolled_heard = (th.cat([row.roll(shift, 0) for shift in shifts]) for row in (level, heard))
     repeats = (len(shifts), 1)
     return weighted_correlation(place.repeat(repeats), rolled_level, shown.repeat(repeats) * rolled_heard)
+
+
+def show_heard_place(videos: th.Tensor, audios: th.Tensor, share: float = 0.25) -> th.Tensor:
+    """[N, F, C, H, W], [N, 2, L] -> [N, F, C, H', W]: below each frame a bar that is lit where its sound comes from."""
+    level, energy = level_difference(audios, videos.shape[1])
+    width = videos.shape[-1]
+    x = (th.arange(width, device=videos.device) + 0.5) / width
+    distance = (x - (level[..., None] + 1) / 2) * max(4, width / 4)
+    loudness = (energy / energy.max().clamp(min=1e-12)).sqrt()[..., None]
+    lit = 2 * loudness * th.exp(-distance.square()) - 1
+    rows = max(1, round(share * videos.shape[-2]))
+    bar = lit[:, :, None, None, :].expand(*videos.shape[:3], rows, width)
+    return th.cat([videos, bar.to(videos.dtype)], dim=-2)

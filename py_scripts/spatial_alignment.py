@@ -1,0 +1,54 @@
+"""Does the sound of clips come from where the object is? One number for a data set and for clips drawn from a model."""
+
+from pathlib import Path
+
+import torch as th
+import torchaudio.functional as AF
+
+from mm_diffusion import media
+from mm_diffusion.clip_index import build_index
+from mm_diffusion.datasets import ClipDataset
+from mm_diffusion.dist_util import friendly_errors
+from mm_diffusion.metrics.spatial import mismatched_alignment, show_heard_place, spatial_alignment
+from mm_diffusion.script_util import Parser
+
+WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("samples", help="folder of clips drawn from a model (its original/)")
+    parser.add_argument("--data_dir", help="folder of the clips that it was trained on, for comparison")
+    parser.add_argument("--video_size", default="20,3,64,64", help="frames, channels, height, width")
+    parser.add_argument("--audio_size", default="2,80000", help="channels, samples")
+    parser.add_argument("--video_fps", type=int, default=4, help="frames per second")
+    parser.add_argument("--audio_fps", type=int, default=16000, help="samples per second")
+    parser.add_argument("--contact_sheet", help="write a PNG: a row per clip, and below it where the sound comes from")
+    parser.add_argument("--watch_dir", help="write copies that are large and loud enough for any player")
+    flags = parser.parse_args()
+
+    def read(folder: str) -> tuple[th.Tensor, th.Tensor]:
+        sizes = (flags.video_size, flags.audio_size, flags.video_fps, flags.audio_fps)
+        clips = ClipDataset(build_index(folder), *sizes, random_flip=False)
+        items = [clips[i] for i in range(len(clips))]
+        return th.stack([item["video"] for item in items]), th.stack([item["audio"] for item in items])
+
+    videos, audios = read(flags.samples)
+    if flags.contact_sheet:
+        media.save_contact_sheet(flags.contact_sheet, show_heard_place(videos, audios))
+    if flags.watch_dir:
+        for k, (video, audio) in enumerate(zip(videos, audios, strict=True)):
+            large = th.nn.functional.interpolate(video, size=(WATCH_PIXELS, WATCH_PIXELS))
+            loud = AF.resample(audio, flags.audio_fps, WATCH_HZ).clamp(-1, 1)
+            Path(flags.watch_dir).mkdir(parents=True, exist_ok=True)
+            media.write_clip(f"{flags.watch_dir}/clip_{k:02d}.mp4", large, flags.video_fps, loud, WATCH_HZ)
+    if flags.data_dir:
+        print(f"spatial alignment of the data            {spatial_alignment(*read(flags.data_dir)):6.3f}")
+    print(f"spatial alignment of the generated clips {spatial_alignment(videos, audios):6.3f}")
+    if len(videos) > 1:
+        print(f"mismatched pairs of the generated clips  {mismatched_alignment(videos, audios):6.3f}")
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# From a fresh clone to new clips with stereo sound: environment, toy data, a small model, 16 clips, one number.
+# bash ssh_scripts/demo.sh [--minutes N]      train for about N minutes instead of a fixed number of steps
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+DEMO_DIR=${DEMO_DIR:-$REPO/demo_output}
+NUM_CLIPS=${NUM_CLIPS:-256}
+STEPS=${STEPS:-700}
+BATCH=16
+MINUTES=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --minutes)
+        MINUTES=${2:-}
+        [[ $MINUTES =~ ^[1-9][0-9]*$ ]] || die "--minutes ${MINUTES:-(nothing)}: need a whole number of minutes, 1 or more"
+        shift 2
+        ;;
+    *) die "$1: the only flag is --minutes N" ;;
+    esac
+done
+
+SIZES=(--video_size 8,3,8,8 --audio_size 2,1024 --video_fps 4 --audio_fps 512)
+MODEL=(--num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32
+    --cross_attention_shift False --predict_xstart True)
+TRAINING=(--batch_size "$BATCH" --lr 1e-3 --lr_warmup_steps 100 --grad_clip 1 --ema_rate 0.995 --num_workers 1
+    --save_interval 1000000 --log_interval 100)
+
+make_environment requirements_training_joint.txt
+start=$SECONDS
+mkdir -p "$DEMO_DIR"
+run=1
+while [ -e "$DEMO_DIR/run_$run" ]; do run=$((run + 1)); done
+RUN=$DEMO_DIR/run_$run
+
+train() { # train FOLDER STEPS FLAG...
+    python "$REPO/py_scripts/multimodal_train.py" --data_dir "$DEMO_DIR/data" --output_dir "$1" --lr_anneal_steps "$2" \
+        "${SIZES[@]}" "${MODEL[@]}" "${TRAINING[@]}" "${@:3}"
+}
+
+echo "1/4 toy data: $NUM_CLIPS clips in $DEMO_DIR/data"
+python "$REPO/py_scripts/make_toy_dataset.py" "$DEMO_DIR/data" --num_clips "$NUM_CLIPS" --size 64 --seconds 2
+
+if [ -n "$MINUTES" ]; then
+    trial=$(mktemp -d)
+    trap 'rm -rf "$trial"' EXIT
+    echo "timing a few steps"
+    train "$trial" 20 --preview_clips 0 --log_interval 20 >/dev/null
+    rate=$(awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == "samples_per_second") c = i } END { print $c }' \
+        "$trial/progress.csv")
+    STEPS=$(awk -v m="$MINUTES" -v r="$rate" -v b="$BATCH" 'BEGIN { n = int(60 * m * r / b); print n > 1 ? n : 1 }')
+fi
+
+echo "2/4 training for $STEPS steps; log and previews in $RUN"
+train "$RUN" "$STEPS"
+
+echo "3/4 sampling 16 clips from the moving average of the weights"
+python "$REPO/py_scripts/multimodal_sample_sr.py" --multimodal_model_path "$RUN" --output_dir "$RUN/generated" \
+    --all_save_num 16 --batch_size 16
+
+echo "4/4 looking and listening"
+python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/original" --data_dir "$DEMO_DIR/data" "${SIZES[@]}" \
+    --contact_sheet "$RUN/contact_sheet.png" --watch_dir "$RUN/watch"
+cat <<EOF
+
+clips            $RUN/generated/original (mp4) and $RUN/generated/audios (wav)
+to watch         $RUN/watch (the same, 256 pixels and 16 kHz, for any player)
+contact sheet    $RUN/contact_sheet.png (a row per clip; the bar below shows where the sound comes from)
+checkpoint       $RUN
+$(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after installation
+EOF
