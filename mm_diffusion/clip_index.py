@@ -39,40 +39,38 @@ class ClipIndex:
         return "\n".join([count, *(f"  {reason}" for reason in self.bad.values())])
 
 
-def build_index(
+def build_index(data_dir: str, max_bad_share: float = 0.1, **options) -> ClipIndex:
+    """`probe_folders`, but a DataError where no file, or too few, can be used: more than `max_bad_share` are bad."""
+    index = probe_folders(data_dir, **options)
+    refuse_if_bad(data_dir, index, max_bad_share)
+    return index
+
+
+def probe_folders(
     data_dir: str,
-    max_bad_share: float = 0.1,
     num_workers: int = 4,
     video_stream: int | None = None,
     audio_stream: int | None = None,
     rank: int = 0,
     barrier: Callable[[], None] = dist_util.barrier,
 ) -> ClipIndex:
-    """The index of all clips below `data_dir` (one folder or a comma list, local or remote).
+    """The index of all clips below `data_dir` (one folder or a comma list, local or remote), streams best or by index.
 
     Rank 0 probes what is new or changed and writes the cache; the others wait for it at `barrier` and read it (a rank
-    that cannot see that cache probes for itself). DataError where a folder is missing, holds no clips, or holds more
-    than `max_bad_share` files that cannot be used.
+    that cannot see that cache probes for itself). DataError where a folder is missing or there are no clips.
     """
     paths = find_clips(data_dir)
     cache = cache_path(data_dir, video_stream, audio_stream)
-
-    def look_up() -> dict[str, dict]:
-        return _probe_changed(paths, _read_cache(cache), num_workers, (video_stream, audio_stream), quiet=rank > 0)
-
+    if rank > 0:
+        barrier()
+    entries = _probe_changed(paths, _read_cache(cache), num_workers, (video_stream, audio_stream), quiet=rank > 0)
     if rank == 0:
-        entries = look_up()
         _write_cache(cache, entries)
         barrier()
-    else:
-        barrier()
-        entries = look_up()
-    index = ClipIndex(
+    return ClipIndex(
         clips=[(path, ClipInfo(**entry["info"])) for path, entry in entries.items() if "info" in entry],
         bad={path: entry["reason"] for path, entry in entries.items() if "reason" in entry},
     )
-    _refuse_if_bad(data_dir, index, max_bad_share)
-    return index
 
 
 def find_clips(data_dir: str) -> list[str]:
@@ -149,7 +147,8 @@ def _probe_changed(
         return dict(zip(paths, looked_up, strict=True))
 
 
-def _refuse_if_bad(data_dir: str, index: ClipIndex, max_bad_share: float) -> None:
+def refuse_if_bad(data_dir: str, index: ClipIndex, max_bad_share: float) -> None:
+    """DataError, with examples and the remedy, where nothing is left or more than that share is bad."""
     bad, total = len(index.bad), len(index.bad) + len(index.clips)
     examples = "; ".join(list(index.bad.values())[:MAX_EXAMPLES])
     if not index.clips:

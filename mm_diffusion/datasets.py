@@ -181,7 +181,8 @@ def load_data(
     empty = ClipIndex([], {})
     options = (video_size, audio_size, video_fps, audio_fps, random_flip, clip_stride, seed)
     ClipDataset(empty, *options)  # a wrong size is cheaper to tell than to probe all files first
-    index = build_index(data_dir, max_bad_share, max(1, num_workers), video_stream, audio_stream, rank)
+    streams = {"video_stream": video_stream, "audio_stream": audio_stream}
+    index = build_index(data_dir, max_bad_share, num_workers=max(1, num_workers), rank=rank, **streams)
     if rank == 0:
         logger.log(f"{data_dir}: {index.report()}")
     dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers))
@@ -191,10 +192,16 @@ def load_data(
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
         worker_init_fn=_start_worker,
-        # Processes forked from one that holds MPI, CUDA or threads may hang.
-        multiprocessing_context=multiprocessing.get_context("forkserver") if num_workers else None,
+        multiprocessing_context=_worker_context() if num_workers else None,
     )
     return _batches(loader)
+
+
+def _worker_context():
+    """Workers come from a clean process that imports once: forks of one with MPI, CUDA or threads may hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _start_worker(_: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import av
 import av.logging
+import av.video.reformatter
 import blobfile
 import numpy as np
 import soundfile
@@ -208,7 +209,8 @@ def read_window(
         return _cut_sound(path, sound_index, zero, in_rate, begin, end)
 
     audio = _resampled(cut, in_rate, sample_rate, round(start * sample_rate), num_samples)
-    fitted = {id(frame): fit_picture(_to_rgb(frame), height, width) for frame in frames}
+    converter = av.video.reformatter.VideoReformatter()  # one for all: setting it up costs more than a small frame
+    fitted = {id(frame): fit_picture(_to_rgb(frame, converter), height, width) for frame in frames}
     return th.stack([fitted[id(frame)] for frame in frames]).permute(0, 2, 3, 1).contiguous(), audio
 
 
@@ -227,9 +229,9 @@ def _pick_frames(path: str, timed: Iterable[tuple[Fraction, Any]], times: list[F
     return picked + [shown] * (len(times) - len(picked))
 
 
-def _to_rgb(frame) -> th.Tensor:
+def _to_rgb(frame, converter) -> th.Tensor:
     """-> [3, h, w] uint8, turned upright as the file's display matrix asks."""
-    array = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    array = np.rot90(converter.reformat(frame, format="rgb24").to_ndarray(), round(frame.rotation / 90))
     return th.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
@@ -308,8 +310,8 @@ def _runs_of_sound(path: str, stream_index: int, zero: Fraction, rate: int, begi
             break
         frames.append((position, to_stereo(frame)))
     runs = _gapless_runs(frames, half_tick)
-    grid = _sound_grid(path, stream_index, zero, rate) if half_tick > 0.5 and runs else None
-    return [(_origin(run, grid), th.cat(run.pieces, dim=1)) for run in runs]
+    first_sound = _first_sound(path, stream_index, zero, rate) if half_tick > 0.5 and runs else None
+    return [(_origin(run, first_sound), th.cat(run.pieces, dim=1)) for run in runs]
 
 
 def _gapless_runs(frames: list[tuple[float, th.Tensor]], half_tick: float) -> list[_Run]:
@@ -324,24 +326,31 @@ def _gapless_runs(frames: list[tuple[float, th.Tensor]], half_tick: float) -> li
     return runs
 
 
-def _sound_grid(path: str, stream_index: int, zero: Fraction, rate: int) -> tuple[float, int, int]:
-    """(where the stream's first frame begins, its length, the length of the next one), in samples from `zero`."""
+def _first_sound(path: str, stream_index: int, zero: Fraction, rate: int) -> tuple[float, int]:
+    """(where the stream's first frame begins, its length), in samples from `zero`."""
     with _opened(path) as container:
-        timed = list(itertools.islice(_decode(container, container.streams[stream_index]), 2))
-    return float((timed[0][0] - zero) * rate), timed[0][1].samples, timed[-1][1].samples
+        seconds, frame = next(_decode(container, container.streams[stream_index]))
+    return float((seconds - zero) * rate), frame.samples
 
 
-def _origin(run: _Run, grid: tuple[float, int, int] | None) -> int:
-    """The sample at which a run begins. Coarse time stamps do not tell, but frames of one length lie on a grid."""
+def _origin(run: _Run, first_sound: tuple[float, int] | None) -> int:
+    """The sample at which a run begins.
+
+    Where time stamps are too coarse to tell, it lies on a grid: that of the frames' common length counted from the end
+    of the stream's first frame, or one of 64 samples, which all common codecs keep.
+    """
     middle = (run.low + run.high) / 2
-    if grid is None:
+    if first_sound is None:
         return round(middle)
-    first, first_length, step = grid
+    first, first_length = first_sound
     if run.low <= first <= run.high:
         return round(first)
-    snapped = first + first_length + step * round((middle - first - first_length) / step)
-    of_one_length = all(piece.shape[1] == step for piece in run.pieces[:-1])
-    return round(snapped if of_one_length and run.low - 1 <= snapped <= run.high + 1 else middle)
+    common = math.gcd(*(piece.shape[1] for piece in run.pieces[:-1] or run.pieces))
+    for step in (common, math.gcd(common, 64)):
+        snapped = round(first) + first_length + step * round((middle - first - first_length) / step)
+        if run.low - 1 <= snapped <= run.high + 1:
+            return snapped
+    return round(middle)
 
 
 def _stereo_converter() -> Callable[[Any], th.Tensor]:

@@ -21,12 +21,13 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=4, help="files looked at together")
     parser.add_argument("--limit", type=int, default=20, help="files listed one by one, and measured for loudness")
     args = parser.parse_args()
-    streams = (args.video_stream, args.audio_stream)
-    index = clip_index.build_index(",".join(args.data_dir), 1.0, args.num_workers, *streams)
+    data_dir = ",".join(args.data_dir)
+    index = clip_index.probe_folders(data_dir, args.num_workers, args.video_stream, args.audio_stream)
+    windows = inspection.windows_of(index, args.video_size, args.video_fps, args.clip_stride)
     measured = tqdm.tqdm(index.clips[: args.limit], "sound", unit="file", leave=False)
     rows = [inspection.measure(path, info) for path, info in measured]
-    windows = inspection.windows_of(index, args.video_size, args.video_fps, args.clip_stride)
-    print(inspection.describe(index, rows, windows))
+    print(inspection.describe(index, rows, windows) if index.clips else index.report())
+    clip_index.refuse_if_bad(data_dir, index, max_bad_share=1.0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,296 @@
+"""Folders of clips: what is listed, what is refused, and in what order which samples come."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from media_files import MEDIA, grey_frames, make_clip, noise, real_media
+
+from mm_diffusion import clip_index, media
+from mm_diffusion.clip_index import ClipIndex, DataError, build_index
+from mm_diffusion.datasets import ClipDataset, GlobalOrder, load_data, mirror
+from mm_diffusion.media import ClipInfo, MediaError
+from mm_diffusion.metrics.spatial import mismatched_alignment, spatial_alignment
+from mm_diffusion.toy import ToyConfig, write_toy_dataset
+
+SMALL = {"video_size": "4,3,8,8", "audio_size": "2,512", "audio_fps": 512, "num_workers": 0}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MM_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy_dataset(folder, 24, ToyConfig(height=32, width=32, seconds=2, sample_rate=16000))
+    return folder
+
+
+def films(seconds):
+    """An index of clips that exist only on paper."""
+    return ClipIndex([(f"{s}.mp4", ClipInfo(s, 25, 64, 64, 16000, 2, 0, 1, "h264", "aac")) for s in seconds], {})
+
+
+def good(path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return make_clip(path, grey_frames(range(100, 140)), audio=noise(64000), **options)
+
+
+def bad_files(folder):
+    """One of each kind of bad file -> what its reason must say."""
+    whole = good(folder / "sub/whole.mp4", codec="flac")
+    data = whole.read_bytes()
+    make_clip(folder / "silent.mp4", grey_frames(range(20)))
+    (folder / "empty.mkv").write_bytes(b"")
+    (folder / "text.webm").write_text("this is no film\n" * 100)
+    (folder / "cut.mp4").write_bytes(data[: len(data) // 2])  # its index, written last, is missing
+    media_start = data.index(b"mdat") + 4
+    zeroed = data[:media_start] + bytes(data.index(b"moov") - 4 - media_start) + data[data.index(b"moov") - 4 :]
+    (folder / "zeroed.mp4").write_bytes(zeroed)
+    film = good(folder / "film.mkv").read_bytes()
+    (folder / "film.mkv").unlink()
+    (folder / "cut.mkv").write_bytes(film[: len(film) // 2])  # a good header, half of the data
+    reasons = {"silent.mp4": "no sound track", "empty.mkv": "0 bytes", "text.webm": "cannot be decoded"}
+    return reasons | {"cut.mp4": "cannot be decoded", "zeroed.mp4": "decoded", "cut.mkv": "truncated"}
+
+
+def test_bad_files_are_listed_with_their_reason_and_left_out(tmp_path):
+    reasons = bad_files(tmp_path)
+    (tmp_path / "notes.csv").write_text("not a clip")
+    index = build_index(str(tmp_path), max_bad_share=1)
+    assert [os.path.basename(path) for path, _ in index.clips] == ["whole.mp4"]
+    assert {os.path.basename(path) for path in index.bad} == set(reasons)
+    for name, reason in reasons.items():
+        (told,) = [text for path, text in index.bad.items() if path.endswith(name)]
+        assert reason in told
+        assert name in told
+        assert "\n" not in told
+    assert "1 clips, 6 files left out" in index.report()
+
+
+def test_a_gif_counts_as_a_clip_without_sound(tmp_path):
+    from PIL import Image
+
+    frames = [Image.fromarray(frame) for frame in grey_frames([10, 200])]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=250)
+    with pytest.raises(DataError, match=r"none of its 1 files can be used .*a\.gif: has no sound track"):
+        build_index(str(tmp_path))
+
+
+def test_training_refuses_a_folder_with_too_many_bad_files(tmp_path):
+    for k in range(3):
+        good(tmp_path / f"good{k}.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 of 4 files cannot be used .*empty\.mp4.*--max_bad_share 0\.2"):
+        build_index(str(tmp_path), max_bad_share=0.2)
+    assert len(build_index(str(tmp_path), max_bad_share=0.25).clips) == 3
+
+
+@pytest.mark.parametrize(("folder", "message"), [("", "no data folder"), ("nowhere", "no such data folder")])
+def test_a_missing_folder_is_named(tmp_path, folder, message):
+    with pytest.raises(DataError, match=message):
+        build_index(str(tmp_path / folder) if folder else "")
+    with pytest.raises(DataError, match="holds no clips"):
+        build_index(str(tmp_path))
+
+
+def test_the_index_is_kept_outside_the_folder_as_json_and_unchanged_files_are_not_probed_again(tmp_path, monkeypatch):
+    for name in ("a/one.mp4", "b/two.MKV"):
+        good((tmp_path / name).with_suffix((tmp_path / name).suffix.lower())).rename(tmp_path / name)
+    (tmp_path / "a/bad.mov").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    probed = []
+    probe = media.probe
+    monkeypatch.setattr(media, "probe", lambda path, *streams: probed.append(path) or probe(path, *streams))
+    folders = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    first = build_index(folders, max_bad_share=0.5)
+    assert (len(first.clips), len(probed)) == (2, 2)
+    assert build_index(folders, max_bad_share=0.5) == first
+    assert len(probed) == 2
+    os.utime(tmp_path / "a/one.mp4", (1, 1))
+    assert build_index(folders, max_bad_share=0.5) == first
+    assert len(probed) == 3
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "entries" in json.loads(clip_index.cache_path(folders).read_text())
+
+
+def test_one_rank_writes_the_index_and_the_others_wait_and_read_it(toy, monkeypatch):
+    calls = []
+    build_index(str(toy), rank=0, barrier=lambda: calls.append(clip_index.cache_path(str(toy)).exists()))
+    assert calls == [True]
+    monkeypatch.setattr(media, "probe", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr(clip_index, "_write_cache", lambda *_: pytest.fail("written by rank 1"))
+    assert len(build_index(str(toy), rank=1, barrier=lambda: calls.append("waited")).clips) == 24
+    assert calls == [True, "waited"]
+
+
+def test_a_damaged_index_is_built_anew(toy):
+    path = clip_index.cache_path(str(toy))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"format": 1, "entr')
+    assert len(build_index(str(toy)).clips) == 24
+
+
+def test_windows_are_all_of_f_frames_one_where_just_long_enough_or_short():
+    dataset = ClipDataset(films([5.0, 4.96, 6.0, 0.5, 15.0]), "20,3,8,8", "2,80000", clip_stride=2)
+    assert [dataset.place(k)[::2] for k in range(6)] == [
+        ("5.0.mp4", 0),
+        ("4.96.mp4", 0),
+        *[("6.0.mp4", start) for start in (0, 0.5, 1)],
+        ("0.5.mp4", 0),
+    ]
+    assert len(dataset) == 6 + 21
+    assert dataset.place(26)[2] == 10
+
+
+def test_two_ranks_share_the_global_batch_of_one(toy):
+    whole = GlobalOrder(10, 4, seed=1)
+    halves = [GlobalOrder(10, 2, seed=1, rank=rank, world_size=2) for rank in range(2)]
+    for together, first, second, _ in zip(whole, *halves, range(12), strict=False):
+        assert together == first + second
+    single = load_data(data_dir=str(toy), batch_size=4, **SMALL)
+    ranks = [load_data(data_dir=str(toy), batch_size=2, rank=r, world_size=2, **SMALL) for r in range(2)]
+    for _ in range(3):
+        parts = [next(rank)[0] for rank in ranks]
+        for key, value in next(single)[0].items():
+            assert value.equal(th.cat([part[key] for part in parts]))
+
+
+def test_every_epoch_shows_every_window_once_in_another_order():
+    flat = [item for batch, _ in zip(GlobalOrder(10, 4, seed=1), range(5), strict=False) for item in batch]
+    epochs = [[window for epoch, window in flat if epoch == e] for e in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
+    assert next(iter(GlobalOrder(10, 4, seed=2))) != flat[:4]
+
+
+def test_a_restart_at_batch_n_continues_the_stream(toy):
+    stream = load_data(data_dir=str(toy), batch_size=5, **SMALL)
+    batches = [next(stream)[0] for _ in range(8)]  # into the second epoch
+    resumed = load_data(data_dir=str(toy), batch_size=5, start_batch=6, **SMALL)
+    for expected in batches[6:]:
+        batch = next(resumed)[0]
+        assert all(batch[key].equal(value) for key, value in expected.items())
+
+
+def test_mirrored_twice_is_the_identity():
+    sample = {"video": th.randn(4, 3, 8, 8), "audio": th.randn(2, 64)}
+    once = mirror(sample)
+    assert all(not once[key].equal(sample[key]) for key in sample)
+    assert all(mirror(once)[key].equal(sample[key]) for key in sample)
+
+
+def test_picture_and_channels_are_mirrored_together_in_half_of_the_cases(toy):
+    index = build_index(str(toy))
+    plain = ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, random_flip=False)
+    flipped = ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, random_flip=True)
+    count = 0
+    for key in [(epoch, window) for epoch in range(10) for window in range(24)]:
+        sample, straight = flipped[key], plain[key]
+        is_mirrored = not sample["video"].equal(straight["video"])
+        expected = mirror(straight) if is_mirrored else straight
+        assert all(sample[name].equal(expected[name]) for name in sample)
+        count += is_mirrored
+    assert 80 < count < 160
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_toy_clips_stay_aligned_through_the_loader_at_8_px_and_512_hz(toy, num_workers):
+    sizes = {"video_size": "8,3,8,8", "audio_size": "2,1024", "audio_fps": 512, "num_workers": num_workers}
+    batch, cond = next(load_data(data_dir=str(toy), batch_size=24, **sizes))
+    assert cond == {}
+    assert (batch["video"].shape, batch["audio"].shape) == ((24, 8, 3, 8, 8), (24, 2, 1024))
+    assert {value.dtype for value in batch.values()} == {th.float32}
+    assert all(value.abs().max() <= 1 for value in batch.values())
+    assert spatial_alignment(batch["video"], batch["audio"]) > 0.95
+    assert abs(mismatched_alignment(batch["video"], batch["audio"])) < 0.15
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_clip_that_breaks_during_training_is_named_and_never_replaced(tmp_path, num_workers):
+    path = good(tmp_path / "a.mp4")
+    options = {**SMALL, "num_workers": num_workers}
+    stream = load_data(data_dir=str(tmp_path), batch_size=1, **options)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(MediaError) as caught:
+        next(stream)
+    assert "a.mp4" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_for_decoded_clips_is_bounded_and_changes_nothing(toy):
+    index = build_index(str(toy))
+    size = 4 * 8 * 8 * 3 + 2 * 512 * 4
+    roomy, tight = (
+        ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, cache_bytes=room) for room in (2**20, 3 * size + 1)
+    )
+    for _ in range(2):
+        for key in range(8):
+            assert all(value.equal(tight[key][name]) for name, value in roomy[key].items())
+    assert (len(roomy.cache), len(tight.cache)) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video_size": "20,3,64"}, "--video_size"),
+        ({"video_size": "20,1,64,64"}, "RGB"),
+        ({"audio_size": "1,80000"}, "stereo"),
+        ({"audio_size": "2,none"}, "--audio_size"),
+        ({"video_size": "0,3,64,64"}, "--video_size"),
+        ({"video_fps": 0}, "--video_fps"),
+        ({"clip_stride": 0}, "--clip_stride"),
+        ({"batch_size": 0}, "--batch_size"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_read(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(**({"data_dir": "nowhere", "batch_size": 1} | SMALL | change))
+
+
+def run_check_data(*arguments):
+    script = Path(__file__).resolve().parents[1] / "py_scripts" / "check_data.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_check_data_tells_what_a_folder_holds(tmp_path):
+    good(tmp_path / "good.mp4")
+    (tmp_path / "broken.mkv").write_bytes(b"")
+    told = run_check_data(tmp_path, "--video_size", "4,3,8,8")
+    assert told.returncode == 0
+    for fact in ("1 files, 13 windows", "48x32", "16000", "dBFS", "right minus left", "broken.mkv: is empty"):
+        assert fact in told.stdout
+    (tmp_path / "good.mp4").unlink()
+    told = run_check_data(tmp_path)
+    assert told.returncode == 1
+    assert "broken.mkv: is empty" in told.stdout
+    assert told.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in told.stderr
+
+
+@real_media
+def test_the_two_real_clips_load_as_training_clips(tmp_path):
+    for path in MEDIA.glob("*.[mw][pe][4b]*"):
+        shutil.copy(path, tmp_path)
+    index = build_index(str(tmp_path))
+    assert [(info.width, info.height, info.sample_rate) for _, info in index.clips] == [
+        (1280, 720, 44100),
+        (480, 270, 16000),
+    ]
+    batch, _ = next(
+        load_data(data_dir=str(tmp_path), batch_size=2, video_size="20,3,64,64", audio_size="2,80000", num_workers=0)
+    )
+    assert batch["video"].shape == (2, 20, 3, 64, 64)
+    assert (batch["video"][:, :, :, :14] == -1).all()  # letter-boxed
+    assert np.isfinite(batch["audio"].numpy()).all()
+    assert (batch["audio"].square().mean(dim=(1, 2)) > 1e-6).all()
