@@ -2,6 +2,10 @@
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPO/.venv}
+case $VENV in
+/*) ;;
+*) VENV=$PWD/$VENV ;;
+esac
 
 # Large tensors come and go at every step; given back to the system each time, they cost a third of the time on CPUs.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
@@ -41,7 +45,8 @@ has_pip() {
 # make_environment REQUIREMENTS...: an environment in $VENV, first on PATH, with the pins of these files and the package
 # in it. What is there already is reused; pip runs only where pins have changed.
 make_environment() {
-    local python file pins stamp changed=
+    local python file
+    local stale=() wanted=()
     if ! has_pip "$VENV"; then
         if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV" 2>/dev/null || echo file)" ]; then
             die "VENV=$VENV exists and is no virtual environment; choose another place"
@@ -54,19 +59,26 @@ make_environment() {
     fi
     export PATH=$VENV/bin:$PATH
     for file in "$@"; do
-        pins=$(cd "$REPO" && echo "$REPO" && cksum "$file" setup.py)
-        stamp=$VENV/.installed_$file
-        [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ] || continue
-        echo "installing $file into $VENV (minutes the first time)"
-        rm -f "$stamp"
-        install -r "$REPO/$file"
-        changed=yes
-        echo "$pins" >"$stamp"
+        if [ "$(cat "$VENV/.installed_$file" 2>/dev/null)" != "$(pins_of "$file")" ]; then
+            stale+=("$file")
+            wanted+=(-r "$REPO/$file")
+        fi
     done
-    [ -z "$changed" ] || install --no-deps -e "$REPO"
+    [ ${#stale[@]} -gt 0 ] || return 0
+    echo "installing ${stale[*]} into $VENV (minutes the first time)"
+    pip_install "${wanted[@]}"
+    pip_install --no-deps -e "$REPO"
+    for file in "${stale[@]}"; do
+        pins_of "$file" >"$VENV/.installed_$file"
+    done
 }
 
-install() {
+# pins_of REQUIREMENTS: what the stamp in the environment must say for them to be up to date.
+pins_of() {
+    (cd "$REPO" && echo "$REPO" && cksum "$1" setup.py)
+}
+
+pip_install() {
     "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet "$@" >"$VENV/pip.log" 2>&1 ||
         die "pip install $* failed: $(grep -i error "$VENV/pip.log" | tail -n 1) (all of it: $VENV/pip.log)"
 }
