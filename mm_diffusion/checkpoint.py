@@ -108,7 +108,7 @@ def fingerprint(state: dict[str, th.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().flatten().view(th.uint8).numpy())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(th.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

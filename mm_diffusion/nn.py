@@ -92,7 +92,8 @@ class GroupNorm32(nn.Module):
     def forward(self, x: th.Tensor, scale_shift: th.Tensor | None = None) -> th.Tensor:
         """[B, C, *grid] normalised over the whole grid; `scale_shift` [B, 2C]: norm(x) * (1 + scale) + shift."""
         sequence = tokens(x)
-        weight, bias = self.weight, self.bias
+        weight: th.Tensor = self.weight
+        bias: th.Tensor = self.bias
         if scale_shift is not None:
             scale, shift = scale_shift.float().view(x.shape[0], *(1,) * (x.ndim - 2), -1).chunk(2, dim=-1)
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
@@ -129,20 +130,14 @@ class SequenceConv(nn.Conv1d):
     """A dilated convolution along [B, C, L] of odd kernel, run as a two-dimensional one in channels-last memory."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation
-        )
+        super().__init__(in_channels, out_channels, kernel_size, dilation=dilation)
+        self.reach = dilation * (kernel_size // 2)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         if self.dilation[0] >= x.shape[-1]:  # the outer taps see padding only
             return from_tokens(F.linear(tokens(x), self.weight[..., self.kernel_size[0] // 2], self.bias))
-        y = F.conv2d(
-            x.unsqueeze(2),
-            self.weight.unsqueeze(2),
-            self.bias,
-            padding=(0, self.padding[0]),
-            dilation=(1, self.dilation[0]),
-        )
+        weight = self.weight.unsqueeze(2)
+        y = F.conv2d(x.unsqueeze(2), weight, self.bias, padding=(0, self.reach), dilation=(1, self.dilation[0]))
         return y.squeeze(2)
 
 
@@ -181,7 +176,7 @@ def attend(query: th.Tensor, key: th.Tensor, value: th.Tensor, num_heads: int) -
 
 
 class SelfAttention(nn.Module):
-    """`x + proj(attention(norm(x)))` among some axes of the grid; each place on the other axes is a sequence of its own.
+    """`x + proj(attention(norm(x)))` among some axes of the grid; each place on the others is a sequence of its own.
 
     On the grid "f h w", attention `among` "h w" is among the pixels of a frame, "f" among the frames of a pixel.
     """
@@ -202,4 +197,4 @@ class SelfAttention(nn.Module):
         y = rearrange(tokens(x), f"b {self.grid} c -> {self.sequences}")
         query, key, value = self.qkv.on_tokens(self.norm.over(y, [1])).chunk(3, dim=-1)
         y = y + self.proj.on_tokens(attend(query, key, value, self.num_heads))
-        return from_tokens(rearrange(y, f"{self.sequences} -> b {self.grid} c", **sizes))
+        return from_tokens(rearrange(y, f"{self.sequences} -> b {self.grid} c", **sizes).contiguous())

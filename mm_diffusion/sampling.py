@@ -139,7 +139,7 @@ def sample_joint(
     Noise is drawn per clip and on the CPU, window shifts per evaluation: a clip depends on its number and the seed, not
     on the batch, the ranks or the device.
     """
-    network = model.model if isinstance(model, Prepared) else model
+    network: Any = model.model if isinstance(model, Prepared) else model
     generators = rng.per_sample(seed, "sample", indices=indices)
     shapes = {"video": network.video_size, "audio": network.audio_size}
     x_T = {
@@ -171,7 +171,7 @@ def write_sample(
 
 @contextmanager
 def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
-    """`call(function, *args)` that returns at once, to encode files beside the model; errors surface here at the latest."""
+    """`call(function, *args)` that returns at once, to encode files beside the model. Errors surface on leaving."""
     waiting: list[Future] = []
     with ThreadPoolExecutor(max_workers=1) as pool:
 

@@ -137,16 +137,22 @@ class TrainLoop:
         size = self.config.microbatch if self.config.microbatch > 0 else batch
         losses = []
         for start in range(0, batch, size):
-            parts = [tree_map(lambda x, s=start: x[s : s + size], tree) for tree in (x_start, cond, t, noise, weights)]
+            parts: list[Any] = [
+                tree_map(lambda x, s=start: x[s : s + size], tree) for tree in (x_start, cond, t, noise, weights)
+            ]
             last = start + size >= batch
-            with self.forward_model.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext():
-                losses.append(self._microbatch(*parts, share=1 / batch))
+            with contextlib.nullcontext() if last else self._unsynchronised():
+                losses.append(self._microbatch(parts, 1 / batch))
         self.sampler.update_with_local_losses(t, th.cat(losses))
 
-    def _microbatch(
-        self, x_start: Tree, cond: dict[str, Any], t: th.Tensor, noise: Tree, weights: th.Tensor, share: float
-    ) -> th.Tensor:
+    def _unsynchronised(self) -> contextlib.AbstractContextManager:
+        """Within it a backward pass does not exchange gradients."""
+        ranks = self.forward_model
+        return ranks.no_sync() if isinstance(ranks, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _microbatch(self, part: list[Any], share: float) -> th.Tensor:
         """Add the gradient of `share` times the summed weighted losses; returns the losses [B] without weights."""
+        x_start, cond, t, noise, weights = part
         shifts = rng.generator(self.config.seed, self.step, "window shift")  # the same for every microbatch and rank
         with window_shift(shifts):
             with th.autocast(self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
@@ -262,7 +268,7 @@ class TrainLoop:
         state = checkpoint.load(os.path.join(folder, f"opt{match[1]}.pt"))
         if not isinstance(state, dict) or "param_groups" not in state:
             raise CheckpointError(f"{folder}/opt{match[1]}.pt: holds no optimizer state")
-        rest = state.pop("train", {})
+        rest: Any = state.pop("train", {})
         self.optimizer.load_state_dict(state)
         self.sampler.load_state_dict(rest.get("schedule_sampler", {}))
         self.log_loss_scale = rest.get("log_loss_scale", INITIAL_LOG_LOSS_SCALE)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
@@ -228,106 +230,139 @@ class OutputConv(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
+@dataclass(frozen=True)
+class UNetConfig:
+    """What a coupled U-Net is like. Resolutions are downsample rates of the picture (2 is half size)."""
+
+    video_size: tuple[int, int, int, int]  # F, C, H, W
+    audio_size: tuple[int, int]  # C, L
+    num_channels: int = 128
+    num_res_blocks: int = 2
+    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
+    num_heads: int = 4
+    num_head_channels: int = 64
+    cross_attention_resolutions: tuple[int, ...] = (2, 4, 8)
+    cross_attention_windows: tuple[int, ...] = (1, 4, 8)
+    cross_attention_shift: bool = True
+    video_attention_resolutions: tuple[int, ...] = (2, 4, 8)
+    audio_attention_resolutions: tuple[int, ...] = ()
+    dropout: float = 0.0
+    use_checkpoint: bool = False
+    use_scale_shift_norm: bool = True
+    learn_sigma: bool = False
+    video_type: str = "2d+1d"
+
+    @property
+    def widths(self) -> list[int]:
+        return [int(self.num_channels * mult) for mult in self.channel_mult]
+
+    @property
+    def windows(self) -> dict[int, int]:
+        """Downsample rate -> window of its cross-attention, in frames."""
+        return dict(zip(self.cross_attention_resolutions, self.cross_attention_windows, strict=True))
+
+
 class MultimodalUNet(nn.Module):
     """`model(video [B, F, C, H, W], audio [B, C, L], timesteps [B]) -> (video, audio)`, in the same layouts.
 
-    Resolutions are downsample rates of the picture (2 is half size). With `learn_sigma` both outputs have twice the
-    channels (the published model forgets the audio). Raises ValueError for sizes the network cannot hold.
+    Takes the fields of UNetConfig. With `learn_sigma` both outputs have twice the channels (the published model forgets
+    the audio). Raises ValueError for sizes the network cannot hold.
     """
 
-    def __init__(
-        self,
-        *,
-        video_size: tuple[int, int, int, int],
-        audio_size: tuple[int, int],
-        num_channels: int = 128,
-        num_res_blocks: int = 2,
-        channel_mult: tuple[float, ...] = (1, 2, 3, 4),
-        num_heads: int = 4,
-        num_head_channels: int = 64,
-        cross_attention_resolutions: tuple[int, ...] = (2, 4, 8),
-        cross_attention_windows: tuple[int, ...] = (1, 4, 8),
-        cross_attention_shift: bool = True,
-        video_attention_resolutions: tuple[int, ...] = (2, 4, 8),
-        audio_attention_resolutions: tuple[int, ...] = (),
-        dropout: float = 0.0,
-        use_checkpoint: bool = False,
-        use_scale_shift_norm: bool = True,
-        learn_sigma: bool = False,
-        video_type: str = "2d+1d",
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        check_sizes(video_size, audio_size, len(channel_mult), cross_attention_resolutions, cross_attention_windows)
-        self.video_size, self.audio_size, self.use_checkpoint = video_size, audio_size, use_checkpoint
-        widths = [int(num_channels * mult) for mult in channel_mult]
-        windows = dict(zip(cross_attention_resolutions, cross_attention_windows, strict=True))
-        dilation = 1  # exponent of the audio dilation
-
-        def res(cin: int, cout: int, rate: int = 0, resample: str | None = None, middle: bool = False) -> ResBlock:
-            return ResBlock(
-                cin,
-                num_channels,
-                dropout,
-                cout,
-                use_scale_shift_norm=use_scale_shift_norm,
-                video_attention=middle or rate in video_attention_resolutions,
-                audio_attention=middle or rate in audio_attention_resolutions,
-                num_heads=num_heads,
-                audio_dilation=2 ** (dilation % 10),
-                video_type=video_type,
-                resample=resample,
-            )
-
-        def cross(channels: int, window: int, shifts: bool) -> CrossAttention:
-            heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-            return CrossAttention(channels, heads, window, shifts)
-
-        def stage(cin: int, cout: int, level: int) -> list[nn.Module]:
-            rate = 2**level
-            coupling = [cross(cout, windows[rate], cross_attention_shift)] if rate in windows else []
-            return [res(cin, cout, rate), *coupling]
-
-        first = {
-            "video": VIDEO_CONVS[video_type](video_size[1], widths[0]),
-            "audio": SequenceConv(audio_size[0], widths[0]),
-        }
-        self.time_embed = nn.Sequential(
-            nn.Linear(num_channels, num_channels), nn.SiLU(), nn.Linear(num_channels, num_channels)
-        )
-        width, skips = widths[0], [widths[0]]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([InputConv(first)])])
-        for level, out in enumerate(widths):
-            for _ in range(num_res_blocks):
-                self.input_blocks.append(nn.ModuleList(stage(width, out, level)))
-                width, dilation = out, dilation + 1
-                skips.append(width)
-            if level < len(widths) - 1:
-                self.input_blocks.append(nn.ModuleList([res(width, width, resample="downsample")]))
-                dilation += 1
-                skips.append(width)
-        # the published model couples the middle only for exactly these windows
-        middle = [cross(width, video_size[0], False)] if tuple(cross_attention_windows) == (1, 4, 8) else []
-        self.middle_blocks = nn.ModuleList([res(width, width, middle=True), *middle, res(width, width, middle=True)])
-        self.output_blocks = nn.ModuleList()
-        dilation -= 1
-        for level, out in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                blocks = stage(width + skips.pop(), out, level)
-                width, dilation = out, dilation - 1
-                if level and i == num_res_blocks:
-                    blocks.append(res(width, width, resample="upsample"))
-                self.output_blocks.append(nn.ModuleList(blocks))
-        scale = 2 if learn_sigma else 1
+        self.config = config = UNetConfig(**options)
+        check_sizes(config)
+        self.video_size, self.audio_size = config.video_size, config.audio_size
+        self.use_checkpoint = config.use_checkpoint
+        width = config.num_channels
+        self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.input_blocks, self.output_blocks = nn.ModuleList(), nn.ModuleList()
+        skips, depth = self._add_input_blocks()
+        self.middle_blocks = nn.ModuleList(self._middle(skips[-1], depth))
+        width = self._add_output_blocks(skips, depth - 1)
+        scale = 2 if config.learn_sigma else 1
         self.out = nn.ModuleDict(
             {
-                "video": OutputConv(width, VolumeConv(width, scale * video_size[1])),
-                "audio": OutputConv(width, SequenceConv(width, scale * audio_size[0])),
+                "video": OutputConv(width, VolumeConv(width, scale * self.video_size[1])),
+                "audio": OutputConv(width, SequenceConv(width, scale * self.audio_size[0])),
             }
         )
 
+    def _add_input_blocks(self) -> tuple[list[int], int]:
+        """The way down -> (width of every skip, depth reached); the depth sets the dilation of the audio."""
+        config, widths = self.config, self.config.widths
+        video = VIDEO_CONVS[config.video_type](self.video_size[1], widths[0])
+        self.input_blocks.append(
+            nn.ModuleList([InputConv({"video": video, "audio": SequenceConv(self.audio_size[0], widths[0])})])
+        )
+        skips, depth = [widths[0]], 1
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(nn.ModuleList(self._stage(skips[-1], width, level, depth)))
+                skips, depth = [*skips, width], depth + 1
+            if level < len(widths) - 1:
+                self.input_blocks.append(nn.ModuleList([self._res(width, width, depth, resample="downsample")]))
+                skips, depth = [*skips, width], depth + 1
+        return skips, depth
+
+    def _middle(self, width: int, depth: int) -> list[nn.Module]:
+        blocks: list[nn.Module] = [self._res(width, width, depth, attention=(True, True)) for _ in range(2)]
+        if tuple(self.config.cross_attention_windows) == (1, 4, 8):  # the published model couples the middle only then
+            blocks.insert(1, self._cross(width, window=self.video_size[0], shifts=False))
+        return blocks
+
+    def _add_output_blocks(self, skips: list[int], depth: int) -> int:
+        """The way up -> its last width."""
+        config, width = self.config, skips[-1]
+        for level, out in reversed(list(enumerate(config.widths))):
+            for i in range(config.num_res_blocks + 1):
+                blocks = self._stage(width + skips.pop(), out, level, depth)
+                width, depth = out, depth - 1
+                if level and i == config.num_res_blocks:
+                    blocks.append(self._res(width, width, depth, resample="upsample"))
+                self.output_blocks.append(nn.ModuleList(blocks))
+        return width
+
+    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int) -> list[nn.Module]:
+        """A residual block and, where the resolution asks for it, the cross-attention that follows it."""
+        config, rate = self.config, 2**level
+        attention = (rate in config.video_attention_resolutions, rate in config.audio_attention_resolutions)
+        blocks: list[nn.Module] = [self._res(in_channels, out_channels, depth, attention)]
+        if rate in config.windows:
+            blocks.append(self._cross(out_channels, config.windows[rate], config.cross_attention_shift))
+        return blocks
+
+    def _res(
+        self,
+        in_channels: int,
+        out_channels: int,
+        depth: int,
+        attention: tuple[bool, bool] = (False, False),
+        resample: str | None = None,
+    ) -> ResBlock:
+        return ResBlock(
+            in_channels,
+            self.config.num_channels,
+            self.config.dropout,
+            out_channels,
+            use_scale_shift_norm=self.config.use_scale_shift_norm,
+            video_attention=attention[0],
+            audio_attention=attention[1],
+            num_heads=self.config.num_heads,
+            audio_dilation=2 ** (depth % 10),
+            video_type=self.config.video_type,
+            resample=resample,
+        )
+
+    def _cross(self, channels: int, window: int, shifts: bool) -> CrossAttention:
+        per_head = self.config.num_head_channels
+        heads = self.config.num_heads if per_head == -1 else channels // per_head
+        return CrossAttention(channels, heads, window, shifts)
+
     def forward(self, video: th.Tensor, audio: th.Tensor, timesteps: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        dtype = self.time_embed[0].weight.dtype
-        emb = self.time_embed(timestep_embedding(timesteps, self.time_embed[0].in_features).to(dtype))
+        dtype = next(self.parameters()).dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.config.num_channels).to(dtype))
         h = {"video": VIDEO.enter(video.to(dtype)), "audio": AUDIO.enter(audio.to(dtype))}
         skips = []
         for blocks in self.input_blocks:
@@ -339,9 +374,9 @@ class MultimodalUNet(nn.Module):
             h = self._run(blocks, {name: concat_channels(x, skip[name]) for name, x in h.items()}, emb)
         return VIDEO.leave(self.out["video"](h["video"])), AUDIO.leave(self.out["audio"](h["audio"]))
 
-    def _run(self, blocks: nn.ModuleList, h: Maps, emb: th.Tensor) -> Maps:
+    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor) -> Maps:
         """Run blocks in order; shifts are drawn here, outside whatever is recomputed for the gradient."""
-        for block in blocks:
+        for block in blocks.children():
             shift = block.draw_shift(h["video"].shape[2]) if isinstance(block, CrossAttention) else 0
             if self.use_checkpoint and self.training and th.is_grad_enabled():
                 h = checkpoint(block, h, emb, shift, use_reentrant=False)
@@ -350,16 +385,12 @@ class MultimodalUNet(nn.Module):
         return h
 
 
-def check_sizes(
-    video_size: tuple[int, int, int, int],
-    audio_size: tuple[int, int],
-    num_levels: int,
-    resolutions: tuple[int, ...],
-    windows: tuple[int, ...],
-) -> None:
-    """ValueError, naming the flag, where a clip of these sizes does not fit a network of `num_levels` levels."""
-    num_frames, _, height, width = video_size
-    length, deepest = audio_size[1], num_levels - 1
+def check_sizes(config: UNetConfig) -> None:
+    """ValueError, naming the flag, where the clip does not fit the network."""
+    resolutions, windows = config.cross_attention_resolutions, config.cross_attention_windows
+    num_levels = len(config.channel_mult)
+    num_frames, _, height, width = config.video_size
+    length, deepest = config.audio_size[1], num_levels - 1
     for_levels = f"which {num_levels} levels of channel_mult need"
     if len(resolutions) != len(windows):
         raise ValueError(
