@@ -166,7 +166,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, window_frames: int, shifts: bool = True) -> None:
         super().__init__()
-        if channels % num_heads:
+        if num_heads < 1 or channels % num_heads:
             raise ValueError(f"{channels} channels do not split into {num_heads} heads: change num_head_channels")
         self.num_heads, self.window_frames, self.shifts = num_heads, window_frames, shifts
         self.video = CrossStream(channels, len(VIDEO.stride))
@@ -387,6 +387,11 @@ class MultimodalUNet(nn.Module):
 
 def check_sizes(config: UNetConfig) -> None:
     """ValueError, naming the flag, where the clip does not fit the network."""
+    for name in ("num_channels", "num_res_blocks", "num_heads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
+    if config.num_head_channels < 1 and config.num_head_channels != -1:
+        raise ValueError(f"num_head_channels {config.num_head_channels}: need at least 1, or -1 for num_heads heads")
     resolutions, windows = config.cross_attention_resolutions, config.cross_attention_windows
     num_levels = len(config.channel_mult)
     num_frames, _, height, width = config.video_size
