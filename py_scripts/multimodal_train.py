@@ -1,5 +1,7 @@
 """Train the coupled U-Net on clips of video and stereo sound."""
 
+import torch as th
+
 from mm_diffusion import checkpoint, logger, sampling
 from mm_diffusion.datasets import load_data
 from mm_diffusion.dist_util import friendly_errors, setup_dist
@@ -25,6 +27,7 @@ def main() -> None:
         flags = merge_checkpoint_flags(flags, given, trained, flags["resume_checkpoint"])
     config, data_config = pick(TrainConfig, flags), pick(DataConfig, flags)
     world = setup_dist(config.devices)
+    th.manual_seed(config.seed)  # every rank starts from the same weights
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
     preview = sampling.make_preview(
         diffusion, config.sample_fn, config.save_type, config.preview_clips, config.output_dir, data_config, world
