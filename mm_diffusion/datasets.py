@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import functools
 import itertools
 import multiprocessing
+import weakref
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
@@ -194,7 +196,9 @@ def load_data(
         worker_init_fn=_start_worker,
         multiprocessing_context=_worker_context() if num_workers else None,
     )
-    return _batches(loader)
+    batches = _batches(iter(loader))
+    atexit.register(_close, weakref.ref(batches))  # else the loader waits 5 s for each worker at exit
+    return batches
 
 
 def _worker_context():
@@ -208,9 +212,14 @@ def _start_worker(_: int) -> None:
     th.set_num_threads(1)
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[Sample, dict]]:
+def _close(batches: weakref.ref) -> None:
+    if (generator := batches()) is not None:
+        generator.close()
+
+
+def _batches(batches: Iterator[Sample]) -> Iterator[tuple[Sample, dict]]:
     try:
-        for batch in loader:
+        for batch in batches:
             yield batch, {}
     except MediaError as error:  # a worker's comes with its traceback as text, and its own line last
         raise MediaError(str(error).strip().splitlines()[-1].split("MediaError: ", 1)[-1]) from error
