@@ -222,4 +222,6 @@ def _batches(batches: Iterator[Sample]) -> Iterator[tuple[Sample, dict]]:
         for batch in batches:
             yield batch, {}
     except MediaError as error:  # a worker's comes with its traceback as text, and its own line last
-        raise MediaError(str(error).strip().splitlines()[-1].split("MediaError: ", 1)[-1]) from error
+        reason = str(error).strip().splitlines()[-1].split("MediaError: ", 1)[-1]
+    del batches  # ends the workers; what is raised below no longer refers to them
+    raise MediaError(reason)
