@@ -16,6 +16,7 @@ class _Logger:
         self.enabled = True
         self.values: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
+        self.stale = False  # progress.csv holds rows that are not in `rows`
 
 
 _current = _Logger()
@@ -66,7 +67,8 @@ def dumpkvs() -> dict[str, float]:
 
 def drop_rows_from(step: int) -> None:
     """Forget rows of steps later than `step`, which a resumed run makes anew."""
-    _current.rows = [row for row in _current.rows if float(row.get("step") or 0) <= step]
+    kept = [row for row in _current.rows if float(row.get("step") or 0) <= step]
+    _current.rows, _current.stale = kept, len(kept) < len(_current.rows)
 
 
 def _table_path() -> Path:
@@ -77,7 +79,7 @@ def _table_path() -> Path:
 def _append_row(row: dict[str, str]) -> None:
     """Add the row; a key seen for the first time adds a column, for which the file is written anew."""
     columns = list(dict.fromkeys(key for known in [*_current.rows[:1], row] for key in known))
-    fresh = not _current.rows or list(_current.rows[0]) != columns
+    fresh = _current.stale or not _current.rows or list(_current.rows[0]) != columns
     _current.rows = [{key: known.get(key, "") for key in columns} for known in [*_current.rows, row]]
     path = _table_path()
     target = path.with_suffix(".tmp") if fresh else path
@@ -88,6 +90,7 @@ def _append_row(row: dict[str, str]) -> None:
         writer.writerows(_current.rows if fresh else _current.rows[-1:])
     if fresh:
         os.replace(target, path)
+        _current.stale = False
 
 
 def _cell(value: float) -> str:
