@@ -270,6 +270,8 @@ class TrainLoop:
             raise CheckpointError(f"{folder}/opt{match[1]}.pt: holds no optimizer state")
         rest: Any = state.pop("train", {})
         self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay
         self.sampler.load_state_dict(rest.get("schedule_sampler", {}))
         self.log_loss_scale = rest.get("log_loss_scale", INITIAL_LOG_LOSS_SCALE)
         self.step = int(match[1])
