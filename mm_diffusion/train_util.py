@@ -77,6 +77,12 @@ class TrainLoop:
         _check(config)
         self.model, self.diffusion, self.config, self.world = model.to(world.device), diffusion, config, world
         self.flags, self.preview = flags or {}, preview
+        self.forward_model: nn.Module = self.model
+        if world.size > 1:  # first of all: every rank gets the weights of rank 0
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.forward_model = DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
         self.params = list(self.model.parameters())
         self.optimizer = th.optim.AdamW(
@@ -89,12 +95,6 @@ class TrainLoop:
         if config.resume_checkpoint:
             self._resume(config.resume_checkpoint)
         self.data = data(self.step)
-        self.forward_model: nn.Module = self.model
-        if world.size > 1:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            self.forward_model = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
         self.seen: dict[str, list[th.Tensor]] = {}  # what the next row of the log averages
 
     def run_loop(self) -> None:
