@@ -29,9 +29,9 @@ def filled(model):
     return model
 
 
-def build(**flags):
+def build(as_built=False, **flags):
     model, diffusion = create_model_and_diffusion(**{**FLAGS, **flags})
-    return filled(model), diffusion
+    return model if as_built else filled(model), diffusion
 
 
 def clips(first, count):
