@@ -6,6 +6,7 @@ import csv
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,16 +17,18 @@ class _Logger:
         self.enabled = True
         self.values: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
+        self.database: Any = None  # a run of Weights and Biases
         self.stale = False  # progress.csv holds rows that are not in `rows`
 
 
 _current = _Logger()
 
 
-def configure(folder: str | os.PathLike | None = None, enabled: bool = True) -> None:
+def configure(folder: str | os.PathLike | None = None, enabled: bool = True, use_db: bool = False) -> None:
     """Write below `folder` (None: console only). Ranks other than 0 pass enabled=False and stay silent.
 
-    Rows that an earlier run left in progress.csv are kept.
+    Rows that an earlier run left in progress.csv are kept. `use_db`: Weights and Biases as well, if it is installed;
+    its key comes from its own environment variable.
     """
     global _current
     _current = _Logger()
@@ -36,6 +39,12 @@ def configure(folder: str | os.PathLike | None = None, enabled: bool = True) -> 
         if _table_path().exists():
             with _table_path().open(newline="") as file:
                 _current.rows = list(csv.DictReader(file))
+    if use_db and enabled:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("use_db True needs Weights and Biases: pip install wandb, or leave the flag out") from None
+        _current.database = wandb.init(dir=folder)
 
 
 def log(*words: object) -> None:
@@ -60,6 +69,8 @@ def dumpkvs() -> dict[str, float]:
     if not _current.enabled or not values:
         return values
     log(_table(values))
+    if _current.database is not None:
+        _current.database.log(values)
     if _current.folder is not None:
         _append_row({key: _cell(value) for key, value in values.items()})
     return values

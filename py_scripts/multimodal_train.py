@@ -32,7 +32,7 @@ def main() -> None:
     preview = sampling.make_preview(
         diffusion, config.sample_fn, config.save_type, config.preview_clips, config.output_dir, data_config, world
     )
-    logger.configure(config.output_dir or None, enabled=world.rank == 0)
+    logger.configure(config.output_dir or None, world.rank == 0, config.use_db)
     for note in notes_on(given):
         logger.log(note)
 

@@ -23,7 +23,7 @@ done
 SIZES=(--video_size 8,3,8,8 --audio_size 2,1024 --video_fps 4 --audio_fps 512)
 MODEL=(--num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32
     --cross_attention_shift False --predict_xstart True)
-TRAINING=(--batch_size "$BATCH" --lr 1e-3 --lr_warmup_steps 100 --grad_clip 1 --ema_rate 0.995 --num_workers 1
+TRAINING=(--lr 1e-3 --lr_warmup_steps 100 --grad_clip 1 --ema_rate 0.995 --num_workers 1
     --save_interval 1000000 --log_interval 100)
 
 make_environment requirements_training_joint.txt
@@ -33,9 +33,17 @@ run=1
 while [ -e "$DEMO_DIR/run_$run" ]; do run=$((run + 1)); done
 RUN=$DEMO_DIR/run_$run
 
+# On a CPU several ranks of one thread each are faster than one rank of several threads at these sizes.
+RANKS=1
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    for n in 2 4 8; do [ "$(nproc)" -lt $n ] || RANKS=$n; done
+    export OMP_NUM_THREADS=1
+fi
+run_ranks() { (NUM_GPUS=$RANKS launch "$@"); }
+
 train() { # train FOLDER STEPS FLAG...
-    python "$REPO/py_scripts/multimodal_train.py" --data_dir "$DEMO_DIR/data" --output_dir "$1" --lr_anneal_steps "$2" \
-        "${SIZES[@]}" "${MODEL[@]}" "${TRAINING[@]}" "${@:3}"
+    run_ranks multimodal_train.py --data_dir "$DEMO_DIR/data" --output_dir "$1" --lr_anneal_steps "$2" \
+        "${SIZES[@]}" "${MODEL[@]}" --batch_size $((BATCH / RANKS)) "${TRAINING[@]}" "${@:3}"
 }
 
 echo "1/4 toy data: $NUM_CLIPS clips in $DEMO_DIR/data"
@@ -55,8 +63,8 @@ echo "2/4 training for $STEPS steps; log and previews in $RUN"
 train "$RUN" "$STEPS"
 
 echo "3/4 sampling 16 clips from the moving average of the weights"
-python "$REPO/py_scripts/multimodal_sample_sr.py" --multimodal_model_path "$RUN" --output_dir "$RUN/generated" \
-    --all_save_num 16 --batch_size 16
+run_ranks multimodal_sample_sr.py --multimodal_model_path "$RUN" --output_dir "$RUN/generated" \
+    --all_save_num 16 --batch_size 8
 
 echo "4/4 looking and listening"
 python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/original" --data_dir "$DEMO_DIR/data" "${SIZES[@]}" \
