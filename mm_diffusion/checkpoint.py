@@ -168,16 +168,20 @@ def load_weights(
     return missing + extra + misshapen
 
 
-# Part of a published name -> the flag to look at, first match wins.
+# What to look for among the names that are there on one side only ("name ...") or differ in shape ("shape ...") -> the
+# flag to look at, first match wins.
 SUSPECTS = [
-    ("audio_out.2", "learn_sigma or audio_size"),
-    ("video_out.2", "learn_sigma or video_size"),
-    ("time_embed", "num_channels"),
-    ("audio_attention_block", "audio_attention_resolutions"),
-    ("spatial_attention_block", "video_attention_resolutions"),
-    ("middle_blocks.2", "cross_attention_windows"),
-    ("qkv", "cross_attention_resolutions or channel_mult"),
-    ("emb_layers", "use_scale_shift_norm or channel_mult"),
+    ("shape time_embed", "num_channels"),
+    ("shape video_out.2.video_conv.bias", "learn_sigma or video_size"),
+    ("shape audio_out.2.audio_conv.bias", "learn_sigma or audio_size"),
+    ("name middle_blocks.2", "cross_attention_windows"),
+    (r"name .*\.emb_layers", "num_res_blocks or channel_mult"),
+    (r"shape .*_out_layers\.0", "channel_mult"),
+    (r"shape .*\.emb_layers", "use_scale_shift_norm"),
+    ("name .*video_conv_spatial", "video_type"),
+    ("name .*audio_attention_block", "audio_attention_resolutions"),
+    ("name .*spatial_attention_block", "video_attention_resolutions"),
+    ("name .*_qkv", "cross_attention_resolutions"),
 ]
 
 
@@ -189,8 +193,6 @@ def _misfit(path: str, missing: list, extra: list, misshapen: list, given: dict,
     if misshapen:
         shapes = [f"{n} {list(given[n].shape)} for {list(state[names[n]].shape)}" for n in misshapen[:3]]
         parts.append(f"{len(misshapen)} misshapen ({', '.join(shapes)}{', ...' if len(misshapen) > 3 else ''})")
-    odd = misshapen + missing + extra
-    blame = next(
-        (flags for part, flags in SUSPECTS if any(part in name for name in odd)), "channel_mult or num_res_blocks"
-    )
+    odd = [f"name {name}" for name in missing + extra] + [f"shape {name}" for name in misshapen]
+    blame = next((flags for part, flags in SUSPECTS if any(re.match(part, name) for name in odd)), "the model's flags")
     return f"{path} does not fit the model: {'; '.join(parts)}; probably wrong: {blame}"
