@@ -189,7 +189,7 @@ def test_without_strict_what_fits_is_taken_and_the_rest_is_listed(model, tmp_pat
     found, wanted = copied(target), copied(model)
     taken = [name for name in wanted if name not in left]
     assert all(th.equal(found[name], wanted[name]) for name in taken)
-    with pytest.raises(CheckpointError, match="1 missing .*1 extra .*1 misshapen"):
+    with pytest.raises(CheckpointError, match=r"1 missing .*1 extra .*1 misshapen"):
         load_weights(target, state)
 
 
