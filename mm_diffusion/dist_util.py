@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch as th
 import torch.distributed as dist
@@ -140,12 +140,13 @@ def friendly_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        _end_job(f"error: {' '.join(str(error).split())}")
+        end_job(f"error: {' '.join(str(error).split())}")
     except Exception:
-        _end_job(traceback.format_exc())
+        end_job(traceback.format_exc())
 
 
-def _end_job(message: str) -> None:
+def end_job(message: str, status: int = 1) -> NoReturn:
+    """Say why, once for all ranks, and end them all with this exit status."""
     rank, size, _ = _known_rank()
     if size > 1 and rank > 0:
         time.sleep(2)  # where every rank makes the same mistake rank 0 speaks, and ends the job before the others do
@@ -154,10 +155,10 @@ def _end_job(message: str) -> None:
     if size > 1 and any(name in os.environ for name in MPI_VARIABLES):
         from mpi4py import MPI
 
-        MPI.COMM_WORLD.Abort(1)
+        MPI.COMM_WORLD.Abort(status)
     if size > 1:
-        os._exit(1)  # torchrun and srun end the other ranks; a clean exit would first wait for them
-    sys.exit(1)
+        os._exit(status)  # torchrun and srun end the other ranks; a clean exit would first wait for them
+    sys.exit(status)
 
 
 def _known_rank() -> tuple[int, int, int]:

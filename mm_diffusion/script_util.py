@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from . import gaussian_diffusion as gd
+from .dist_util import end_job
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import AUDIO_TYPES, VIDEO_CONVS, MultimodalUNet
 
@@ -154,7 +155,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        end_job(f"error: {message} (--help lists the flags)", status=2)
 
 
 def parse(description: str, *configs: type, defaults: Mapping[str, Any] | None = None) -> tuple[dict, set[str]]:
