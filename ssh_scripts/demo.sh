@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 DEMO_DIR=${DEMO_DIR:-$REPO/demo_output}
 NUM_CLIPS=${NUM_CLIPS:-256}
-STEPS=${STEPS:-700}
+STEPS=${STEPS:-600}
 BATCH=16
 MINUTES=
 while [ $# -gt 0 ]; do
