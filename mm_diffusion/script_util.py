@@ -191,15 +191,19 @@ def notes_on(given: set[str]) -> list[str]:
 def merge_checkpoint_flags(values: dict, given: set[str], trained: Mapping[str, Any], path: str) -> dict:
     """Flags that a checkpoint carries take the place of defaults; ValueError where one given explicitly contradicts."""
     for name in sorted(given & set(trained) & set(TRAINED_FLAGS)):
-        if _normal(values[name]) != _normal(trained[name]):
+        if _normal(name, values[name], values | dict(trained)) != _normal(name, trained[name], values | dict(trained)):
             raise ValueError(
                 f"--{name} {values[name]} contradicts {path}, trained with {trained[name]}: leave the flag out"
             )
     return values | {name: trained[name] for name in CARRIED_FLAGS if name in trained and name not in given}
 
 
-def _normal(value: Any) -> str:
-    return str(value).replace(" ", "")
+def _normal(name: str, value: Any, values: Mapping[str, Any]) -> Any:
+    """What a flag's value means, so that two ways to write it compare equal."""
+    text = str(value).replace(" ", "")
+    if name == "channel_mult":
+        return channel_multipliers(text, numbers("video_size", values["video_size"], 4)[3])
+    return AUDIO_TYPES[0] if name == "audio_type" else text  # its values are names of one convolution
 
 
 # ---------------------------------------------------------------- factories
@@ -277,6 +281,8 @@ def create_model(config: ModelConfig, learn_sigma: bool = False) -> MultimodalUN
 
 def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     """The diffusion over the steps that `timestep_respacing` keeps."""
+    if config.diffusion_steps < 1:
+        raise ValueError(f"diffusion_steps {config.diffusion_steps}: need at least 1")
     if config.use_kl:
         loss_type = gd.LossType.RESCALED_KL
     elif config.rescale_learned_sigmas:
