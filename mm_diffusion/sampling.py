@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch as th
 from torch import nn
 from tqdm import tqdm
 
-from . import media, rng
+from . import logger, media, rng
+from .checkpoint import load_weights
 from .dist_util import World
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
-from .script_util import DataConfig, SampleConfig
+from .script_util import DataConfig, SampleConfig, create_model_and_diffusion, model_and_diffusion_defaults
 from .tree import Generators, Tree, tree_map
 from .unet import window_shift
 
@@ -41,6 +42,8 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     },
 }
 PREVIEW_SETTINGS: dict[str, dict[str, Any]] = {"dpm_solver": {"steps": 50, "skip_type": "time_uniform"}}
+
+BAR = "{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left"
 
 Sampler = Callable[..., Tree]
 
@@ -119,10 +122,26 @@ def _solver(diffusion: SpacedDiffusion, settings: dict[str, Any]) -> Sampler:
     return sample
 
 
-def solver_settings(steps: int, order: int, method: str, skip_type: str) -> dict[str, Any]:
+def solver_settings(config: SampleConfig) -> dict[str, Any]:
     """Flags -> settings; 0 and empty leave the sampler's own."""
-    chosen = {"steps": steps, "order": order, "method": method, "skip_type": skip_type}
+    chosen = {
+        "steps": config.sample_steps,
+        "order": config.solver_order,
+        "method": config.solver_method,
+        "skip_type": config.skip_type,
+    }
     return {key: value for key, value in chosen.items() if value}
+
+
+def load_model(
+    path: str, weights: dict[str, th.Tensor], flags: Mapping[str, Any], strict: bool, device: th.device
+) -> tuple[Prepared, SpacedDiffusion]:
+    """The model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
+    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    misfits = load_weights(model, weights, strict, name=path)
+    if misfits:
+        logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
+    return prepare(model.to(device), half_precision(device) if flags["use_fp16"] else "fp32"), diffusion
 
 
 @th.no_grad()

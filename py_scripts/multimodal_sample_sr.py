@@ -2,6 +2,7 @@
 
 import os
 
+import torch as th
 from tqdm import tqdm
 
 from mm_diffusion import checkpoint, logger, sampling
@@ -11,9 +12,7 @@ from mm_diffusion.script_util import (
     DiffusionConfig,
     ModelConfig,
     SampleConfig,
-    create_model_and_diffusion,
     merge_checkpoint_flags,
-    model_and_diffusion_defaults,
     notes_on,
     parse,
     pick,
@@ -39,34 +38,26 @@ def sample_from(path: str, folder: str, flags: dict, given: set, config: SampleC
     """Fill `folder` with clips of one checkpoint; clips that are there already are kept."""
     weights, trained = checkpoint.load_state(path)
     flags = merge_checkpoint_flags(flags, given, trained, path)
-    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
-    settings = sampling.solver_settings(
-        config.sample_steps, config.solver_order, config.solver_method, config.skip_type
-    )
+    model, diffusion = sampling.load_model(path, weights, flags, config.is_strict, world.device)
+    settings = sampling.solver_settings(config)
     sampler = sampling.make_sampler(config.sample_fn, diffusion, config.clip_denoised, **settings)
-    misfits = checkpoint.load_weights(model, weights, strict=config.is_strict, name=path)
-    if misfits:
-        logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
-    precision = sampling.half_precision(world.device) if flags["use_fp16"] else "fp32"
-    model = sampling.prepare(model.to(world.device), precision)
     stem = f"{config.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
     rates = [flags["video_fps"], flags["audio_fps"]]
     description = {
         "checkpoint": checkpoint.fingerprint(weights),
         "sampler": [config.sample_fn, settings, flags["timestep_respacing"], config.clip_denoised],
         "seed": config.seed,
-        "precision": precision,
+        "use_fp16": flags["use_fp16"],
         "rates": rates,
     }
     todo = from_rank_0(lambda: sampling.missing_clips(folder, stem, config.all_save_num, description))
     mine = todo[world.rank :: world.size]
     logger.log(f"{path}: {config.all_save_num - len(todo)} clips are there, drawing {len(todo)} into {folder}")
-    with tqdm(
-        total=len(mine),
-        unit="clip",
-        disable=world.rank > 0,
-        bar_format="{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left",
-    ) as bar:
+
+    def save(index: int, video: th.Tensor, audio: th.Tensor) -> None:
+        sampling.write_sample(folder, f"{stem}_{index:05d}", video, audio, *rates)
+
+    with tqdm(total=len(mine), disable=world.rank > 0, bar_format=sampling.BAR) as bar:
         sampling.draw_clips(
             model,
             sampler,
@@ -74,8 +65,8 @@ def sample_from(path: str, folder: str, flags: dict, given: set, config: SampleC
             config.batch_size,
             config.seed,
             world.device,
-            save=lambda k, video, audio: sampling.write_sample(folder, f"{stem}_{k:05d}", video, audio, *rates),
-            progress=lambda done: bar.update(done - bar.n),
+            save,
+            lambda done: bar.update(done - bar.n),
         )
     barrier()
     logger.log(f"{config.all_save_num} clips in {folder}/original (mp4) and {folder}/audios (wav)")

@@ -6,6 +6,7 @@ import torch as th
 
 from mm_diffusion.gaussian_diffusion import GaussianDiffusion
 from mm_diffusion.sampling import SAMPLERS, bind, draw_clips, make_sampler, prepare, sample_joint, solver_settings
+from mm_diffusion.script_util import SampleConfig
 from mm_diffusion.tree import leaves, tree_map
 
 QUICK = {"dpm_solver": {"steps": 6}, "dpm_solver++": {"steps": 5, "method": "multistep"}}
@@ -179,9 +180,10 @@ def test_respacing_does_not_go_with_the_solvers(name):
 
 
 def test_flags_of_the_solver_replace_its_own_settings():
-    assert solver_settings(0, 0, "", "") == {}
+    assert solver_settings(SampleConfig()) == {}
     chosen = {"steps": 7, "order": 2, "method": "multistep", "skip_type": "time_uniform"}
-    assert solver_settings(*chosen.values()) == chosen
+    flags = SampleConfig(sample_steps=7, solver_order=2, solver_method="multistep", skip_type="time_uniform")
+    assert solver_settings(flags) == chosen
     model, sampler = setup("dpm_solver++", settings=chosen)
     model, calls = counted(model)
     sample_joint(model, sampler, [0], seed=1)
