@@ -14,7 +14,18 @@ from .unet import AUDIO_TYPES, VIDEO_CONVS, MultimodalUNet
 
 Config = TypeVar("Config")
 
-WITHOUT_EFFECT = ("t_lr", "frame_gap")  # published flags that the published code never reads
+# Published flags that are accepted, so that launchers full of them go on working, and why they do nothing.
+_UNREAD, _NO_UPSAMPLER = "nor had it in the published code", "this version has no upsampler"
+_SR_MODEL = "num_channels num_res_blocks num_heads num_head_channels num_heads_upsample attention_resolutions dropout"
+_SR_REST = "class_cond use_scale_shift_norm resblock_updown learn_sigma diffusion_steps timestep_respacing sample_fn"
+WITHOUT_EFFECT = {
+    "t_lr": _UNREAD,
+    "frame_gap": _UNREAD,
+    "ref_path": "this version computes no metrics",
+    "classifier_scale": "this version generates no modality from the other",
+    **dict.fromkeys(("large_size", "small_size", "load_noise"), _NO_UPSAMPLER),
+    **{f"sr_{name}": _NO_UPSAMPLER for name in f"{_SR_MODEL} {_SR_REST}".split()},
+}
 DEFAULT_CHANNEL_MULT = {64: "1,2,3,4", 128: "1,1,2,3,4", 256: "1,1,2,2,4,4", 512: "0.5,1,1,2,2,4,4"}
 
 
@@ -137,11 +148,15 @@ class SampleConfig:
 # ---------------------------------------------------------------- flags
 
 
+class FlagError(argparse.ArgumentTypeError, ValueError):
+    """A value that a flag cannot take; argparse shows its text as it is."""
+
+
 def to_bool(text: str | bool) -> bool:
     """True/False, 1/0, yes/no in any case."""
     known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if str(text).lower() not in known:
-        raise ValueError(f"{text!r} is neither True nor False")
+        raise FlagError(f"{text!r} is neither True nor False")
     return known[str(text).lower()]
 
 
@@ -185,7 +200,7 @@ def pick(config: type[Config], values: Mapping[str, Any]) -> Config:
 
 def notes_on(given: set[str]) -> list[str]:
     """What to tell about flags that were given."""
-    return [f"--{name} has no effect (nor had it in the published code)" for name in WITHOUT_EFFECT if name in given]
+    return [f"--{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in given]
 
 
 def merge_checkpoint_flags(values: dict, given: set[str], trained: Mapping[str, Any], path: str) -> dict:

@@ -277,9 +277,10 @@ class MultimodalUNet(nn.Module):
         self.use_checkpoint = config.use_checkpoint
         width = config.num_channels
         self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.input_blocks, self.output_blocks = nn.ModuleList(), nn.ModuleList()
+        self.input_blocks = nn.ModuleList()
         skips, depth = self._add_input_blocks()
         self.middle_blocks = nn.ModuleList(self._middle(skips[-1], depth))
+        self.output_blocks = nn.ModuleList()
         width = self._add_output_blocks(skips, depth - 1)
         scale = 2 if config.learn_sigma else 1
         self.out = nn.ModuleDict(
