@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch as th
 import torch.distributed as dist
@@ -60,16 +60,23 @@ def _who_am_i() -> tuple[int, int, int]:
         env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
-    if any(name in env for name in MPI_VARIABLES):
-        return _ask_mpi()
-    return 0, 1, 0
+    mpi = _mpi()
+    return _ask(mpi) if mpi else (0, 1, 0)
 
 
-def _ask_mpi() -> tuple[int, int, int]:
-    from mpi4py import MPI  # only here: importing it starts MPI
+def _mpi() -> Any:
+    """The MPI module where an MPI launcher started us, else None; importing it starts MPI."""
+    if not any(name in os.environ for name in MPI_VARIABLES):
+        return None
+    from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    here = world.Split_type(MPI.COMM_TYPE_SHARED)
+    return MPI
+
+
+def _ask(mpi: Any) -> tuple[int, int, int]:
+    """What the ranks tell each other; all must call it."""
+    world = mpi.COMM_WORLD
+    here = world.Split_type(mpi.COMM_TYPE_SHARED)
     one_host = here.Get_size() == world.Get_size()
     address = (_own_address(one_host), _free_port()) if world.Get_rank() == 0 else None
     address, port = world.bcast(address)
@@ -147,21 +154,17 @@ def friendly_errors() -> Iterator[None]:
 
 def end_job(message: str, status: int = 1) -> NoReturn:
     """Say why, once for all ranks, and end them all with this exit status."""
-    rank, size, _ = _known_rank()
+    mpi = _mpi()
+    if mpi:  # asked without waiting for the others, who may be anywhere
+        rank, size = mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size()
+    else:
+        rank, size, _ = _who_am_i()
     if size > 1 and rank > 0:
         time.sleep(2)  # where every rank makes the same mistake rank 0 speaks, and ends the job before the others do
-    sys.stderr.write(f"{f'[rank {rank}] ' if size > 1 and rank else ''}{message}\n")
+    sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}{message}\n")
     sys.stderr.flush()
-    if size > 1 and any(name in os.environ for name in MPI_VARIABLES):
-        from mpi4py import MPI
-
-        MPI.COMM_WORLD.Abort(status)
+    if size > 1 and mpi:
+        mpi.COMM_WORLD.Abort(status)
     if size > 1:
         os._exit(status)  # torchrun and srun end the other ranks; a clean exit would first wait for them
     sys.exit(status)
-
-
-def _known_rank() -> tuple[int, int, int]:
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size(), 0
-    return _who_am_i()
