@@ -30,9 +30,18 @@ NAME_TABLE = [
     (r"\b(v|a)(?:ideo|udio)\.norm\.", r"\1_norm.GroupNorm."),
     (r"\b(v|a)(?:ideo|udio)\.qkv\.", r"\1_qkv."),
     (r"\b(video|audio)\.proj\.", r"\1_proj_out.\1_conv."),
+    (r"\bconv\.image\.", ""),
+    (r"\bimage\.in_norm\.", "in_layers.0."),
+    (r"\bimage\.in_conv\.", "in_layers.2."),
+    (r"\bimage\.out_norm\.", "out_layers.0."),
+    (r"\bimage\.out_conv\.", "out_layers.3."),
+    (r"\bimage\.skip\.", "skip_connection."),
+    (r"\bout\.image\.norm\.", "out.0."),
+    (r"\bout\.image\.conv\.", "out.2."),
     (r"\bemb\.", "emb_layers.1."),
-    (r"\bnorm\.(weight|bias)$", r"norm.GroupNorm.\1"),
+    (r"(?<!image\.)\bnorm\.(weight|bias)$", r"norm.GroupNorm.\1"),
     (r"\bproj\.(weight|bias)$", r"proj_out.\1"),
+    (r"\bimage\.", ""),
 ]
 
 

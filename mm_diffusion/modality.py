@@ -57,3 +57,4 @@ def from_tokens(x: th.Tensor) -> th.Tensor:
 
 VIDEO = Modality("video", public="b f c h w", grid="f h w", stride=(1, 2, 2))
 AUDIO = Modality("audio", public="b c l", grid="l", stride=(4,))
+IMAGE = Modality("image", public="b c h w", grid="h w", stride=(2, 2))

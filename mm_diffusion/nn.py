@@ -167,6 +167,11 @@ class VolumeConv(nn.Conv3d):
 def attend(query: th.Tensor, key: th.Tensor, value: th.Tensor, num_heads: int) -> th.Tensor:
     """Softmax attention of [N, Q, C] on [N, K, C] -> [N, Q, C]; heads split the channels, scale 1 / sqrt(head dim)."""
     q, k, v = (rearrange(x, "n t (h d) -> n h t d", h=num_heads) for x in (query, key, value))
+    return attend_heads(q, k, v)
+
+
+def attend_heads(q: th.Tensor, k: th.Tensor, v: th.Tensor) -> th.Tensor:
+    """Softmax attention of heads [N, H, Q, D] on [N, H, K, D] -> [N, Q, H D]."""
     if q.device.type == "cpu" and k.shape[-2] < SHORT_SEQUENCE:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         out = scores.float().softmax(dim=-1).to(v.dtype) @ v
@@ -179,13 +184,17 @@ class SelfAttention(nn.Module):
     """`x + proj(attention(norm(x)))` among some axes of the grid; each place on the others is a sequence of its own.
 
     On the grid "f h w", attention `among` "h w" is among the pixels of a frame, "f" among the frames of a pixel.
+    `layout` is that of the channels of qkv: query, key and value first, or heads first ("heads qkv dim").
     """
 
-    def __init__(self, channels: int, num_heads: int, grid: str = "l", among: str = "l") -> None:
+    def __init__(
+        self, channels: int, num_heads: int, grid: str = "l", among: str = "l", layout: str = "qkv heads dim"
+    ) -> None:
         super().__init__()
-        if channels % num_heads:
+        if num_heads < 1 or channels % num_heads:
             raise ValueError(f"{channels} channels do not split into {num_heads} heads: change num_heads")
         self.num_heads = num_heads
+        self.split = f"n t ({layout}) -> qkv n heads t dim"
         apart = " ".join(axis for axis in grid.split() if axis not in among.split())
         self.grid, self.sequences = grid, f"(b {apart}) ({among}) c"
         self.norm = GroupNorm32(channels)
@@ -195,6 +204,6 @@ class SelfAttention(nn.Module):
     def forward(self, x: th.Tensor) -> th.Tensor:
         sizes = dict(zip(self.grid.split(), x.shape[2:], strict=True))
         y = rearrange(tokens(x), f"b {self.grid} c -> {self.sequences}")
-        query, key, value = self.qkv.on_tokens(self.norm.over(y, [1])).chunk(3, dim=-1)
-        y = y + self.proj.on_tokens(attend(query, key, value, self.num_heads))
+        qkv = self.qkv.on_tokens(self.norm.over(y, [1]))
+        y = y + self.proj.on_tokens(attend_heads(*rearrange(qkv, self.split, qkv=3, heads=self.num_heads)))
         return from_tokens(rearrange(y, f"{self.sequences} -> b {self.grid} c", **sizes).contiguous())

@@ -1,7 +1,9 @@
-"""The coupled U-Net for video and stereo audio (arXiv 2212.09478, section 4; stereo: arXiv 2412.13462).
+"""The networks: one U-Net, walked by video and stereo audio together, or by pictures.
 
-One stream per modality runs through the same U-Net; residual blocks share the timestep embedding, cross-attention
-couples the streams. A map is a dict of [B, C, *grid] tensors in channels-last memory, keyed by modality.
+The coupled U-Net (arXiv 2212.09478, section 4; stereo: arXiv 2412.13462) has one stream per modality; residual blocks
+share the timestep embedding, cross-attention couples the streams. The upsampler (arXiv 2105.05233, section 4.3 and
+appendix) has a stream of pictures only. A map is a dict of [B, C, *grid] tensors in channels-last memory, keyed by
+modality.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -17,7 +20,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .modality import AUDIO, VIDEO, Modality, from_tokens, tokens
+from .modality import AUDIO, IMAGE, VIDEO, Modality, from_tokens, tokens
 from .nn import (
     FactorizedConv,
     GroupNorm32,
@@ -64,7 +67,10 @@ def _draw_shift(largest: int) -> int:
 
 
 class ResStream(nn.Module):
-    """The branch of one modality in a residual block: [B, I, *grid], [B, E] -> [B, O, *resampled grid]."""
+    """The branch of one modality in a residual block: [B, I, *grid], [B, E] -> [B, O, *resampled grid].
+
+    `resample` names what happens to the grid after the first convolution, or before it with `resample_first`.
+    """
 
     def __init__(
         self,
@@ -72,33 +78,33 @@ class ResStream(nn.Module):
         in_channels: int,
         out_channels: int,
         in_conv: nn.Module,
+        out_conv: nn.Module,
         dropout: float,
         scale_shift: bool,
-        resample: str | None,
-        attention: nn.ModuleDict,
+        resample: str | None = None,
+        resample_first: bool = False,
+        attention: nn.ModuleDict | None = None,
     ) -> None:
         super().__init__()
-        grid_axes = len(modality.stride)
-        self.scale_shift = scale_shift
-        self.resample = getattr(modality, resample) if resample else None
+        self.scale_shift, self.resample_first = scale_shift, resample_first
+        self.resample = getattr(modality, resample) if resample else nn.Identity()
         self.in_norm = GroupNorm32(in_channels)
         self.in_conv = in_conv
         self.out_norm = GroupNorm32(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.out_conv = zero_init(PointwiseConv(out_channels, out_channels, grid_axes))
+        self.out_conv = zero_init(out_conv)
         same = in_channels == out_channels
-        self.skip = nn.Identity() if same else PointwiseConv(in_channels, out_channels, grid_axes)
-        self.attention = attention
+        self.skip = nn.Identity() if same else PointwiseConv(in_channels, out_channels, len(modality.stride))
+        self.attention = attention or nn.ModuleDict()
 
     def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        h = self.in_conv(F.silu(self.in_norm(x)))
-        if self.resample:
-            h, x = self.resample(h), self.resample(x)
+        h = F.silu(self.in_norm(x))
+        h = self.in_conv(self.resample(h)) if self.resample_first else self.resample(self.in_conv(h))
         if self.scale_shift:
             h = self.out_norm(h, emb)
         else:
             h = self.out_norm(h + emb.view(*emb.shape, *(1,) * (h.ndim - 2)))
-        h = self.skip(x) + self.out_conv(self.dropout(F.silu(h)))
+        h = self.skip(self.resample(x)) + self.out_conv(self.dropout(F.silu(h)))
         for block in self.attention.values():
             h = block(h)
         return h
@@ -108,43 +114,98 @@ class ResBlock(nn.Module):
     """A residual block of all streams; they share one projection of the timestep embedding."""
 
     def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int | None = None,
-        *,
-        use_scale_shift_norm: bool = True,
-        video_attention: bool = False,
-        audio_attention: bool = False,
-        num_heads: int = 4,
-        audio_dilation: int = 1,
-        video_type: str = "2d+1d",
-        resample: str | None = None,
+        self, emb_channels: int, out_channels: int, scale_shift: bool, streams: dict[str, Callable[[], ResStream]]
     ) -> None:
         super().__init__()
-        out = out_channels or channels
-        self.emb = nn.Linear(emb_channels, 2 * out if use_scale_shift_norm else out)
-        convs = {
-            VIDEO: VIDEO_CONVS[video_type](channels, out),
-            AUDIO: SequenceConv(channels, out, dilation=audio_dilation),
-        }
-        attention: dict[Modality, dict[str, str]] = {
-            VIDEO: {"spatial": "h w", "temporal": "f"} if video_attention else {},
-            AUDIO: {"audio": "l"} if audio_attention else {},
-        }
-        for modality, conv in convs.items():
-            blocks = {
-                k: SelfAttention(out, num_heads, modality.grid, among) for k, among in attention[modality].items()
-            }
-            stream = ResStream(
-                modality, channels, out, conv, dropout, use_scale_shift_norm, resample, nn.ModuleDict(blocks)
-            )
-            self.add_module(modality.name, stream)
+        self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
+        for name, stream in streams.items():
+            self.add_module(name, stream())
 
     def forward(self, x: Maps, emb: th.Tensor, shift: int = 0) -> Maps:
         emb = self.emb(F.silu(emb))
         return {name: getattr(self, name)(h, emb) for name, h in x.items()}
+
+
+def coupled_block(
+    channels: int,
+    emb_channels: int,
+    dropout: float,
+    out_channels: int | None = None,
+    *,
+    use_scale_shift_norm: bool = True,
+    video_attention: bool = False,
+    audio_attention: bool = False,
+    num_heads: int = 4,
+    audio_dilation: int = 1,
+    video_type: str = "2d+1d",
+    resample: str | None = None,
+) -> ResBlock:
+    """A residual block of video and audio, which ends with self-attention where asked for."""
+    out = out_channels or channels
+    convs: dict[Modality, Callable[[], nn.Module]] = {
+        VIDEO: lambda: VIDEO_CONVS[video_type](channels, out),
+        AUDIO: lambda: SequenceConv(channels, out, dilation=audio_dilation),
+    }
+    attention: dict[Modality, dict[str, str]] = {
+        VIDEO: {"spatial": "h w", "temporal": "f"} if video_attention else {},
+        AUDIO: {"audio": "l"} if audio_attention else {},
+    }
+
+    def stream(modality: Modality) -> ResStream:
+        last = PointwiseConv(out, out, len(modality.stride))
+        blocks = {k: SelfAttention(out, num_heads, modality.grid, among) for k, among in attention[modality].items()}
+        return ResStream(
+            modality,
+            channels,
+            out,
+            convs[modality](),
+            last,
+            dropout,
+            use_scale_shift_norm,
+            resample,
+            attention=nn.ModuleDict(blocks),
+        )
+
+    streams = {modality.name: partial(stream, modality) for modality in convs}
+    return ResBlock(emb_channels, out, use_scale_shift_norm, streams)
+
+
+def picture_block(
+    channels: int, out: int, emb_channels: int, dropout: float, scale_shift: bool, resample: str | None = None
+) -> ResBlock:
+    """A residual block of pictures: two 3x3 convolutions, resampled before the first."""
+
+    def stream() -> ResStream:
+        convs = (nn.Conv2d(channels, out, 3, padding=1), nn.Conv2d(out, out, 3, padding=1))
+        return ResStream(IMAGE, channels, out, *convs, dropout, scale_shift, resample, resample_first=True)
+
+    return ResBlock(emb_channels, out, scale_shift, {IMAGE.name: stream})
+
+
+class PictureAttention(nn.Module):
+    """Self-attention among the pixels of a picture, as a block of its own; qkv is laid out head by head."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.image = SelfAttention(channels, num_heads, IMAGE.grid, IMAGE.grid, layout="heads qkv dim")
+
+    def forward(self, x: Maps, emb: th.Tensor, shift: int = 0) -> Maps:
+        return {"image": self.image(x["image"])}
+
+
+class PictureResample(nn.Module):
+    """Half the size by a strided convolution, or twice the size by repetition and a convolution."""
+
+    def __init__(self, channels: int, direction: str) -> None:
+        super().__init__()
+        if direction == "downsample":
+            self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        else:
+            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Maps, emb: th.Tensor, shift: int = 0) -> Maps:
+        h = x["image"]
+        return {"image": self.op(h) if hasattr(self, "op") else self.conv(IMAGE.upsample(h))}
 
 
 class CrossStream(nn.Module):
@@ -230,6 +291,88 @@ class OutputConv(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
+class UNet(nn.Module):
+    """The way down, through the middle and up again, which all networks share.
+
+    A network says what its blocks are: `_stage` (a residual block and what follows it at its level), `_resampled`
+    (the block that changes the resolution) and the blocks of the middle; `depth` counts them on the way.
+    """
+
+    middle = "middle_blocks"  # its published name
+
+    def __init__(self, config: Any, emb_channels: int) -> None:
+        super().__init__()
+        self.config, self.emb_channels, self.use_checkpoint = config, emb_channels, config.use_checkpoint
+        self.widths = [int(config.num_channels * mult) for mult in config.channel_mult]
+
+    def _build(self, input_conv: nn.Module) -> int:
+        """Make all blocks but the last; returns the width at the end of the way up."""
+        num_channels, emb = self.config.num_channels, self.emb_channels
+        self.time_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.input_blocks = nn.ModuleList([nn.ModuleList([input_conv])])
+        skips, depth = self._add_input_blocks()
+        self.add_module(self.middle, nn.ModuleList(self._middle(skips[-1], depth)))
+        self.output_blocks = nn.ModuleList()
+        return self._add_output_blocks(skips, depth - 1)
+
+    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int, way: str) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def _resampled(self, width: int, depth: int, direction: str) -> nn.Module:
+        raise NotImplementedError
+
+    def _middle(self, width: int, depth: int) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def _add_input_blocks(self) -> tuple[list[int], int]:
+        """The way down -> (width of every skip, depth reached)."""
+        skips, depth = [self.widths[0]], 1
+        for level, width in enumerate(self.widths):
+            for _ in range(self.config.num_res_blocks):
+                self.input_blocks.append(nn.ModuleList(self._stage(skips[-1], width, level, depth, "down")))
+                skips, depth = [*skips, width], depth + 1
+            if level < len(self.widths) - 1:
+                self.input_blocks.append(nn.ModuleList([self._resampled(width, depth, "downsample")]))
+                skips, depth = [*skips, width], depth + 1
+        return skips, depth
+
+    def _add_output_blocks(self, skips: list[int], depth: int) -> int:
+        """The way up -> its last width."""
+        width = skips[-1]
+        for level, out in reversed(list(enumerate(self.widths))):
+            for i in range(self.config.num_res_blocks + 1):
+                blocks = self._stage(width + skips.pop(), out, level, depth, "up")
+                width, depth = out, depth - 1
+                if level and i == self.config.num_res_blocks:
+                    blocks.append(self._resampled(width, depth, "upsample"))
+                self.output_blocks.append(nn.ModuleList(blocks))
+        return width
+
+    def _walk(self, h: Maps, timesteps: th.Tensor) -> Maps:
+        """Maps as the input convolution takes them -> maps as the output convolutions take them."""
+        emb = timestep_embedding(timesteps, self.config.num_channels)
+        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
+        skips = []
+        for blocks in self.input_blocks:
+            h = self._run(blocks, h, emb)
+            skips.append(h)
+        h = self._run(getattr(self, self.middle), h, emb)
+        for blocks in self.output_blocks:
+            skip = skips.pop()
+            h = self._run(blocks, {name: concat_channels(x, skip[name]) for name, x in h.items()}, emb)
+        return h
+
+    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor) -> Maps:
+        """Run blocks in order; shifts are drawn here, outside whatever is recomputed for the gradient."""
+        for block in blocks.children():
+            shift = block.draw_shift(h["video"].shape[2]) if isinstance(block, CrossAttention) else 0
+            if self.use_checkpoint and self.training and th.is_grad_enabled():
+                h = checkpoint(block, h, emb, shift, use_reentrant=False)
+            else:
+                h = block(h, emb, shift)
+        return h
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """What a coupled U-Net is like. Resolutions are downsample rates of the picture (2 is half size)."""
@@ -253,16 +396,12 @@ class UNetConfig:
     video_type: str = "2d+1d"
 
     @property
-    def widths(self) -> list[int]:
-        return [int(self.num_channels * mult) for mult in self.channel_mult]
-
-    @property
     def windows(self) -> dict[int, int]:
         """Downsample rate -> window of its cross-attention, in frames."""
         return dict(zip(self.cross_attention_resolutions, self.cross_attention_windows, strict=True))
 
 
-class MultimodalUNet(nn.Module):
+class MultimodalUNet(UNet):
     """`model(video [B, F, C, H, W], audio [B, C, L], timesteps [B]) -> (video, audio)`, in the same layouts.
 
     Takes the fields of UNetConfig. With `learn_sigma` both outputs have twice the channels (the published model forgets
@@ -270,18 +409,13 @@ class MultimodalUNet(nn.Module):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.config = config = UNetConfig(**options)
+        config = UNetConfig(**options)
         check_sizes(config)
+        super().__init__(config, emb_channels=config.num_channels)
         self.video_size, self.audio_size = config.video_size, config.audio_size
-        self.use_checkpoint = config.use_checkpoint
-        width = config.num_channels
-        self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.input_blocks = nn.ModuleList()
-        skips, depth = self._add_input_blocks()
-        self.middle_blocks = nn.ModuleList(self._middle(skips[-1], depth))
-        self.output_blocks = nn.ModuleList()
-        width = self._add_output_blocks(skips, depth - 1)
+        video = VIDEO_CONVS[config.video_type](self.video_size[1], self.widths[0])
+        audio = SequenceConv(self.audio_size[0], self.widths[0])
+        width = self._build(InputConv({"video": video, "audio": audio}))
         scale = 2 if config.learn_sigma else 1
         self.out = nn.ModuleDict(
             {
@@ -290,49 +424,22 @@ class MultimodalUNet(nn.Module):
             }
         )
 
-    def _add_input_blocks(self) -> tuple[list[int], int]:
-        """The way down -> (width of every skip, depth reached); the depth sets the dilation of the audio."""
-        config, widths = self.config, self.config.widths
-        video = VIDEO_CONVS[config.video_type](self.video_size[1], widths[0])
-        self.input_blocks.append(
-            nn.ModuleList([InputConv({"video": video, "audio": SequenceConv(self.audio_size[0], widths[0])})])
-        )
-        skips, depth = [widths[0]], 1
-        for level, width in enumerate(widths):
-            for _ in range(config.num_res_blocks):
-                self.input_blocks.append(nn.ModuleList(self._stage(skips[-1], width, level, depth)))
-                skips, depth = [*skips, width], depth + 1
-            if level < len(widths) - 1:
-                self.input_blocks.append(nn.ModuleList([self._res(width, width, depth, resample="downsample")]))
-                skips, depth = [*skips, width], depth + 1
-        return skips, depth
-
     def _middle(self, width: int, depth: int) -> list[nn.Module]:
         blocks: list[nn.Module] = [self._res(width, width, depth, attention=(True, True)) for _ in range(2)]
         if tuple(self.config.cross_attention_windows) == (1, 4, 8):  # the published model couples the middle only then
             blocks.insert(1, self._cross(width, window=self.video_size[0], shifts=False))
         return blocks
 
-    def _add_output_blocks(self, skips: list[int], depth: int) -> int:
-        """The way up -> its last width."""
-        config, width = self.config, skips[-1]
-        for level, out in reversed(list(enumerate(config.widths))):
-            for i in range(config.num_res_blocks + 1):
-                blocks = self._stage(width + skips.pop(), out, level, depth)
-                width, depth = out, depth - 1
-                if level and i == config.num_res_blocks:
-                    blocks.append(self._res(width, width, depth, resample="upsample"))
-                self.output_blocks.append(nn.ModuleList(blocks))
-        return width
-
-    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int) -> list[nn.Module]:
-        """A residual block and, where the resolution asks for it, the cross-attention that follows it."""
+    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int, way: str) -> list[nn.Module]:
         config, rate = self.config, 2**level
         attention = (rate in config.video_attention_resolutions, rate in config.audio_attention_resolutions)
         blocks: list[nn.Module] = [self._res(in_channels, out_channels, depth, attention)]
         if rate in config.windows:
             blocks.append(self._cross(out_channels, config.windows[rate], config.cross_attention_shift))
         return blocks
+
+    def _resampled(self, width: int, depth: int, direction: str) -> nn.Module:
+        return self._res(width, width, depth, resample=direction)
 
     def _res(
         self,
@@ -342,9 +449,9 @@ class MultimodalUNet(nn.Module):
         attention: tuple[bool, bool] = (False, False),
         resample: str | None = None,
     ) -> ResBlock:
-        return ResBlock(
+        return coupled_block(
             in_channels,
-            self.config.num_channels,
+            self.emb_channels,
             self.config.dropout,
             out_channels,
             use_scale_shift_norm=self.config.use_scale_shift_norm,
@@ -363,27 +470,80 @@ class MultimodalUNet(nn.Module):
 
     def forward(self, video: th.Tensor, audio: th.Tensor, timesteps: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         dtype = next(self.parameters()).dtype
-        emb = self.time_embed(timestep_embedding(timesteps, self.config.num_channels).to(dtype))
-        h = {"video": VIDEO.enter(video.to(dtype)), "audio": AUDIO.enter(audio.to(dtype))}
-        skips = []
-        for blocks in self.input_blocks:
-            h = self._run(blocks, h, emb)
-            skips.append(h)
-        h = self._run(self.middle_blocks, h, emb)
-        for blocks in self.output_blocks:
-            skip = skips.pop()
-            h = self._run(blocks, {name: concat_channels(x, skip[name]) for name, x in h.items()}, emb)
+        h = self._walk({"video": VIDEO.enter(video.to(dtype)), "audio": AUDIO.enter(audio.to(dtype))}, timesteps)
         return VIDEO.leave(self.out["video"](h["video"])), AUDIO.leave(self.out["audio"](h["audio"]))
 
-    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor) -> Maps:
-        """Run blocks in order; shifts are drawn here, outside whatever is recomputed for the gradient."""
-        for block in blocks.children():
-            shift = block.draw_shift(h["video"].shape[2]) if isinstance(block, CrossAttention) else 0
-            if self.use_checkpoint and self.training and th.is_grad_enabled():
-                h = checkpoint(block, h, emb, shift, use_reentrant=False)
-            else:
-                h = block(h, emb, shift)
-        return h
+
+@dataclass(frozen=True)
+class UpsamplerConfig:
+    """What an upsampler is like. Resolutions are downsample rates of the large picture."""
+
+    large_size: int = 256  # pixels
+    small_size: int = 64
+    num_channels: int = 192
+    num_res_blocks: int = 2
+    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
+    num_heads: int = 4
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    attention_resolutions: tuple[int, ...] = (8, 16, 32)
+    dropout: float = 0.0
+    use_checkpoint: bool = False
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    learn_sigma: bool = True
+
+    def heads(self, channels: int, way: str) -> int:
+        """Heads of the attention at this width, on the way "down" or "up"."""
+        if self.num_head_channels != -1:
+            return channels // self.num_head_channels
+        return self.num_heads_upsample if way == "up" and self.num_heads_upsample != -1 else self.num_heads
+
+
+class ImageSuperResModel(UNet):
+    """`model(x [B, 3, H, W], timesteps [B], low_res=[B, 3, h, w]) -> [B, 3, H, W]`: guided-diffusion's upsampler.
+
+    The low-res picture, enlarged bilinearly, is given beside x. Takes the fields of UpsamplerConfig; with `learn_sigma`
+    the output has 6 channels. Raises ValueError for sizes the network cannot hold.
+    """
+
+    middle = "middle_block"
+
+    def __init__(self, **options: Any) -> None:
+        config = UpsamplerConfig(**options)
+        check_upsampler_sizes(config)
+        super().__init__(config, emb_channels=4 * config.num_channels)
+        self.large_size, self.small_size = config.large_size, config.small_size
+        width = self._build(InputConv({"image": nn.Conv2d(2 * 3, self.widths[0], 3, padding=1)}))
+        last = nn.Conv2d(width, 6 if config.learn_sigma else 3, 3, padding=1)
+        self.out = nn.ModuleDict({"image": OutputConv(width, last)})
+
+    def _middle(self, width: int, depth: int) -> list[nn.Module]:
+        attention = PictureAttention(width, self.config.heads(width, "down"))
+        return [self._res(width, width), attention, self._res(width, width)]
+
+    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int, way: str) -> list[nn.Module]:
+        blocks: list[nn.Module] = [self._res(in_channels, out_channels)]
+        if 2**level in self.config.attention_resolutions:
+            blocks.append(PictureAttention(out_channels, self.config.heads(out_channels, way)))
+        return blocks
+
+    def _resampled(self, width: int, depth: int, direction: str) -> nn.Module:
+        if self.config.resblock_updown:
+            return self._res(width, width, direction)
+        return PictureResample(width, direction)
+
+    def _res(self, in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+        config = self.config
+        return picture_block(
+            in_channels, out_channels, self.emb_channels, config.dropout, config.use_scale_shift_norm, resample
+        )
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor) -> th.Tensor:
+        enlarged = F.interpolate(low_res.to(x.dtype), x.shape[-2:], mode="bilinear", align_corners=False)
+        dtype = next(self.parameters()).dtype
+        h = IMAGE.enter(th.cat([x, enlarged], dim=1).to(dtype))
+        return IMAGE.leave(self.out["image"](self._walk({"image": h}, timesteps)["image"]))
 
 
 def check_sizes(config: UNetConfig) -> None:
@@ -417,4 +577,25 @@ def check_sizes(config: UNetConfig) -> None:
         raise ValueError(
             f"audio_size: {length} samples are too few for {num_frames} frames; "
             f"{num_frames * 4**deepest} is the least for {num_levels} levels of channel_mult"
+        )
+
+
+def check_upsampler_sizes(config: UpsamplerConfig) -> None:
+    """ValueError, naming the flag, where the pictures do not fit the upsampler."""
+    for name in ("large_size", "small_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
+    for name in ("num_channels", "num_res_blocks", "num_heads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"sr_{name} {getattr(config, name)}: need at least 1")
+    for name in ("num_head_channels", "num_heads_upsample"):
+        if getattr(config, name) < 1 and getattr(config, name) != -1:
+            raise ValueError(f"sr_{name} {getattr(config, name)}: need at least 1, or -1 for sr_num_heads heads")
+    if config.large_size % config.small_size:
+        raise ValueError(f"large_size {config.large_size} is not a multiple of small_size {config.small_size}")
+    deepest = len(config.channel_mult) - 1
+    if config.large_size % 2**deepest:
+        raise ValueError(
+            f"large_size {config.large_size} is not a multiple of {2**deepest}, which {deepest + 1} levels of"
+            " sr_channel_mult need"
         )

@@ -15,7 +15,7 @@ from mm_diffusion.sampling import prepare
 from mm_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from mm_diffusion.train_util import update_ema
 from mm_diffusion.tree import tree_map
-from mm_diffusion.unet import CrossAttention, ResBlock, window_shift
+from mm_diffusion.unet import CrossAttention, ResBlock, coupled_block, window_shift
 
 INDEX = golden_data.index()
 BASE = [case for case, facts in INDEX.items() if facts.get("kind") == "base_unet"]
@@ -67,7 +67,7 @@ def cross_attention(config):
 def residual(config):
     config = dict(config)
     resample = "downsample" if config.pop("down", False) else "upsample" if config.pop("up", False) else None
-    block = ResBlock(resample=resample, **config)
+    block = coupled_block(resample=resample, **config)
 
     def call(x):
         out = block({"video": x["video"].transpose(1, 2), "audio": x["audio"]}, x["emb"])
@@ -177,7 +177,7 @@ def described(name, block):
         facts = {"heads": block.num_heads, "window": block.window_frames, "shift": block.shifts}
         return {"name": name, "type": "CrossAttention", "c": len(block.video.norm.weight), **facts}
     attention = [*block.video.attention.values(), *block.audio.attention.values()]
-    resample = block.video.resample.__name__ if block.video.resample else None
+    resample = getattr(block.video.resample, "__name__", None)
     return {
         "name": name,
         "type": "ResBlock",
