@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import blobfile
 from tqdm import tqdm
@@ -18,8 +19,9 @@ from . import dist_util, media
 from .media import ClipInfo, MediaError
 
 EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
-FORMAT = 1  # of the cached index; raised whenever `probe` learns to tell more
+FORMAT = 2  # of the cached index; raised whenever what is told of a file changes
 MAX_EXAMPLES = 3  # bad files named in an error
+Info = TypeVar("Info")
 
 
 class DataError(ValueError):
@@ -27,19 +29,20 @@ class DataError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipIndex:
-    """The clips that can be used, in order of their paths, and why the others cannot."""
+class ClipIndex(Generic[Info]):
+    """The clips that can be used, in order of their paths, with what is known of each, and why the others cannot."""
 
-    clips: list[tuple[str, ClipInfo]]
+    clips: list[tuple[str, Info]]
     bad: dict[str, str]
 
-    def report(self) -> str:
-        """One line that counts, and one for every file left out."""
-        count = f"{len(self.clips)} clips" + (f", {len(self.bad)} files left out:" if self.bad else "")
+    def report(self, count: str = "") -> str:
+        """One line that counts (`count`, or the clips), and one for every file left out."""
+        count = count or f"{len(self.clips)} clips"
+        count += f", {len(self.bad)} files left out:" if self.bad else ""
         return "\n".join([count, *(f"  {reason}" for reason in self.bad.values())])
 
 
-def build_index(data_dir: str, max_bad_share: float = 0.1, **options) -> ClipIndex:
+def build_index(data_dir: str, max_bad_share: float = 0.1, **options) -> ClipIndex[ClipInfo]:
     """`probe_folders`, but a DataError where no file, or too few, can be used: more than `max_bad_share` are bad."""
     index = probe_folders(data_dir, **options)
     refuse_if_bad(data_dir, index, max_bad_share)
@@ -53,55 +56,81 @@ def probe_folders(
     audio_stream: int | None = None,
     rank: int = 0,
     barrier: Callable[[], None] = dist_util.barrier,
-) -> ClipIndex:
+) -> ClipIndex[ClipInfo]:
     """The index of all clips below `data_dir` (one folder or a comma list, local or remote), streams best or by index.
 
-    Rank 0 probes what is new or changed and writes the cache; the others wait for it at `barrier` and read it (a rank
-    that cannot see that cache probes for itself). DataError where a folder is missing or there are no clips.
+    DataError where a folder is missing or there are no clips.
     """
-    paths = find_clips(data_dir)
+
+    def look(path: str) -> dict:
+        return dataclasses.asdict(media.probe(path, video_stream, audio_stream))
+
     cache = cache_path(data_dir, video_stream, audio_stream)
+    index = look_up(find_clips(data_dir), look, cache, num_workers, rank, barrier)
+    return ClipIndex([(path, ClipInfo(**info)) for path, info in index.clips], index.bad)
+
+
+def look_up(
+    paths: list[str],
+    look: Callable[[str], Any],
+    cache: Path,
+    num_workers: int,
+    rank: int = 0,
+    barrier: Callable[[], None] = dist_util.barrier,
+) -> ClipIndex[Any]:
+    """The index of these files by what `look(path)` tells (as JSON would hold it), unless that raises MediaError.
+
+    Rank 0 looks at what is new or changed and writes the cache; the others wait for it at `barrier` and read it (a rank
+    that cannot see that cache looks for itself).
+    """
     if rank > 0:
         barrier()
-    entries = _probe_changed(paths, _read_cache(cache), num_workers, (video_stream, audio_stream), quiet=rank > 0)
+    entries = _look_up_changed(paths, look, _read_cache(cache), num_workers, quiet=rank > 0)
     if rank == 0:
         _write_cache(cache, entries)
         barrier()
     return ClipIndex(
-        clips=[(path, ClipInfo(**entry["info"])) for path, entry in entries.items() if "info" in entry],
+        clips=[(path, entry["info"]) for path, entry in entries.items() if "info" in entry],
         bad={path: entry["reason"] for path, entry in entries.items() if "reason" in entry},
     )
 
 
 def find_clips(data_dir: str) -> list[str]:
     """All clip files below the folder(s), sorted; DataError for a missing folder or none with clips."""
-    folders = [os.path.expanduser(folder.strip()) for folder in data_dir.split(",") if folder.strip()]
+    return find_files(data_dir.split(","), EXTENSIONS, "clips", "check --data_dir")
+
+
+def find_files(folders: Sequence[str], extensions: tuple[str, ...], kind: str, remedy: str) -> list[str]:
+    """All files below the folders with these extensions, sorted; DataError for a missing folder or none with any."""
+    folders = [os.path.expanduser(folder.strip()) for folder in folders if folder.strip()]
     if not folders:
-        raise DataError("no data folder given: pass --data_dir with a folder of clips")
+        raise DataError(f"no data folder given: pass --data_dir with a folder of {kind}")
     for folder in folders:
         if not blobfile.isdir(folder):
-            raise DataError(f"{folder}: no such data folder; check --data_dir")
-    found = {path for folder in folders for path in _walk(folder)}
+            raise DataError(f"{folder}: no such data folder; {remedy}")
+    found = {path for folder in folders for path in _walk(folder, extensions)}
     if not found:
-        raise DataError(f"{data_dir}: holds no clips ({' '.join(EXTENSIONS)}); check --data_dir")
+        raise DataError(f"{','.join(folders)}: holds no {kind} ({' '.join(extensions)}); {remedy}")
     return sorted(found)
 
 
-def _walk(folder: str) -> Iterable[str]:
+def _walk(folder: str, extensions: tuple[str, ...]) -> Iterable[str]:
     for root, _, names in blobfile.walk(folder):
         for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if name.lower().endswith(extensions) and not name.startswith("."):
                 yield blobfile.join(root, name)
 
 
-def cache_path(data_dir: str, video_stream: int | None = None, audio_stream: int | None = None) -> Path:
+def cache_path(
+    data_dir: str, video_stream: int | None = None, audio_stream: int | None = None, kind: str = "clips"
+) -> Path:
     """Where the index of this folder is kept: below MM_DIFFUSION_CACHE, else in the user's cache folder."""
     home = os.environ.get("MM_DIFFUSION_CACHE")
     xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) if home else Path(xdg) / "mm_diffusion"
-    places = [part if "://" in part else os.path.abspath(part) for part in data_dir.split(",")]
+    places = [absolute(part) for part in data_dir.split(",")]
     name = hashlib.sha256(json.dumps([places, video_stream, audio_stream]).encode()).hexdigest()[:24]
-    return folder / f"clips_{name}.json"
+    return folder / f"{kind}_{name}.json"
 
 
 def _read_cache(path: Path) -> dict[str, dict]:
@@ -120,43 +149,48 @@ def _write_cache(path: Path, entries: dict[str, dict]) -> None:
     os.replace(temporary, path)
 
 
-def _probe_changed(
-    paths: list[str],
-    known: dict[str, dict],
-    num_workers: int,
-    streams: tuple[int | None, int | None],
-    quiet: bool,
+def absolute(path: str) -> str:
+    """The path from the root; a remote one as it is."""
+    return path if "://" in path else os.path.abspath(path)
+
+
+def identity(path: str) -> dict[str, float]:
+    """What tells a changed file from an unchanged one."""
+    stat = blobfile.stat(path)
+    return {"size": stat.size, "mtime": stat.mtime}
+
+
+def _look_up_changed(
+    paths: list[str], look: Callable[[str], Any], known: dict[str, dict], num_workers: int, quiet: bool
 ) -> dict[str, dict]:
     """Path -> {"size", "mtime", and "info" or "reason"}; files of unchanged size and mtime are taken from `known`."""
 
     def entry(path: str) -> dict:
-        stat = blobfile.stat(path)
-        identity = {"size": stat.size, "mtime": stat.mtime}
-        held = known.get(path, {})
-        if all(held.get(key) == value for key, value in identity.items()):
+        current, held = identity(path), known.get(path, {})
+        if held.items() >= current.items():
             return held
         try:
-            if not stat.size:
+            if not current["size"]:
                 raise MediaError(f"{path}: is empty (0 bytes)")
-            return identity | {"info": dataclasses.asdict(media.probe(path, *streams))}
+            return current | {"info": look(path)}
         except MediaError as error:
-            return identity | {"reason": str(error)}
+            return current | {"reason": str(error)}
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:  # libav lets go of the interpreter; forks and MPI do not mix
-        looked_up = tqdm(pool.map(entry, paths), "clips", len(paths), unit="file", disable=quiet, leave=False)
+        looked_up = tqdm(pool.map(entry, paths), "files", len(paths), unit="file", disable=quiet, leave=False)
         return dict(zip(paths, looked_up, strict=True))
 
 
-def refuse_if_bad(data_dir: str, index: ClipIndex, max_bad_share: float) -> None:
+def refuse_if_bad(
+    data_dir: str, index: ClipIndex, max_bad_share: float, told_by: str = "py_scripts/check_data.py"
+) -> None:
     """DataError, with examples and the remedy, where nothing is left or more than that share is bad."""
     bad, total = len(index.bad), len(index.bad) + len(index.clips)
     examples = "; ".join(list(index.bad.values())[:MAX_EXAMPLES])
     if not index.clips:
-        raise DataError(
-            f"{data_dir}: none of its {total} files can be used ({examples}); py_scripts/check_data.py tells"
-        )
+        raise DataError(f"{data_dir}: none of its {total} files can be used ({examples}); {told_by} lists them")
     if bad > max_bad_share * total:
         raise DataError(
             f"{data_dir}: {bad} of {total} files cannot be used ({examples}): more than --max_bad_share"
-            f" {max_bad_share}; remove them (py_scripts/check_data.py lists them) or raise that flag"
+            f" {max_bad_share}; remove them ({told_by} lists them) or raise that flag"
         )

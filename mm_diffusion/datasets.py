@@ -10,6 +10,7 @@ import multiprocessing
 import weakref
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -44,10 +45,27 @@ def is_mirrored(seed: int, epoch: int, index: int) -> bool:
     return rng.derive_seed(seed, "mirror", epoch, index) % 2 == 1
 
 
+def count_frames(seconds: float, fps: float) -> int:
+    """How many frames at `fps` a film of this length has, at least 1."""
+    return max(1, int(seconds * fps + 1e-3))
+
+
 def count_windows(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) -> int:
     """How many windows of `num_frames` begin every `clip_stride` frames; 1 in a file just long enough, or short."""
-    frames = int(info.duration_seconds * fps + 1e-3)
-    return max(0, frames - num_frames) // clip_stride + 1
+    return max(0, count_frames(info.duration_seconds, fps) - num_frames) // clip_stride + 1
+
+
+def locate(item: int, first_after: Sequence[int]) -> tuple[int, int]:
+    """Item of all -> (file, item of that file), where file f ends before item `first_after[f]`."""
+    file = bisect.bisect_right(first_after, item)
+    return file, item - (first_after[file - 1] if file else 0)
+
+
+def require_positive(**flags: float) -> None:
+    """ValueError that names the first flag below or at 0."""
+    for flag, value in flags.items():
+        if value <= 0:
+            raise ValueError(f"--{flag} {value}: must be positive")
 
 
 class ClipDataset(Dataset):
@@ -76,9 +94,7 @@ class ClipDataset(Dataset):
             raise ValueError(
                 f"clips are RGB and stereo: --video_size {video_size} needs C 3, --audio_size {audio_size} 2"
             )
-        for flag, value in {"video_fps": video_fps, "audio_fps": audio_fps, "clip_stride": clip_stride}.items():
-            if value <= 0:
-                raise ValueError(f"--{flag} {value}: must be positive")
+        require_positive(video_fps=video_fps, audio_fps=audio_fps, clip_stride=clip_stride)
         self.clips, self.video_fps, self.audio_fps = index.clips, video_fps, audio_fps
         self.random_flip, self.clip_stride, self.seed = random_flip, clip_stride, seed
         counts = [count_windows(info, self.num_frames, video_fps, clip_stride) for _, info in self.clips]
@@ -92,14 +108,13 @@ class ClipDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, window = key if isinstance(key, tuple) else (0, key)
         frames, audio = self._decoded(window)
-        sample = {"video": frames.permute(0, 3, 1, 2).float() / 127.5 - 1, "audio": audio.clone()}
+        sample = {"video": media.to_float(frames.permute(0, 3, 1, 2)), "audio": audio.clone()}
         return mirror(sample) if self.random_flip and is_mirrored(self.seed, epoch, window) else sample
 
     def place(self, window: int) -> tuple[str, ClipInfo, Fraction]:
         """Window -> (path, info, start in seconds)."""
-        clip = bisect.bisect_right(self.first_after, window)
-        first = self.first_after[clip - 1] if clip else 0
-        return *self.clips[clip], (window - first) * self.clip_stride / Fraction(self.video_fps)
+        clip, number = locate(window, self.first_after)
+        return *self.clips[clip], number * self.clip_stride / Fraction(self.video_fps)
 
     def _decoded(self, window: int) -> tuple[th.Tensor, th.Tensor]:
         """([F, H, W, 3] uint8, [2, L] float32), from memory where it has room."""
@@ -178,9 +193,8 @@ def load_data(
     Must be called on every rank. `cache_bytes` is what decoded windows may take in memory on this rank. DataError (a
     bad folder), ValueError (an impossible size) at once, MediaError when a file turns out to be undecodable.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch_size {batch_size}: must be at least 1")
-    empty = ClipIndex([], {})
+    require_positive(batch_size=batch_size)
+    empty: ClipIndex[ClipInfo] = ClipIndex([], {})
     options = (video_size, audio_size, video_fps, audio_fps, random_flip, clip_stride, seed)
     ClipDataset(empty, *options)  # a wrong size is cheaper to tell than to probe all files first
     streams = {"video_stream": video_stream, "audio_stream": audio_stream}
@@ -188,9 +202,17 @@ def load_data(
     if rank == 0:
         logger.log(f"{data_dir}: {index.report()}")
     dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers))
+    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_batch)
+    return ((batch, {}) for batch in batches)
+
+
+def endless_batches(
+    dataset: Dataset, batch_size: int, num_workers: int, seed: int, rank: int, world_size: int, start_batch: int
+) -> Iterator[Any]:
+    """This rank's batches of items (epoch, index) in `GlobalOrder`, collated, made by worker processes if any."""
     loader = DataLoader(
         dataset,
-        batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_batch),
+        batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_batch),  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
         worker_init_fn=_start_worker,
@@ -217,10 +239,9 @@ def _close(batches: weakref.ref) -> None:
         generator.close()
 
 
-def _batches(batches: Iterator[Sample]) -> Iterator[tuple[Sample, dict]]:
+def _batches(batches: Iterator[Any]) -> Iterator[Any]:
     try:
-        for batch in batches:
-            yield batch, {}
+        yield from batches
     except MediaError as error:  # a worker's comes with its traceback as text, and its own line last
         reason = str(error).strip().splitlines()[-1].split("MediaError: ", 1)[-1]
     del batches  # ends the workers; what is raised below no longer refers to them

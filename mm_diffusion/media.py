@@ -28,6 +28,8 @@ import numpy as np
 import soundfile
 import torch as th
 import torchaudio
+import torchvision.io
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as picture_functional
 from torchvision.utils import make_grid, save_image
@@ -40,6 +42,7 @@ SOUND_FRAMES_TO_SETTLE = 2  # after a seek the first sound frames may be damaged
 MAX_MISSING_SECONDS = 1.0  # a file whose streams all end earlier than it announces by more than this is truncated
 MAX_RESAMPLING_KERNEL = 8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
 RESAMPLING_CONTEXT = 64  # samples of the lower rate on either side of a window: more than the filter reaches
+LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of a whole image file
 
 
 class MediaError(ValueError):
@@ -99,7 +102,9 @@ def _frame_seconds(stream, frame) -> Fraction:
     """How long a decoded frame lasts."""
     if stream.type == "audio":
         return Fraction(frame.samples, frame.sample_rate)
-    return 1 / Fraction(stream.average_rate or 25)
+    steady, tick = 1 / Fraction(stream.average_rate or 25), Fraction(stream.time_base)
+    told = Fraction(frame.duration or 0) * Fraction(frame.time_base or tick)
+    return told if told and abs(told - steady) > tick else steady  # within a tick what is told is rounded
 
 
 def _decode(container, stream) -> Iterator[tuple[Fraction, Any]]:
@@ -140,19 +145,12 @@ def probe(path: str | os.PathLike, video_stream: int | None = None, audio_stream
     """
     path = os.fspath(path)
     with _opened(path) as container:
-        streams = [
-            _choose_stream(path, container, *want) for want in (("video", video_stream), ("audio", audio_stream))
-        ]
-        picture, sound = streams
-        file_end = Fraction((container.start_time or 0) + (container.duration or 0), 1_000_000)
-        announced = [_start(s) + s.duration * s.time_base if s.duration else file_end for s in streams]
-        ends = [_last_instant(path, s, end) for s, end in zip(streams, announced, strict=True)]
-        if max(ends) < max(announced) - Fraction(MAX_MISSING_SECONDS):
-            held, promised = float(max(ends)), float(max(announced))
-            raise MediaError(f"{path}: is truncated (ends at {held:.1f} s, should reach {promised:.1f} s)")
+        picture = _choose_stream(path, container, "video", video_stream)
+        sound = _choose_stream(path, container, "audio", audio_stream)
+        end = _ends(path, container, [picture, sound])[0]
         rate = picture.average_rate or picture.guessed_rate or 1
         return ClipInfo(
-            duration_seconds=float(ends[0] - _start(picture)),
+            duration_seconds=float(end - _start(picture)),
             fps=float(rate),
             width=picture.codec_context.width,
             height=picture.codec_context.height,
@@ -163,6 +161,26 @@ def probe(path: str | os.PathLike, video_stream: int | None = None, audio_stream
             video_codec=picture.codec_context.name,
             audio_codec=sound.codec_context.name,
         )
+
+
+def picture_seconds(path: str | os.PathLike) -> float:
+    """How long the picture of a film lasts, which may be silent; MediaError as in `probe`."""
+    path = os.fspath(path)
+    with _opened(path) as container:
+        picture = _choose_stream(path, container, "video", None)
+        sound = None if picture.duration else container.streams.best("audio")  # what is announced may be its end
+        return float(_ends(path, container, [picture, sound] if sound else [picture])[0] - _start(picture))
+
+
+def _ends(path: str, container, streams: list) -> list[Fraction]:
+    """When each stream ends, in seconds on the file's clock; MediaError if all do so before the file says they do."""
+    file_end = Fraction((container.start_time or 0) + (container.duration or 0), 1_000_000)
+    announced = [_start(s) + s.duration * s.time_base if s.duration else file_end for s in streams]
+    ends = [_last_instant(path, s, end) for s, end in zip(streams, announced, strict=True)]
+    if max(ends) < max(announced) - Fraction(MAX_MISSING_SECONDS):
+        held, promised = float(max(ends)), float(max(announced))
+        raise MediaError(f"{path}: is truncated (ends at {held:.1f} s, should reach {promised:.1f} s)")
+    return ends
 
 
 def _last_instant(path: str, stream, announced: Fraction) -> Fraction:
@@ -198,12 +216,10 @@ def read_window(
     with _opened(path) as container:
         picture = _choose_stream(path, container, "video", video_stream)
         sound = _choose_stream(path, container, "audio", audio_stream)
-        zero, tick = _start(picture), Fraction(picture.time_base)
-        picture_index, sound_index = picture.index, sound.index
-        in_rate = sound.codec_context.sample_rate
-    start = Fraction(start_seconds)
-    times = [zero + start + i / Fraction(fps) for i in range(num_frames)]
-    frames = _pick_frames(path, _decode_from(path, picture_index, times[0]), times, tick / 2 + Fraction(1, 10**6))
+        zero, in_rate, sound_index = _start(picture), sound.codec_context.sample_rate, sound.index
+        start = Fraction(start_seconds)
+        shown = _shown_frames(path, picture, start, num_frames, fps)
+    frames = list(shown)
 
     def cut(begin: int, end: int) -> th.Tensor:
         return _cut_sound(path, sound_index, zero, in_rate, begin, end)
@@ -214,19 +230,46 @@ def read_window(
     return th.stack([fitted[id(frame)] for frame in frames]).permute(0, 2, 3, 1).contiguous(), audio
 
 
-def _pick_frames(path: str, timed: Iterable[tuple[Fraction, Any]], times: list[Fraction], slack: Fraction) -> list:
+def read_frames(
+    path: str | os.PathLike, first: int, count: int, fps: float | Fraction, video_stream: int | None = None
+) -> Iterator[th.Tensor]:
+    """The pictures [3, h, w] uint8 shown at (first + i) / fps seconds, i < count, one by one; no sound is needed.
+
+    Upright RGB; past the end the last one repeats. MediaError where the file cannot be decoded.
+    """
+    path = os.fspath(path)
+    with _opened(path) as container:
+        picture = _choose_stream(path, container, "video", video_stream)
+        shown = _shown_frames(path, picture, first / Fraction(fps), count, fps)
+    converter, last = av.video.reformatter.VideoReformatter(), None
+    for frame in shown:
+        if frame is not last:
+            image, last = _to_rgb(frame, converter), frame
+        yield image
+
+
+def _shown_frames(path: str, stream, start: Fraction, count: int, fps: float | Fraction) -> Iterator[Any]:
+    """The frames shown `start + i / fps` seconds after the stream's beginning."""
+    times = [_start(stream) + start + i / Fraction(fps) for i in range(count)]
+    slack = Fraction(stream.time_base) / 2 + Fraction(1, 10**6)
+    return _pick_frames(path, _decode_from(path, stream.index, times[0]), times, slack)
+
+
+def _pick_frames(
+    path: str, timed: Iterable[tuple[Fraction, Any]], times: list[Fraction], slack: Fraction
+) -> Iterator[Any]:
     """The frame shown at each of `times` (ascending); `slack` allows for the rounding of time stamps."""
-    picked: list[Any] = []
-    shown = None
+    picked, shown = 0, None
     for seconds, frame in timed:
-        while shown is not None and len(picked) < len(times) and seconds > times[len(picked)] + slack:
-            picked.append(shown)
-        if len(picked) == len(times):
-            return picked
+        while shown is not None and picked < len(times) and seconds > times[picked] + slack:
+            yield shown
+            picked += 1
+        if picked == len(times):
+            return
         shown = frame
     if shown is None:
         raise MediaError(f"{path}: no frame can be decoded at {float(times[0]):.2f} s")
-    return picked + [shown] * (len(times) - len(picked))
+    yield from itertools.repeat(shown, len(times) - picked)
 
 
 def _to_rgb(frame, converter) -> th.Tensor:
@@ -244,6 +287,53 @@ def fit_picture(image: th.Tensor, height: int, width: int) -> th.Tensor:
         image = picture_functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
     down, across = height - size[0], width - size[1]
     return picture_functional.pad(image, [across // 2, down // 2, across - across // 2, down - down // 2])
+
+
+@contextmanager
+def _opened_image(path: str | os.PathLike) -> Iterator[tuple[Any, Image.Image]]:
+    """(file, image whose header is read) of a JPEG or PNG, local or remote; what is wrong with it as MediaError."""
+    try:
+        with blobfile.BlobFile(os.fspath(path), "rb") as file, Image.open(file, formats=("JPEG", "PNG")) as image:
+            yield file, image
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{path}: is neither a JPEG nor a PNG image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, blobfile.Error) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise MediaError(f"{path}: cannot be read as an image ({reason})") from error
+
+
+def check_image(path: str | os.PathLike) -> None:
+    """MediaError unless the file has the header and the end of an image; decodes only what ends in something else."""
+    with _opened_image(path) as (file, image):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        whole = file.read().rstrip(b"\0").endswith(LAST_BYTES[image.format or ""])
+        file.seek(0)
+        if not whole:
+            image.load()
+
+
+def read_image(path: str | os.PathLike) -> th.Tensor:
+    """A JPEG or PNG of any kind -> [3, h, w] uint8 RGB, upright as its EXIF asks, transparency over black.
+
+    MediaError where it cannot be read to its end.
+    """
+    with _opened_image(path) as (_, image):
+        ImageOps.exif_transpose(image, in_place=True)
+        return _from_pil(_flat_rgb(image))
+
+
+def _flat_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
+        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_pil(image: Image.Image) -> th.Tensor:
+    return th.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _resampled(cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int, first: int, count: int) -> th.Tensor:
@@ -399,6 +489,11 @@ def to_uint8(images: th.Tensor) -> th.Tensor:
     return images if images.dtype == th.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255).to(th.uint8)
 
 
+def to_float(images: th.Tensor) -> th.Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def _to_int16(audio: th.Tensor) -> np.ndarray:
     """[C, L] floats in [-1, 1] -> [C, L] int16."""
     scaled = (audio.detach().cpu().float() * SAMPLE_STEPS).round()
@@ -454,6 +549,24 @@ def _encode_audio(container, stream, samples: np.ndarray) -> None:
     frame.sample_rate, frame.pts, frame.time_base = stream.rate, 0, Fraction(1, stream.rate)
     container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+def write_image(path: str | os.PathLike, image: th.Tensor, jpeg_quality: int = 95) -> None:
+    """Write [3, H, W] uint8, as its suffix says: a lossless .png, or a .jpg of that quality and unsubsampled colour."""
+    kinds: dict[str, dict[str, Any]] = {
+        ".png": {"format": "PNG", "compress_level": 1},  # twice as fast as the usual 6, and 3 % larger
+        ".jpg": {"format": "JPEG", "quality": jpeg_quality, "subsampling": 0},
+    }
+    kind = kinds.get(Path(path).suffix.lower())
+    if kind is None or image.ndim != 3 or len(image) != 3 or image.dtype != th.uint8:
+        raise ValueError(f"{path}: need .png or .jpg and [3, H, W] uint8, got {[*image.shape]} {image.dtype}")
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    _atomically(path, lambda temporary: picture.save(temporary, **kind))
+
+
+def jpeg_round_trip(image: th.Tensor, quality: int) -> th.Tensor:
+    """[3, h, w] uint8 -> the same as a JPEG of that quality (1..100) shows it."""
+    return torchvision.io.decode_jpeg(torchvision.io.encode_jpeg(image.contiguous(), quality))
 
 
 def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> None:
