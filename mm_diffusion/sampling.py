@@ -1,29 +1,20 @@
-"""From a trained model to clips: samplers by name, precision, and clips that depend on (seed, index) only."""
+"""From trained models to clips: samplers by name, precision, and clips that depend on (seed, index) only."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
 from torch import nn
-from tqdm import tqdm
 
-from . import logger, media, rng
-from .checkpoint import load_weights
-from .dist_util import World
+from . import rng
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
-from .script_util import DataConfig, SampleConfig, create_model_and_diffusion, model_and_diffusion_defaults
 from .tree import Generators, Tree, tree_map
-from .unet import window_shift
+from .unet import ImageSuperResModel, window_shift
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
 
@@ -41,11 +32,25 @@ SAMPLERS: dict[str, dict[str, Any]] = {
         "step_control": "sample",
     },
 }
+# What replaces them in the previews of training, and in the upsampler.
 PREVIEW_SETTINGS: dict[str, dict[str, Any]] = {"dpm_solver": {"steps": 50, "skip_type": "time_uniform"}}
+_MULTISTEP = {"steps": 50, "order": 2, "method": "multistep", "skip_type": "time_uniform"}
+SR_SETTINGS: dict[str, dict[str, Any]] = {"dpm_solver": _MULTISTEP, "dpm_solver++": _MULTISTEP}
 
-BAR = "{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left"
+CPU_ACTIVATION_BYTES = 2**31  # what frames that go through the upsampler together may take on a CPU
+GPU_ACTIVATION_SHARE = 0.6  # and of the free memory of a GPU
 
 Sampler = Callable[..., Tree]
+
+
+def part_of(progress: Callable[[float], None] | None, first: float, last: float) -> Callable[[float], None]:
+    """The progress function of a part of the work: its 0..1 are `first`..`last` of the whole."""
+
+    def report(fraction: float) -> None:
+        if progress:
+            progress(first + fraction * (last - first))
+
+    return report
 
 
 def bind(model: nn.Module, cond: dict[str, Any] | None = None) -> Callable[..., Tree]:
@@ -88,23 +93,45 @@ def prepare(model: nn.Module, precision: str = "fp32") -> Prepared:
     return Prepared(model, DTYPES[precision])
 
 
-def make_sampler(name: str, diffusion: SpacedDiffusion, clip_denoised: bool = True, **settings: Any) -> Sampler:
-    """A function `(model_fn, x_T, generator, progress=None) -> tree`; `settings` replace those of SAMPLERS.
+def make_sampler(
+    name: str, diffusion: SpacedDiffusion, clip_denoised: bool = True, prefix: str = "", **settings: Any
+) -> Sampler:
+    """A function `(model_fn, x_T, generator=None, progress=None, cond=None) -> tree`; `cond`: keywords of model_fn.
 
-    ValueError for an unknown name, or for settings that the sampler does not have.
+    `settings` replace those of SAMPLERS. ValueError for an unknown name, or for settings that the sampler does not
+    have; `prefix` is that of the flags it names.
     """
     if name not in SAMPLERS:
-        raise ValueError(f"sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")
+        raise ValueError(f"{prefix}sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")
     if name in ("ddpm", "ddim"):
         if settings:
-            raise ValueError(f"sample_fn {name} has no {', '.join(settings)}: its steps are set by timestep_respacing")
-        loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[name]
-        return lambda model_fn, x_T, generator=None, progress=None: loop(
-            model_fn, x_T, generator, clip_denoised=clip_denoised, progress=progress
-        )
+            raise ValueError(
+                f"{prefix}sample_fn {name} has no {', '.join(settings)}: its steps are set by"
+                f" {prefix}timestep_respacing"
+            )
+        return _loop({"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[name], clip_denoised)
     if diffusion.num_timesteps != diffusion.original_num_steps:
-        raise ValueError(f"timestep_respacing does not go with sample_fn {name}: leave it empty, and set sample_steps")
+        raise ValueError(
+            f"{prefix}timestep_respacing does not go with {prefix}sample_fn {name}: leave it empty, and set"
+            f" {prefix}sample_steps"
+        )
     return _solver(diffusion, SAMPLERS[name] | settings)
+
+
+def _loop(loop: Callable[..., Tree], clip_denoised: bool) -> Sampler:
+    def sample(
+        model_fn: Callable,
+        x_T: Tree,
+        generator: Generators = None,
+        progress: Callable | None = None,
+        cond: dict[str, th.Tensor] | None = None,
+    ) -> Tree:
+        def bound(x: Tree, t: th.Tensor) -> Tree:
+            return model_fn(x, t, **(cond or {}))
+
+        return loop(bound, x_T, generator, clip_denoised=clip_denoised, progress=progress)
+
+    return sample
 
 
 def _solver(diffusion: SpacedDiffusion, settings: dict[str, Any]) -> Sampler:
@@ -112,36 +139,20 @@ def _solver(diffusion: SpacedDiffusion, settings: dict[str, Any]) -> Sampler:
     run = {key: value for key, value in settings.items() if key not in made}
     kind = "x_start" if diffusion.model_mean_type == ModelMeanType.START_X else "noise"
 
-    def sample(model_fn: Callable, x_T: Tree, generator: Generators = None, progress: Callable | None = None) -> Tree:
-        def rescaled(x: Tree, t: th.Tensor, **cond: Any) -> Tree:
-            return model_fn(x, diffusion.model_timesteps(t), **cond)
+    def sample(
+        model_fn: Callable,
+        x_T: Tree,
+        generator: Generators = None,
+        progress: Callable | None = None,
+        cond: dict[str, th.Tensor] | None = None,
+    ) -> Tree:
+        def rescaled(x: Tree, t: th.Tensor, **now: Any) -> Tree:
+            return model_fn(x, diffusion.model_timesteps(t), **now)
 
         solver = DPMSolver(rescaled, diffusion.alphas_cumprod, model_type=kind, **made)
-        return solver.sample(x_T, progress=progress, **run)
+        return solver.sample(x_T, progress=progress, cond=cond, **run)
 
     return sample
-
-
-def solver_settings(config: SampleConfig) -> dict[str, Any]:
-    """Flags -> settings; 0 and empty leave the sampler's own."""
-    chosen = {
-        "steps": config.sample_steps,
-        "order": config.solver_order,
-        "method": config.solver_method,
-        "skip_type": config.skip_type,
-    }
-    return {key: value for key, value in chosen.items() if value}
-
-
-def load_model(
-    path: str, weights: dict[str, th.Tensor], flags: Mapping[str, Any], strict: bool, device: th.device
-) -> tuple[Prepared, SpacedDiffusion]:
-    """The model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
-    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
-    misfits = load_weights(model, weights, strict, name=path)
-    if misfits:
-        logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
-    return prepare(model.to(device), half_precision(device) if flags["use_fp16"] else "fp32"), diffusion
 
 
 @th.no_grad()
@@ -169,136 +180,50 @@ def sample_joint(
     return tree_map(lambda x: x.clamp(-1, 1).cpu(), sample)
 
 
-# ---------------------------------------------------------------- clips on disk
-
-
-def clip_paths(folder: str | os.PathLike, name: str) -> tuple[Path, Path]:
-    """(mp4, wav) of a clip below an output folder."""
-    return Path(folder, "original", f"{name}.mp4"), Path(folder, "audios", f"{name}.wav")
-
-
-def write_sample(
-    folder: str | os.PathLike, name: str, video: th.Tensor, audio: th.Tensor, video_fps: int, audio_fps: int
-) -> None:
-    """A clip [F, C, H, W], [C, L] -> original/NAME.mp4 (with its sound) and audios/NAME.wav; the mp4 comes last."""
-    mp4, wav = clip_paths(folder, name)
-    for path in (wav, mp4):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    media.write_wav(wav, audio, audio_fps)
-    media.write_clip(mp4, video, video_fps, audio, audio_fps)
-
-
-@contextmanager
-def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
-    """`call(function, *args)` that returns at once, to encode files beside the model. Errors surface on leaving."""
-    waiting: list[Future] = []
-    with ThreadPoolExecutor(max_workers=1) as pool:
-
-        def call(function: Callable, *args: Any) -> None:
-            waiting.append(pool.submit(function, *args))
-            while len(waiting) > most_waiting:
-                waiting.pop(0).result()
-
-        yield call
-        for future in waiting:
-            future.result()
-
-
-def draw_clips(
+@th.no_grad()
+def upscale_video(
     model: nn.Module,
     sampler: Sampler,
-    indices: Sequence[int],
-    batch_size: int,
+    video: th.Tensor,
     seed: int,
-    device: th.device | str,
-    save: Callable[[int, th.Tensor, th.Tensor], None],
+    index: int,
+    *,
+    frames_at_once: int = 0,
+    noise: th.Tensor | None = None,
+    device: th.device | str = "cpu",
     progress: Callable[[float], None] | None = None,
-) -> None:
-    """Draw clips number `indices` and `save(index, video [F, C, H, W], audio [C, L])` each, beside the model's work.
+) -> th.Tensor:
+    """Frames [F, 3, h, w] of clip `index` of `seed` -> [F, 3, H, W]; both in [-1, 1], the result on the CPU.
 
-    `progress` is called with the number of clips done, fractions included.
+    All frames of a clip start from one noise picture [3, H, W] (drawn from seed and index unless `noise` is given) and
+    share the noise of every step, so that a still scene stays still, and a frame does not depend on how many go
+    through the model at a time (`frames_at_once`; 0: what fits in memory).
     """
-    with background() as call:
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-
-            def report(fraction: float, start: int = start, size: int = len(batch)) -> None:
-                if progress:
-                    progress(start + fraction * size)
-
-            sample = sample_joint(model, sampler, batch, seed, device, report)
-            report(1.0)
-            for index, video, audio in zip(batch, sample["video"], sample["audio"], strict=True):
-                call(save, index, video, audio)
-
-
-def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:
-    """Note in sampling.json what the clips of this folder are, or ValueError where it holds other ones."""
-    note, text = Path(folder, "sampling.json"), json.dumps(description, indent=1, sort_keys=True)
-    if note.exists():
-        known = json.loads(note.read_text())
-        different = [key for key in description if known.get(key) != description[key]]
-        if different:
-            raise ValueError(
-                f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
-            )
-        return
-    if any(Path(folder, "original").glob("*.mp4")):
-        raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_suffix(".partial")
-    temporary.write_text(text)
-    os.replace(temporary, note)
-
-
-def missing_clips(folder: str | os.PathLike, stem: str, count: int, description: dict[str, Any]) -> list[int]:
-    """Claim the folder, and the numbers of the clips STEM_NNNNN out of `count` that it does not hold whole."""
-    claim_folder(folder, description)
-    return [k for k in range(count) if not all(path.exists() for path in clip_paths(folder, f"{stem}_{k:05d}"))]
-
-
-def check_sample_config(config: SampleConfig) -> None:
-    """ValueError, naming the flag, for what cannot be sampled."""
-    if not config.output_dir:
-        raise ValueError("output_dir is empty: say where the clips go with --output_dir")
-    for name in ("all_save_num", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
-    if config.sample_fn not in SAMPLERS:
-        raise ValueError(f"sample_fn {config.sample_fn!r}: choose from {', '.join(SAMPLERS)}")
-    if config.sr_model_path:
-        raise ValueError("sr_model_path: this version has no upsampler; leave it empty")
-
-
-def make_preview(
-    diffusion: SpacedDiffusion,
-    sample_fn: str,
-    save_type: str,
-    clips_per_rank: int,
-    folder: str,
-    data: DataConfig,
-    world: World,
-) -> Callable[[nn.Module, int], None] | None:
-    """A function `(model, step)` that draws a few clips into `folder`/samples/NNNNNN, always the same numbers."""
-    if save_type not in ("mp4", "wav"):
-        raise ValueError(f"save_type {save_type!r}: choose mp4 or wav")
-    sampler = make_sampler(sample_fn, diffusion, **PREVIEW_SETTINGS.get(sample_fn, {}))
-    if clips_per_rank == 0:
-        return None
-    indices = range(world.rank * clips_per_rank, (world.rank + 1) * clips_per_rank)
-
-    def preview(model: nn.Module, step: int) -> None:
-        bar = tqdm(
-            total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format="{l_bar}{bar}| {remaining} left"
+    network: Any = model.model if isinstance(model, Prepared) else model
+    size, num_frames = network.large_size, len(video)
+    if tuple(video.shape[1:]) != (3, network.small_size, network.small_size):
+        raise ValueError(
+            f"frames {list(video.shape[1:])}: the upsampler takes [3, {network.small_size}, {network.small_size}]"
         )
-        with bar:
-            sample = sample_joint(model, sampler, indices, 0, world.device, lambda done: bar.update(done - bar.n))
-        for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True):
-            path = Path(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if save_type == "wav":
-                media.write_wav(path, audio, data.audio_fps)
-            else:
-                media.write_clip(path, video, data.video_fps, audio, data.audio_fps)
+    if noise is None:
+        noise = th.randn(3, size, size, generator=rng.generator(seed, "upsampler", index))
+    chunk = frames_at_once or frames_that_fit(network, th.device(device), num_frames)
+    done = []
+    for start in range(0, num_frames, chunk):
+        low_res = video[start : start + chunk].to(device)
+        generators = [rng.generator(seed, "upsampler step", index) for _ in low_res]
+        x_T = noise.to(device).expand(len(low_res), -1, -1, -1)
+        report = part_of(progress, start / num_frames, (start + len(low_res)) / num_frames)
+        sample: Any = sampler(bind(model), x_T, generators, report, {"low_res": low_res})
+        done.append(sample.clamp(-1, 1).cpu())
+    return th.cat(done)
 
-    return preview
+
+def frames_that_fit(network: ImageSuperResModel, device: th.device, num_frames: int) -> int:
+    """How many frames may go through the upsampler together, from its maps' sizes and the memory there is."""
+    if device.type == "cuda":
+        unused = th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
+        budget = GPU_ACTIVATION_SHARE * (th.cuda.mem_get_info(device)[0] + unused)
+    else:
+        budget = CPU_ACTIVATION_BYTES
+    return max(1, min(num_frames, int(budget / network.bytes_per_picture())))

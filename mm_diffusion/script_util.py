@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from . import gaussian_diffusion as gd
 from .dist_util import end_job
 from .respace import SpacedDiffusion, space_timesteps
-from .unet import AUDIO_TYPES, VIDEO_CONVS, MultimodalUNet
+from .unet import AUDIO_TYPES, VIDEO_CONVS, ImageSuperResModel, MultimodalUNet
 
 Config = TypeVar("Config")
 
-# Published flags that are accepted, so that launchers full of them go on working, and why they do nothing.
-_UNREAD, _NO_UPSAMPLER = "nor had it in the published code", "this version has no upsampler"
-_SR_MODEL = "num_channels num_res_blocks num_heads num_head_channels num_heads_upsample attention_resolutions dropout"
-_SR_REST = "class_cond use_scale_shift_norm resblock_updown learn_sigma diffusion_steps timestep_respacing sample_fn"
-WITHOUT_EFFECT = {
-    "t_lr": _UNREAD,
-    "frame_gap": _UNREAD,
-    "ref_path": "this version computes no metrics",
-    "classifier_scale": "this version generates no modality from the other",
-    **dict.fromkeys(("large_size", "small_size", "load_noise"), _NO_UPSAMPLER),
-    **{f"sr_{name}": _NO_UPSAMPLER for name in f"{_SR_MODEL} {_SR_REST}".split()},
-}
+SR = "sr_"  # how flags of the upsampler begin
 DEFAULT_CHANNEL_MULT = {64: "1,2,3,4", 128: "1,1,2,3,4", 256: "1,1,2,2,4,4", 512: "0.5,1,1,2,2,4,4"}
+SR_CHANNEL_MULT = DEFAULT_CHANNEL_MULT | {512: DEFAULT_CHANNEL_MULT[256]}
 
 
 def flag(default: Any, text: str) -> Any:
@@ -75,28 +65,71 @@ class DiffusionConfig:
     rescale_learned_sigmas: bool = flag(False, "scale the bound by steps/1000 beside the squared error")
 
 
+@dataclasses.dataclass(frozen=True)
+class SRModelConfig:
+    """The upsampler."""
+
+    large_size: int = flag(256, "side of the pictures the upsampler makes, in pixels")
+    small_size: int = flag(64, "side of the pictures it is given")
+    sr_num_channels: int = flag(192, "width of its first level")
+    sr_num_res_blocks: int = flag(2, "residual blocks per level")
+    sr_channel_mult: str = flag("", "width of each level, in sr_num_channels; empty: what large_size calls for")
+    sr_num_heads: int = flag(4, "heads of its attention")
+    sr_num_head_channels: int = flag(-1, "channels per head; -1: sr_num_heads heads")
+    sr_num_heads_upsample: int = flag(-1, "heads on the way up; -1: as on the way down")
+    sr_attention_resolutions: str = flag("8,16,32", "downsample rates with attention; -1: none")
+    sr_dropout: float = flag(0.0, "dropout in its residual blocks")
+    sr_class_cond: bool = flag(False, "condition on a class; not defined for frames")
+    sr_use_scale_shift_norm: bool = flag(True, "the timestep scales and shifts the second norm")
+    sr_resblock_updown: bool = flag(True, "residual blocks change the resolution, else single convolutions")
+    use_checkpoint: bool = flag(False, "recompute activations for the gradient: less memory, a third more time")
+    use_fp16: bool = flag(False, "mixed precision: bfloat16 where the device has it, else float16 with a loss scale")
+    sr_use_fp16: bool | None = flag(None, "use_fp16 for the upsampler; None: as use_fp16")
+
+
+SRDiffusionConfig = dataclasses.make_dataclass(
+    "SRDiffusionConfig",
+    [
+        (SR + f.name, f.type, flag(f.default or f.name == "learn_sigma", f"upsampler: {f.metadata['help']}"))
+        for f in dataclasses.fields(DiffusionConfig)
+    ],
+    frozen=True,
+)
+
+
+def _names(*configs: type, but: Collection[str] = ()) -> tuple[str, ...]:
+    return tuple(f.name for c in configs for f in dataclasses.fields(c) if f.name.removeprefix(SR) not in but)
+
+
 # What a checkpoint was trained as: a flag that says otherwise is a mistake. The rest may change from run to run.
 FREE_FLAGS = {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas"}
-TRAINED_FLAGS = tuple(
-    f.name for c in (ModelConfig, DiffusionConfig) for f in dataclasses.fields(c) if f.name not in FREE_FLAGS
-)
-# What a checkpoint tells a later run that was not told otherwise.
-CARRIED_FLAGS = (*TRAINED_FLAGS, "dropout", "use_kl", "rescale_learned_sigmas", "video_fps", "audio_fps")
+TRAINED_FLAGS = _names(ModelConfig, DiffusionConfig, but=FREE_FLAGS)
+SR_TRAINED_FLAGS = _names(SRModelConfig, SRDiffusionConfig, but=FREE_FLAGS)
+# What a checkpoint tells a later run that was not told otherwise, beside these.
+CARRIED_TOO = ("dropout", "use_kl", "rescale_learned_sigmas")
+CARRIED_FLAGS = (*TRAINED_FLAGS, *CARRIED_TOO, "video_fps", "audio_fps")
+SR_CARRIED_FLAGS = (*SR_TRAINED_FLAGS, *(SR + name for name in CARRIED_TOO))
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class FilesConfig:
+    """Files on disk."""
+
+    data_dir: str = flag("", "folder of training data, searched below; several with commas")
+    num_workers: int = flag(4, "processes that decode; 0: decode between the steps")
+    video_fps: int = flag(4, "frames per second to take from videos")
+    random_flip: bool = flag(True, "mirror half of the data, pictures and stereo channels together")
+    max_bad_share: float = flag(0.1, "refuse to start when more than this share of the files is unusable")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(FilesConfig):
     """Clips on disk."""
 
-    data_dir: str = flag("", "folder of clips, searched below; several with commas")
-    num_workers: int = flag(4, "processes that decode; 0: decode between the steps")
-    video_fps: int = flag(4, "frames per second of a clip")
     audio_fps: int = flag(16000, "samples per second of a clip")
-    random_flip: bool = flag(True, "mirror half of the clips, picture and stereo channels together")
     clip_stride: int = flag(1, "frames between the windows of a long file")
     video_stream: int | None = flag(None, "number of the video stream in every file; None: the best")
     audio_stream: int | None = flag(None, "number of the audio stream in every file; None: the best")
-    max_bad_share: float = flag(0.1, "refuse to start when more than this share of the files is unusable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +151,9 @@ class TrainConfig:
     save_interval: int = flag(10000, "steps between checkpoints")
     output_dir: str = flag("", "where checkpoints, log and previews go")
     resume_checkpoint: str = flag("", "modelNNNNNN.pt to go on from; its EMA and optimizer files lie beside it")
+    init_checkpoint: str = flag("", "weights to start a new run from; tensors that do not fit are listed and left out")
     sample_fn: str = flag("dpm_solver", "sampler of the previews")
-    preview_clips: int = flag(1, "clips that each rank draws from the EMA at every save; 0: none")
+    preview_clips: int = flag(1, "clips or pictures that each rank draws from the EMA at every save; 0: none")
     save_type: str = flag("mp4", "of the previews: mp4, or wav for the sound alone")
     use_db: bool = flag(False, "log to Weights and Biases as well")
     devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
@@ -130,7 +164,7 @@ class SampleConfig:
     """Sampling from a checkpoint."""
 
     multimodal_model_path: str = flag("", "checkpoint, several with commas, or a folder (its newest EMA)")
-    output_dir: str = flag("", "where original/ (mp4) and audios/ (wav) go")
+    output_dir: str = flag("", "where original/ (mp4), audios/ (wav) and sr_mp4/ (upsampled mp4) go")
     sample_fn: str = flag("dpm_solver++", "ddpm, ddim, dpm_solver or dpm_solver++")
     all_save_num: int = flag(96, "clips to draw, over all ranks")
     batch_size: int = flag(4, "clips per rank at a time")
@@ -141,9 +175,26 @@ class SampleConfig:
     solver_order: int = flag(0, "order of dpm_solver, 1 to 3; 0: the sampler's own")
     solver_method: str = flag("", "singlestep, singlestep_fixed, multistep or adaptive; empty: the sampler's own")
     skip_type: str = flag("", "time_uniform, logSNR or time_quadratic; empty: the sampler's own")
-    sr_model_path: str = flag("", "checkpoint of the upsampler")
+    sr_model_path: str = flag("", "checkpoint of the upsampler, or a folder (its newest EMA); empty: no upsampling")
+    sr_sample_fn: str = flag("ddim", "sampler of the upsampler: ddpm, ddim, dpm_solver or dpm_solver++")
+    sr_batch_size: int = flag(0, "frames in the upsampler at a time; 0: what fits in memory")
+    sr_sample_steps: int = flag(0, "model evaluations of its dpm_solver; 0: the sampler's own")
+    sr_solver_order: int = flag(0, "order of its dpm_solver; 0: the sampler's own")
+    sr_solver_method: str = flag("", "method of its dpm_solver; empty: the sampler's own")
+    sr_skip_type: str = flag("", "steps of its dpm_solver; empty: the sampler's own")
+    load_noise: str = flag("", "file.npy with the noise picture [3, large_size, large_size] of the upsampler")
     devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
 
+
+# Published flags that are accepted where nothing reads them, so that launchers full of them go on working, and why.
+WITHOUT_EFFECT = {
+    "t_lr": "nor had it in the published code",
+    "frame_gap": "nor had it in the published code",
+    "ref_path": "this version computes no metrics",
+    "classifier_scale": "this version generates no modality from the other",
+    **dict.fromkeys(_names(SRModelConfig, SRDiffusionConfig), "this script has no upsampler"),
+    **dict.fromkeys(("sr_model_path", "sr_sample_fn", "load_noise"), "this script has no upsampler"),
+}
 
 # ---------------------------------------------------------------- flags
 
@@ -160,7 +211,13 @@ def to_bool(text: str | bool) -> bool:
     return known[str(text).lower()]
 
 
-CONVERT: dict[Any, Callable] = {"bool": to_bool, "int": int, "int | None": int, "float": float, "str": str}
+def optional(kind: Callable) -> Callable:
+    """`kind`, but None passes, and "None" is None."""
+    return lambda text: None if text is None or str(text) == "None" else kind(text)
+
+
+CONVERT: dict[Any, Callable] = {"bool": to_bool, "int": int, "float": float, "str": str}
+CONVERT |= {"int | None": optional(int), "bool | None": optional(to_bool)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -187,7 +244,7 @@ def parse(description: str, *configs: type, defaults: Mapping[str, Any] | None =
         parser.add_argument(
             f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.split()[0].upper(), help=text
         )
-    for name in WITHOUT_EFFECT:
+    for name in WITHOUT_EFFECT.keys() - fields.keys():
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help="accepted, no effect")
     given = vars(parser.parse_args())
     return values | given, set(given)
@@ -198,19 +255,25 @@ def pick(config: type[Config], values: Mapping[str, Any]) -> Config:
     return config(**{f.name: values[f.name] for f in dataclasses.fields(config)})  # type: ignore[arg-type]
 
 
-def notes_on(given: set[str]) -> list[str]:
-    """What to tell about flags that were given."""
-    return [f"--{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in given]
+def notes_on(given: set[str], *configs: type) -> list[str]:
+    """What to tell about flags that were given to a script that has `configs`."""
+    idle = given - set(_names(*configs))
+    return [f"--{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in idle]
 
 
-def merge_checkpoint_flags(values: dict, given: set[str], trained: Mapping[str, Any], path: str) -> dict:
-    """Flags that a checkpoint carries take the place of defaults; ValueError where one given explicitly contradicts."""
-    for name in sorted(given & set(trained) & set(TRAINED_FLAGS)):
+def merge_checkpoint_flags(
+    values: dict, given: set[str], trained: Mapping[str, Any], path: str, carried: Collection[str] = CARRIED_FLAGS
+) -> dict:
+    """Flags that a checkpoint carries take the place of defaults; ValueError where one given explicitly contradicts.
+
+    `carried`: CARRIED_FLAGS of the joint model, or SR_CARRIED_FLAGS.
+    """
+    for name in sorted(given & set(trained) & set(carried) & {*TRAINED_FLAGS, *SR_TRAINED_FLAGS}):
         if _normal(name, values[name], values | dict(trained)) != _normal(name, trained[name], values | dict(trained)):
             raise ValueError(
                 f"--{name} {values[name]} contradicts {path}, trained with {trained[name]}: leave the flag out"
             )
-    return values | {name: trained[name] for name in CARRIED_FLAGS if name in trained and name not in given}
+    return values | {name: trained[name] for name in carried if name in trained and name not in given}
 
 
 def _normal(name: str, value: Any, values: Mapping[str, Any]) -> Any:
@@ -218,6 +281,8 @@ def _normal(name: str, value: Any, values: Mapping[str, Any]) -> Any:
     text = str(value).replace(" ", "")
     if name == "channel_mult":
         return channel_multipliers(text, numbers("video_size", values["video_size"], 4)[3])
+    if name == "sr_channel_mult":
+        return channel_multipliers(text, int(values["large_size"]), SR)
     return AUDIO_TYPES[0] if name == "audio_type" else text  # its values are names of one convolution
 
 
@@ -241,6 +306,34 @@ def create_model_and_diffusion(**flags: Any) -> tuple[MultimodalUNet, SpacedDiff
     values = _typed(flags, ModelConfig, DiffusionConfig)
     diffusion = create_diffusion(pick(DiffusionConfig, values))
     return create_model(pick(ModelConfig, values), learn_sigma=values["learn_sigma"]), diffusion
+
+
+def image_sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of the upsampler and its diffusion with their defaults."""
+    return _defaults(SRModelConfig, SRDiffusionConfig)
+
+
+def image_sr_create_model_and_diffusion(**flags: Any) -> tuple[ImageSuperResModel, SpacedDiffusion]:
+    """Flags as on the command line, or without their "sr_" -> upsampler, diffusion; errors as of the joint model."""
+    known = image_sr_model_and_diffusion_defaults()
+    flags = {name if name in known else SR + name: value for name, value in flags.items()}
+    values = _typed(flags, SRModelConfig, SRDiffusionConfig)
+    process = sr_process(values)
+    try:
+        diffusion = create_diffusion(process)
+    except ValueError as error:
+        raise ValueError(f"upsampler ({SR} flags): {error}") from None
+    return create_upsampler(pick(SRModelConfig, values), learn_sigma=process.learn_sigma), diffusion
+
+
+def sr_process(values: Mapping[str, Any]) -> DiffusionConfig:
+    """The upsampler's diffusion process."""
+    return DiffusionConfig(**{f.name: values[SR + f.name] for f in dataclasses.fields(DiffusionConfig)})
+
+
+def sr_half(values: Mapping[str, Any]) -> bool:
+    """Whether the upsampler runs in half precision."""
+    return values["use_fp16"] if values["sr_use_fp16"] is None else values["sr_use_fp16"]
 
 
 def _typed(flags: Mapping[str, Any], *configs: type) -> dict[str, Any]:
@@ -294,6 +387,28 @@ def create_model(config: ModelConfig, learn_sigma: bool = False) -> MultimodalUN
     )
 
 
+def create_upsampler(config: SRModelConfig, learn_sigma: bool = True) -> ImageSuperResModel:
+    """guided-diffusion's upsampler; ValueError, naming the flag, for what it cannot be."""
+    if config.sr_class_cond:
+        raise ValueError("sr_class_cond True: frames have no classes; leave it False")
+    return ImageSuperResModel(
+        large_size=config.large_size,
+        small_size=config.small_size,
+        num_channels=config.sr_num_channels,
+        num_res_blocks=config.sr_num_res_blocks,
+        channel_mult=channel_multipliers(config.sr_channel_mult, config.large_size, SR),
+        num_heads=config.sr_num_heads,
+        num_head_channels=config.sr_num_head_channels,
+        num_heads_upsample=config.sr_num_heads_upsample,
+        attention_resolutions=rates("sr_attention_resolutions", config.sr_attention_resolutions),
+        dropout=config.sr_dropout,
+        use_checkpoint=config.use_checkpoint,
+        use_scale_shift_norm=config.sr_use_scale_shift_norm,
+        resblock_updown=config.sr_resblock_updown,
+        learn_sigma=learn_sigma,
+    )
+
+
 def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     """The diffusion over the steps that `timestep_respacing` keeps."""
     if config.diffusion_steps < 1:
@@ -332,16 +447,16 @@ def rates(name: str, text: str) -> tuple[int, ...]:
     return numbers(name, text, len(str(text).split(",")))
 
 
-def channel_multipliers(text: str, picture_size: int) -> tuple[float, ...]:
+def channel_multipliers(text: str, picture_size: int, prefix: str = "") -> tuple[float, ...]:
     """A list as given, or what a picture of this width calls for."""
-    text = text or DEFAULT_CHANNEL_MULT.get(picture_size, "")
+    text = text or (SR_CHANNEL_MULT if prefix else DEFAULT_CHANNEL_MULT).get(picture_size, "")
     try:
         values: Sequence[float] = [float(part) for part in text.split(",")]
     except ValueError:
         values = ()
     if not values or min(values) <= 0:
         raise ValueError(
-            f"channel_mult {text!r}: for pictures {picture_size} wide give a list such as 1,2,3,4 "
+            f"{prefix}channel_mult {text!r}: for pictures {picture_size} wide give a list such as 1,2,3,4 "
             f"(known without one: {', '.join(map(str, DEFAULT_CHANNEL_MULT))})"
         )
     return tuple(values)

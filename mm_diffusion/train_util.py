@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch as th
@@ -20,7 +20,7 @@ from .dist_util import ALONE, World, all_sum, barrier
 from .gaussian_diffusion import GaussianDiffusion
 from .resample import create_named_schedule_sampler
 from .sampling import DTYPES, bind, half_precision
-from .script_util import TrainConfig
+from .script_util import CARRIED_FLAGS, TrainConfig, merge_checkpoint_flags
 from .tree import Tree, leaves, randn_like, tree_map
 from .unet import window_shift
 
@@ -77,6 +77,8 @@ class TrainLoop:
         _check(config)
         self.model, self.diffusion, self.config, self.world = model.to(world.device), diffusion, config, world
         self.flags, self.preview = flags or {}, preview
+        if config.init_checkpoint and not config.resume_checkpoint:
+            start_from(config.init_checkpoint, self.model)
         self.forward_model: nn.Module = self.model
         if world.size > 1:  # first of all: every rank gets the weights of rank 0
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -258,7 +260,10 @@ class TrainLoop:
         folder, name = os.path.split(path)
         match = re.fullmatch(r"model(\d+)\.pt", name)
         if not match:
-            raise ValueError(f"resume_checkpoint {path}: need a file named modelNNNNNN.pt")
+            raise ValueError(
+                f"resume_checkpoint {path}: need a file named modelNNNNNN.pt; to start a new run from other weights,"
+                " give them as --init_checkpoint"
+            )
         checkpoint.load_weights(self.model, path)
         own = dict(self.model.named_parameters())
         for rate, ema in self.emas.items():
@@ -277,6 +282,31 @@ class TrainLoop:
         self.step = int(match[1])
         logger.drop_rows_from(self.step)
         logger.log(f"resumed from {path} after {self.step} steps")
+
+
+def flags_to_start_with(values: dict, given: set[str], carried: Collection[str] = CARRIED_FLAGS) -> dict:
+    """Flags with those of the checkpoint that a run resumes, or starts from, in the place of defaults.
+
+    ValueError where an explicit flag contradicts the run that is resumed.
+    """
+    path = values["resume_checkpoint"] or values["init_checkpoint"]
+    if not path:
+        return values
+    trained = checkpoint.load_state(path)[1]
+    if not values["resume_checkpoint"]:
+        trained = {name: value for name, value in trained.items() if name not in given}
+    return merge_checkpoint_flags(values, given, trained, path, carried)
+
+
+def start_from(path: str, model: nn.Module) -> None:
+    """Fill the model with those tensors of a checkpoint that fit, and tell which; CheckpointError if none does."""
+    left = checkpoint.load_weights(model, path, strict=False)
+    own = checkpoint.published_names(model)
+    new, unknown = [name for name in left if name in own], [name for name in left if name not in own]
+    logger.log(f"{path}: {len(own) - len(new)} of the model's {len(own)} tensors taken")
+    for names, what in ((new, "start anew"), (unknown, "of the checkpoint have no place in the model")):
+        if names:
+            logger.log(f"  {len(names)} {what}: {', '.join(names)}")
 
 
 @th.no_grad()

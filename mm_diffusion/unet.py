@@ -8,7 +8,7 @@ modality.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +114,7 @@ class ResBlock(nn.Module):
     """A residual block of all streams; they share one projection of the timestep embedding."""
 
     def __init__(
-        self, emb_channels: int, out_channels: int, scale_shift: bool, streams: dict[str, Callable[[], ResStream]]
+        self, emb_channels: int, out_channels: int, scale_shift: bool, streams: Mapping[str, Callable[[], ResStream]]
     ) -> None:
         super().__init__()
         self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
@@ -153,7 +153,9 @@ def coupled_block(
 
     def stream(modality: Modality) -> ResStream:
         last = PointwiseConv(out, out, len(modality.stride))
-        blocks = {k: SelfAttention(out, num_heads, modality.grid, among) for k, among in attention[modality].items()}
+        blocks: dict[str, nn.Module] = {
+            k: SelfAttention(out, num_heads, modality.grid, among) for k, among in attention[modality].items()
+        }
         return ResStream(
             modality,
             channels,
@@ -351,7 +353,7 @@ class UNet(nn.Module):
     def _walk(self, h: Maps, timesteps: th.Tensor) -> Maps:
         """Maps as the input convolution takes them -> maps as the output convolutions take them."""
         emb = timestep_embedding(timesteps, self.config.num_channels)
-        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
+        emb = self.time_embed(emb.to(next(self.parameters()).dtype))
         skips = []
         for blocks in self.input_blocks:
             h = self._run(blocks, h, emb)
@@ -517,6 +519,15 @@ class ImageSuperResModel(UNet):
         width = self._build(InputConv({"image": nn.Conv2d(2 * 3, self.widths[0], 3, padding=1)}))
         last = nn.Conv2d(width, 6 if config.learn_sigma else 3, 3, padding=1)
         self.out = nn.ModuleDict({"image": OutputConv(width, last)})
+
+    def bytes_per_picture(self) -> int:
+        """About what one picture takes on its way through without gradients: the skips, and the widest maps on top."""
+        sides = [self.large_size // 2**level for level in range(len(self.widths))]
+        skips = sum(
+            (self.config.num_res_blocks + 1) * width * side**2 for width, side in zip(self.widths, sides, strict=True)
+        )
+        widest = 2 * self.widths[0] * self.large_size**2
+        return next(self.parameters()).element_size() * (skips + widest) + 4 * 2 * widest
 
     def _middle(self, width: int, depth: int) -> list[nn.Module]:
         attention = PictureAttention(width, self.config.heads(width, "down"))

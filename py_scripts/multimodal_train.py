@@ -2,7 +2,7 @@
 
 import torch as th
 
-from mm_diffusion import checkpoint, logger, sampling
+from mm_diffusion import drawing, logger
 from mm_diffusion.datasets import load_data
 from mm_diffusion.dist_util import friendly_errors, setup_dist
 from mm_diffusion.script_util import (
@@ -11,29 +11,28 @@ from mm_diffusion.script_util import (
     ModelConfig,
     TrainConfig,
     create_model_and_diffusion,
-    merge_checkpoint_flags,
     model_and_diffusion_defaults,
     notes_on,
     parse,
     pick,
 )
-from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.train_util import TrainLoop, flags_to_start_with
+
+CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
 
 
 def main() -> None:
-    flags, given = parse(__doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
-    if flags["resume_checkpoint"]:
-        trained = checkpoint.load_state(flags["resume_checkpoint"])[1]
-        flags = merge_checkpoint_flags(flags, given, trained, flags["resume_checkpoint"])
+    flags, given = parse(__doc__, *CONFIGS)
+    flags = flags_to_start_with(flags, given)
     config, data_config = pick(TrainConfig, flags), pick(DataConfig, flags)
     world = setup_dist(config.devices)
     th.manual_seed(config.seed)  # every rank starts from the same weights
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
-    preview = sampling.make_preview(
+    preview = drawing.make_preview(
         diffusion, config.sample_fn, config.save_type, config.preview_clips, config.output_dir, data_config, world
     )
     logger.configure(config.output_dir or None, world.rank == 0, config.use_db)
-    for note in notes_on(given):
+    for note in notes_on(given, *CONFIGS):
         logger.log(note)
 
     def data(start_batch: int):

@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch as th
 
+from mm_diffusion.drawing import draw_clips, solver_settings
 from mm_diffusion.gaussian_diffusion import GaussianDiffusion
-from mm_diffusion.sampling import SAMPLERS, bind, draw_clips, make_sampler, prepare, sample_joint, solver_settings
+from mm_diffusion.sampling import SAMPLERS, bind, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import SampleConfig
 from mm_diffusion.tree import leaves, tree_map
 
@@ -60,7 +61,13 @@ def test_ranks_draw_different_clips_which_together_are_those_of_one_process(name
     found = {}
     for rank in range(2):
         draw_clips(
-            model, sampler, range(5)[rank::2], 2, 7, "cpu", lambda k, video, audio: found.update({k: (video, audio)})
+            model,
+            sampler,
+            range(5)[rank::2],
+            2,
+            7,
+            "cpu",
+            lambda k, video, audio, large: found.update({k: (video, audio)}),
         )
     together = sample_joint(model, sampler, range(5), seed=7)
     assert sorted(found) == [0, 1, 2, 3, 4]

@@ -134,9 +134,9 @@ def test_every_published_flag_parses_to_its_own_type(command, script):
 @pytest.mark.parametrize("script", CONFIGS)
 def test_flags_without_effect_are_accepted_with_a_note(command, script):
     _, given = command("--t_lr 1e-4 --frame_gap 1", script)
-    assert [note.split()[0] for note in notes_on(given)] == ["--t_lr", "--frame_gap"]
-    assert all("no effect" in note for note in notes_on(given))
-    assert notes_on({"lr"}) == []
+    assert [note.split()[0] for note in notes_on(given, *CONFIGS[script])] == ["--t_lr", "--frame_gap"]
+    assert all("no effect" in note for note in notes_on(given, *CONFIGS[script]))
+    assert notes_on({"lr"}, *CONFIGS[script]) == []
 
 
 @pytest.mark.parametrize("text", ["True", "true", "1", "yes", "YES"])

@@ -1,0 +1,330 @@
+"""From checkpoints to files: models as they are sampled, folders of clips, and previews beside training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint, logger, media
+from .dist_util import World
+from .respace import SpacedDiffusion
+from .sampling import (
+    PREVIEW_SETTINGS,
+    SAMPLERS,
+    SR_SETTINGS,
+    Prepared,
+    Sampler,
+    half_precision,
+    make_sampler,
+    part_of,
+    prepare,
+    sample_joint,
+    upscale_video,
+)
+from .script_util import (
+    SR,
+    SR_CARRIED_FLAGS,
+    DataConfig,
+    SampleConfig,
+    create_diffusion,
+    create_model_and_diffusion,
+    image_sr_create_model_and_diffusion,
+    image_sr_model_and_diffusion_defaults,
+    merge_checkpoint_flags,
+    model_and_diffusion_defaults,
+    numbers,
+    sr_half,
+    sr_process,
+)
+
+BAR = "{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left"
+UPSAMPLING_SHARE = 0.85  # of the work of a clip, at the published sizes; for the progress bar
+SR_PREVIEW_STEPS = 25  # as in published sampling
+
+Upscale = Callable[[int, th.Tensor, Callable[[float], None]], th.Tensor]
+
+
+def solver_settings(config: SampleConfig, prefix: str = "") -> dict[str, Any]:
+    """Flags (of the upsampler, with its prefix) -> settings; 0 and empty leave the sampler's own."""
+    flags = {"steps": "sample_steps", "order": "solver_order", "method": "solver_method", "skip_type": "skip_type"}
+    chosen = {setting: getattr(config, prefix + name) for setting, name in flags.items()}
+    return {setting: value for setting, value in chosen.items() if value}
+
+
+def load_model(
+    path: str, weights: dict[str, th.Tensor], flags: Mapping[str, Any], strict: bool, device: th.device
+) -> tuple[Prepared, SpacedDiffusion]:
+    """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
+    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    return _filled(model, path, weights, strict, flags["use_fp16"], device), diffusion
+
+
+def _filled(
+    model: nn.Module, path: str, weights: dict[str, th.Tensor], strict: bool, half: bool, device: th.device
+) -> Prepared:
+    misfits = checkpoint.load_weights(model, weights, strict, name=path)
+    if misfits:
+        logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
+    return prepare(model.to(device), half_precision(device) if half else "fp32")
+
+
+def load_upsampler(
+    config: SampleConfig, flags: dict, given: set[str], device: th.device
+) -> tuple[Upscale | None, dict[str, Any]]:
+    """The upsampler as a function `(index, frames [F, 3, h, w], progress) -> [F, 3, H, W]`, and what describes it.
+
+    (None, {}) without `sr_model_path`. Errors, naming the flag, where checkpoint, noise file and flags do not fit.
+    """
+    if not config.sr_model_path:
+        if config.load_noise:
+            raise ValueError(f"load_noise {config.load_noise}: is for the upsampler; give its --sr_model_path too")
+        return None, {}
+    path, *more = checkpoint.find_checkpoints(config.sr_model_path)
+    if more:
+        raise ValueError(f"sr_model_path {config.sr_model_path}: need one checkpoint")
+    weights, trained = checkpoint.load_state(path)
+    flags = merge_checkpoint_flags(flags, given, trained, path, SR_CARRIED_FLAGS)
+    model, diffusion = image_sr_create_model_and_diffusion(
+        **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
+    )
+    settings = SR_SETTINGS.get(config.sr_sample_fn, {}) | solver_settings(config, SR)
+    sampler = make_sampler(config.sr_sample_fn, diffusion, config.clip_denoised, SR, **settings)
+    noise = load_noise(config.load_noise, model.large_size) if config.load_noise else None
+    prepared = _filled(model, path, weights, config.is_strict, sr_half(flags), device)
+
+    def upscale(index: int, video: th.Tensor, progress: Callable[[float], None]) -> th.Tensor:
+        return upscale_video(
+            prepared,
+            sampler,
+            video,
+            config.seed,
+            index,
+            frames_at_once=config.sr_batch_size,
+            noise=noise,
+            device=device,
+            progress=progress,
+        )
+
+    description = {
+        "upsampler": checkpoint.fingerprint(weights),
+        "sr_sampler": [config.sr_sample_fn, settings, flags["sr_timestep_respacing"], config.clip_denoised],
+        "sr_use_fp16": sr_half(flags),
+        "sr_noise": checkpoint.fingerprint({"noise": noise}) if noise is not None else "",
+        "sr_sizes": [model.small_size, model.large_size],
+    }
+    return upscale, description
+
+
+def check_frames_fit(video_size: str, upsampler: Mapping[str, Any]) -> None:
+    """ValueError where the joint model makes frames that the upsampler (as described) does not take."""
+    _, _, height, width = numbers("video_size", video_size, 4)
+    small = upsampler["sr_sizes"][0] if upsampler else None
+    if small not in (None, height) or small not in (None, width):
+        raise ValueError(
+            f"sr_model_path: this upsampler takes frames of {small} x {small}, the joint model makes"
+            f" {width} x {height}; choose checkpoints that fit"
+        )
+
+
+def load_noise(path: str, size: int) -> th.Tensor:
+    """A noise picture [3, size, size] from a .npy file; ValueError, naming the file, if it is no such thing."""
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"load_noise {path}: is no readable .npy file ({error})") from None
+    if not isinstance(noise, np.ndarray) or noise.shape != (3, size, size) or noise.dtype.kind not in "fiu":
+        shape = list(getattr(noise, "shape", []))
+        raise ValueError(f"load_noise {path}: holds numbers of shape {shape}, need [3, {size}, {size}]")
+    return th.from_numpy(noise.astype(np.float32))
+
+
+# ---------------------------------------------------------------- clips on disk
+
+
+def clip_paths(folder: str | os.PathLike, name: str, upsampled: bool = False) -> list[Path]:
+    """The files of a clip below an output folder: wav, mp4 and, with an upsampler, the large mp4."""
+    paths = [Path(folder, "audios", f"{name}.wav"), Path(folder, "original", f"{name}.mp4")]
+    return [*paths, Path(folder, "sr_mp4", f"{name}.mp4")] if upsampled else paths
+
+
+def write_sample(
+    folder: str | os.PathLike,
+    name: str,
+    video: th.Tensor,
+    audio: th.Tensor,
+    video_fps: int,
+    audio_fps: int,
+    large: th.Tensor | None = None,
+) -> None:
+    """A clip [F, C, H, W], [C, L] -> audios/NAME.wav, original/NAME.mp4 and, if it is upsampled, sr_mp4/NAME.mp4.
+
+    Both mp4 files have the sound.
+    """
+    wav, mp4, *sr_mp4 = clip_paths(folder, name, large is not None)
+    media.write_wav(wav, audio, audio_fps)
+    media.write_clip(mp4, video, video_fps, audio, audio_fps)
+    if large is not None:
+        media.write_clip(sr_mp4[0], large, video_fps, audio, audio_fps)
+
+
+@contextmanager
+def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
+    """`call(function, *args)` that returns at once, to encode files beside the model. Errors surface on leaving."""
+    waiting: list[Future] = []
+    with ThreadPoolExecutor(max_workers=1) as pool:
+
+        def call(function: Callable, *args: Any) -> None:
+            waiting.append(pool.submit(function, *args))
+            while len(waiting) > most_waiting:
+                waiting.pop(0).result()
+
+        yield call
+        for future in waiting:
+            future.result()
+
+
+def draw_clips(
+    model: nn.Module,
+    sampler: Sampler,
+    indices: Sequence[int],
+    batch_size: int,
+    seed: int,
+    device: th.device | str,
+    save: Callable[[int, th.Tensor, th.Tensor, th.Tensor | None], None],
+    progress: Callable[[float], None] | None = None,
+    upscale: Upscale | None = None,
+) -> None:
+    """Draw clips number `indices` and `save(index, video [F, C, H, W], audio [C, L], large)` each, beside the model.
+
+    `large` is the upsampled video, None without `upscale`. `progress` is called with the number of clips done,
+    fractions included.
+    """
+    share = UPSAMPLING_SHARE if upscale else 0.0
+    with background() as call:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            drawn = start + len(batch) * (1 - share)
+            sample = sample_joint(model, sampler, batch, seed, device, part_of(progress, start, drawn))
+            for k, (index, video, audio) in enumerate(zip(batch, sample["video"], sample["audio"], strict=True)):
+                span = drawn + k * share, drawn + (k + 1) * share
+                large = upscale(index, video, part_of(progress, *span)) if upscale else None
+                call(save, index, video, audio, large)
+
+
+def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:
+    """Note in sampling.json what the clips of this folder are, or ValueError where it holds other ones."""
+    note = Path(folder, "sampling.json")
+    known: dict[str, Any] = {}
+    if note.exists():
+        known = json.loads(note.read_text())
+        different = [key for key in description if known.get(key, description[key]) != description[key]]
+        if different:
+            raise ValueError(
+                f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
+            )
+    elif any(Path(folder, "original").glob("*.mp4")):
+        raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_suffix(".partial")
+    temporary.write_text(json.dumps(known | description, indent=1, sort_keys=True))
+    os.replace(temporary, note)
+
+
+def missing_clips(folder: str | os.PathLike, stem: str, count: int, description: dict[str, Any]) -> list[int]:
+    """Claim the folder, and the numbers of the clips STEM_NNNNN out of `count` that it does not hold whole."""
+    claim_folder(folder, description)
+    upsampled = "upsampler" in description
+    names = [f"{stem}_{k:05d}" for k in range(count)]
+    return [k for k, name in enumerate(names) if not all(p.exists() for p in clip_paths(folder, name, upsampled))]
+
+
+def check_sample_config(config: SampleConfig) -> None:
+    """ValueError, naming the flag, for what cannot be sampled."""
+    if not config.output_dir:
+        raise ValueError("output_dir is empty: say where the clips go with --output_dir")
+    for name in ("all_save_num", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
+    if config.sr_batch_size < 0:
+        raise ValueError(f"sr_batch_size {config.sr_batch_size}: need at least 1, or 0 for what fits in memory")
+    for prefix in ("", SR):
+        name = getattr(config, f"{prefix}sample_fn")
+        if name not in SAMPLERS:
+            raise ValueError(f"{prefix}sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")
+
+
+def make_preview(
+    diffusion: SpacedDiffusion,
+    sample_fn: str,
+    save_type: str,
+    clips_per_rank: int,
+    folder: str,
+    data: DataConfig,
+    world: World,
+) -> Callable[[nn.Module, int], None] | None:
+    """A function `(model, step)` that draws a few clips into `folder`/samples/NNNNNN, always the same numbers."""
+    if save_type not in ("mp4", "wav"):
+        raise ValueError(f"save_type {save_type!r}: choose mp4 or wav")
+    sampler = make_sampler(sample_fn, diffusion, **PREVIEW_SETTINGS.get(sample_fn, {}))
+    if clips_per_rank == 0:
+        return None
+    indices = range(world.rank * clips_per_rank, (world.rank + 1) * clips_per_rank)
+
+    def preview(model: nn.Module, step: int) -> None:
+        bar = tqdm(
+            total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format="{l_bar}{bar}| {remaining} left"
+        )
+        with bar:
+            sample = sample_joint(model, sampler, indices, 0, world.device, lambda done: bar.update(done - bar.n))
+        for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True):
+            path = Path(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if save_type == "wav":
+                media.write_wav(path, audio, data.audio_fps)
+            else:
+                media.write_clip(path, video, data.video_fps, audio, data.audio_fps)
+
+    return preview
+
+
+def make_sr_preview(
+    flags: Mapping[str, Any], sample_fn: str, pictures: tuple[th.Tensor, th.Tensor] | None, folder: str, world: World
+) -> Callable[[nn.Module, int], None] | None:
+    """A function `(model, step)` that upsamples the low-res ones of `pictures` into `folder`/samples/NNNNNN.
+
+    pictures: true [B, 3, H, W] and low-res [B, 3, h, w]; None: no previews. A row of the contact sheet shows one:
+    low-res, upsampled, bicubic, true.
+    """
+    process = sr_process(flags)
+    if sample_fn in ("ddpm", "ddim"):
+        process = dataclasses.replace(process, timestep_respacing=str(min(SR_PREVIEW_STEPS, process.diffusion_steps)))
+    sampler = make_sampler(sample_fn, create_diffusion(process), **SR_SETTINGS.get(sample_fn, {}))
+    if pictures is None:
+        return None
+    true, small = pictures
+    size = true.shape[-2:]
+
+    def preview(model: nn.Module, step: int) -> None:
+        rows = [upscale_video(model, sampler, low[None], 0, k, device=world.device) for k, low in enumerate(small)]
+        columns = [
+            F.interpolate(small, size, mode="nearest"),
+            th.cat(rows),
+            F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1),
+            true,
+        ]
+        path = Path(folder, "samples", f"{step:06d}", f"upsampled_{step}_0_{world.rank:05d}.png")
+        media.save_contact_sheet(path, th.stack(columns, dim=1))
+
+    return preview
