@@ -104,7 +104,7 @@ def find_files(folders: Sequence[str], extensions: tuple[str, ...], kind: str, r
     """All files below the folders with these extensions, sorted; DataError for a missing folder or none with any."""
     folders = [os.path.expanduser(folder.strip()) for folder in folders if folder.strip()]
     if not folders:
-        raise DataError(f"no data folder given: pass --data_dir with a folder of {kind}")
+        raise DataError(f"no data folder of {kind} given; {remedy}")
     for folder in folders:
         if not blobfile.isdir(folder):
             raise DataError(f"{folder}: no such data folder; {remedy}")

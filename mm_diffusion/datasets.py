@@ -22,6 +22,7 @@ from .media import ClipInfo, MediaError
 
 Sample = dict[str, th.Tensor]
 CACHE_BYTES = 2**28
+ROUNDING_FRAMES = 0.05  # a film that ends so much before its last frame would, has that frame
 
 
 def parse_size(text: str | Sequence[int], flag: str, axes: str) -> tuple[int, ...]:
@@ -46,8 +47,8 @@ def is_mirrored(seed: int, epoch: int, index: int) -> bool:
 
 
 def count_frames(seconds: float, fps: float) -> int:
-    """How many frames at `fps` a film of this length has, at least 1."""
-    return max(1, int(seconds * fps + 1e-3))
+    """How many frames at `fps` a film of this length has, at least 1; containers round their times."""
+    return max(1, int(seconds * fps + ROUNDING_FRAMES))
 
 
 def count_windows(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) -> int:

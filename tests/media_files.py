@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 real_media = pytest.mark.skipif(not (MEDIA / "nasa_13013.mp4").exists(), reason="../shared/media is not here")
@@ -39,6 +40,13 @@ def make_clip(path, frames, fps=10, audio=None, rate=16000, codec=None, video_co
         container.mux(picture.encode(None))
         if sound is not None:
             _encode_sound(container, sound, audio, rate, sound_starts)
+    return path
+
+
+def make_gif(path, frames, milliseconds):
+    """Write [F, H, W, 3] uint8, each frame shown that long."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=milliseconds)
     return path
 
 

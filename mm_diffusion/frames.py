@@ -1,0 +1,134 @@
+"""Pictures to train an upsampler with, in pairs of large and degraded small: image files, or frames of films."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch as th
+from torch.utils.data import Dataset
+
+from . import clip_index, dist_util, logger, media, rng
+from .clip_index import ClipIndex
+from .datasets import count_frames, endless_batches, is_mirrored, locate, require_positive
+
+EXTENSIONS = (".jpg", ".jpeg", ".png")
+NOISE_SHARE, MAX_NOISE_SIGMA = 0.5, 20.0  # of the small pictures; on the scale 0..255
+JPEG_SHARE, JPEG_QUALITIES = 0.5, (20, 80)
+
+Pair = tuple[th.Tensor, dict[str, th.Tensor]]
+
+
+def find_images(data_dir: str, num_workers: int = 4, rank: int = 0) -> ClipIndex[float | None]:
+    """The images and films below `data_dir` (one folder or a comma list): a film's length in seconds, None for images.
+
+    Must be called on every rank. DataError where a folder is missing or holds neither.
+    """
+    remedy = "check --data_dir, or extract frames of videos with py_scripts/extract_video.py"
+    kinds = EXTENSIONS + clip_index.EXTENSIONS
+    paths = clip_index.find_files(data_dir.split(","), kinds, "images or videos", remedy)
+    cache = clip_index.cache_path(data_dir, kind="frames")
+    return clip_index.look_up(paths, _seconds, cache, num_workers, rank, dist_util.barrier)
+
+
+def _seconds(path: str) -> float | None:
+    if not path.lower().endswith(EXTENSIONS):
+        return media.picture_seconds(path)
+    media.check_image(path)
+    return None
+
+
+def degrade(large: th.Tensor, small_size: int, generator: np.random.Generator) -> th.Tensor:
+    """[3, H, W] uint8 -> [3, s, s] uint8: bicubic; half of them with Gaussian noise; then half of them through JPEG."""
+    small = media.fit_picture(large, small_size, small_size)
+    if generator.random() < NOISE_SHARE:
+        sigma = generator.uniform(0, MAX_NOISE_SIGMA)
+        noise = th.from_numpy(generator.standard_normal(small.shape, dtype=np.float32))
+        small = (small + sigma * noise).round_().clamp_(0, 255).to(th.uint8)
+    if generator.random() < JPEG_SHARE:
+        lowest, highest = JPEG_QUALITIES
+        small = media.jpeg_round_trip(small, int(generator.integers(lowest, highest, endpoint=True)))
+    return small
+
+
+class FrameDataset(Dataset):
+    """All images, and all frames at `video_fps` of all films, of an index.
+
+    Item `(epoch, index)`, or just `index` for epoch 0, is (large [3, L, L], {"low_res": [3, S, S]}), float32 in
+    [-1, 1]: fitted into the square on black, and degraded anew in every epoch. It depends on (seed, epoch, index)
+    only. A file that cannot be decoded raises MediaError; nothing is put in its place. ValueError for impossible sizes.
+    """
+
+    def __init__(
+        self,
+        index: ClipIndex[float | None],
+        large_size: int,
+        small_size: int,
+        video_fps: float = 4,
+        random_flip: bool = True,
+        seed: int = 42,
+    ) -> None:
+        require_positive(large_size=large_size, small_size=small_size, video_fps=video_fps)
+        if large_size % small_size:
+            raise ValueError(f"--large_size {large_size}: must be a multiple of --small_size {small_size}")
+        self.files, self.video_fps = index.clips, video_fps
+        self.large_size, self.small_size, self.random_flip, self.seed = large_size, small_size, random_flip, seed
+        counts = [1 if seconds is None else count_frames(seconds, video_fps) for _, seconds in self.files]
+        self.first_after = list(itertools.accumulate(counts))
+
+    def __len__(self) -> int:
+        return self.first_after[-1] if self.first_after else 0
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Pair:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        large = media.fit_picture(self.picture(index), self.large_size, self.large_size)
+        if self.random_flip and is_mirrored(self.seed, epoch, index):
+            large = large.flip(-1)
+        generator = np.random.default_rng(rng.derive_seed(self.seed, "degrade", epoch, index))
+        small = degrade(large, self.small_size, generator)
+        return media.to_float(large.contiguous()), {"low_res": media.to_float(small.contiguous())}
+
+    def picture(self, index: int) -> th.Tensor:
+        """[3, h, w] uint8 as the file has it."""
+        file, number = locate(index, self.first_after)
+        path, seconds = self.files[file]
+        return media.read_image(path) if seconds is None else next(media.read_frames(path, number, 1, self.video_fps))
+
+    def count(self) -> str:
+        """What there is, in words."""
+        films = sum(seconds is not None for _, seconds in self.files)
+        images = len(self.files) - films
+        return f"{images} images and {len(self) - images} frames of {films} videos"
+
+
+def load_frames(
+    *,
+    data_dir: str,
+    batch_size: int,
+    large_size: int,
+    small_size: int,
+    video_fps: float = 4,
+    random_flip: bool = True,
+    num_workers: int = 4,
+    seed: int = 42,
+    rank: int = 0,
+    world_size: int = 1,
+    start_batch: int = 0,
+    max_bad_share: float = 0.1,
+) -> Iterator[Pair]:
+    """-> endless (large [B, 3, L, L], {"low_res": [B, 3, S, S]}), float32 in [-1, 1], from batch `start_batch` on.
+
+    Must be called on every rank. DataError (a bad folder), ValueError (an impossible size) at once, MediaError when a
+    file turns out to be undecodable.
+    """
+    require_positive(batch_size=batch_size)
+    options = (large_size, small_size, video_fps, random_flip, seed)
+    FrameDataset(ClipIndex([], {}), *options)  # a wrong size is cheaper to tell than to look at all files first
+    index = find_images(data_dir, max(1, num_workers), rank)
+    dataset = FrameDataset(index, *options)
+    if rank == 0:
+        logger.log(f"{data_dir}: {index.report(dataset.count())}")
+    clip_index.refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
+    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_batch)
+    return ((large, small) for large, small in batches)

@@ -1,0 +1,471 @@
+"""Images and films as training pairs of the upsampler, and films extracted to image files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from media_files import MEDIA, grey_frames, make_clip, make_gif, noise, real_media
+from PIL import Image
+
+from mm_diffusion import media
+from mm_diffusion.clip_index import DataError
+from mm_diffusion.extraction import RECORD, ExtractSettings, extract_videos
+from mm_diffusion.frames import FrameDataset, degrade, find_images, load_frames
+from mm_diffusion.media import MediaError
+
+SIZES = {"large_size": 32, "small_size": 8}
+LOADING = {**SIZES, "num_workers": 0}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MM_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def smooth(seed, height=40, width=40):
+    """[3, h, w] uint8, soft enough to survive a JPEG."""
+    coarse = np.random.default_rng(seed).integers(20, 236, (3, 5, 5), np.uint8)
+    return media.fit_picture(th.from_numpy(coarse), max(height, width), max(height, width))[:, :height, :width]
+
+
+def pictures(folder, count, suffix=".png"):
+    for k in range(count):
+        media.write_image(folder / f"{k}{suffix}", smooth(k))
+    return folder
+
+
+def film(path, seconds=2, seed=0, **options):
+    """A film of slowly changing colours at 10 fps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ends = [smooth(seed + k, 32, 48).permute(1, 2, 0).numpy().astype(float) for k in range(2)]
+    shares = np.linspace(0, 1, int(10 * seconds))
+    return make_clip(path, np.stack([(1 - s) * ends[0] + s * ends[1] for s in shares]).astype(np.uint8), **options)
+
+
+def names_in(folder):
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != RECORD)
+
+
+# ---------------------------------------------------------------- images
+
+
+def grey_picture():
+    return np.tile(np.linspace(0, 255, 24).astype(np.uint8), (16, 1))
+
+
+def save_grey(path, mode):
+    """A horizontal ramp of grey in a picture mode of PIL."""
+    grey = grey_picture()
+    if mode == "I;16":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif mode == "P":
+        Image.fromarray(grey).convert("RGB").quantize(colors=256).save(path)
+    elif mode == "P with transparency":
+        Image.fromarray(grey).quantize(colors=256).save(path, transparency=bytes([255] * 256))
+    elif mode == "CMYK":
+        Image.fromarray(grey).convert("RGB").convert("CMYK").save(path, quality=100, subsampling=0)
+    else:
+        Image.fromarray(grey).convert("RGBA").convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "P with transparency", "I;16", "CMYK"])
+def test_every_picture_mode_gives_the_same_rgb(tmp_path, mode):
+    path = save_grey(tmp_path / ("a.jpg" if mode == "CMYK" else "a.PNG"), mode)
+    image = media.read_image(path)
+    assert (image.shape, image.dtype) == ((3, 16, 24), th.uint8)
+    error = (image.int() - th.from_numpy(grey_picture()).int()).abs().max()
+    assert error <= (3 if path.suffix == ".jpg" else 0)
+
+
+def test_one_bit_pictures_are_black_and_white(tmp_path):
+    bits = th.from_numpy(grey_picture() > 128)
+    Image.fromarray(bits.numpy()).save(tmp_path / "a.png")
+    assert media.read_image(tmp_path / "a.png").equal(bits.to(th.uint8).expand(3, -1, -1) * 255)
+
+
+def test_what_is_transparent_lies_over_black(tmp_path):
+    layers = {"LA": (200, 51), "RGBA": (200, 200, 200, 51)}
+    for mode, value in layers.items():
+        Image.new(mode, (8, 8), value).save(tmp_path / "a.png")
+        assert (media.read_image(tmp_path / "a.png") == 40).all()
+    Image.new("P", (8, 8), 3).save(tmp_path / "a.png", transparency=3)
+    assert (media.read_image(tmp_path / "a.png") == 0).all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_images_are_upright_as_their_exif_asks(tmp_path, suffix):
+    upright = smooth(1, 24, 40)
+    stored = Image.fromarray(upright.permute(1, 2, 0).contiguous().numpy()).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    stored.save(tmp_path / f"a{suffix}", exif=exif, **({"quality": 98, "subsampling": 0} if suffix == ".jpg" else {}))
+    image = media.read_image(tmp_path / f"a{suffix}")
+    assert image.shape == upright.shape
+    assert (image.int() - upright.int()).abs().max() <= (8 if suffix == ".jpg" else 0)
+
+
+def test_png_is_lossless_and_jpeg_nearly_and_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    image = smooth(3)
+    errors = {}
+    for name, quality in {"a.png": 1, "a.jpg": 95, "b.jpg": 20}.items():
+        media.write_image(tmp_path / name, image, quality)
+        errors[name] = (media.read_image(tmp_path / name).int() - image.int()).abs().float().mean()
+    assert errors["a.png"] == 0
+    assert errors["a.jpg"] < 1.5 < errors["b.jpg"]
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        media.write_image(tmp_path / "c.png", image)
+    with pytest.raises(ValueError, match=r"c\.bmp: need \.png or \.jpg"):
+        media.write_image(tmp_path / "c.bmp", image)
+    assert names_in(tmp_path) == ["a.jpg", "a.png", "b.jpg"]
+
+
+def bad_images(folder):
+    """One of each kind of bad image -> what its reason must say."""
+    whole = {suffix: pictures(folder / "whole", 1, suffix) / f"0{suffix}" for suffix in (".png", ".jpg")}
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.JPEG").write_text("no image\n" * 100)
+    for suffix, path in whole.items():
+        (folder / f"cut{suffix}").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (folder / "cut.mp4").write_bytes(b"\0" * 100)
+    return {"empty.png": "0 bytes", "text.JPEG": "neither", "cut.png": "read", "cut.jpg": "truncated", "cut.mp4": ""}
+
+
+def test_bad_images_are_named_with_their_reason_and_left_out(tmp_path):
+    reasons = bad_images(tmp_path)
+    index = find_images(str(tmp_path))
+    assert [os.path.basename(path) for path, _ in index.clips] == ["0.jpg", "0.png"]
+    assert {os.path.basename(path) for path in index.bad} == set(reasons)
+    for path, told in index.bad.items():
+        assert reasons[os.path.basename(path)] in told
+        assert told.startswith(path)
+        assert "\n" not in told
+        with pytest.raises(MediaError, match=os.path.basename(path)):
+            media.read_image(path)
+    with pytest.raises(DataError, match=r"5 of 7 files cannot be used .*--max_bad_share"):
+        load_frames(data_dir=str(tmp_path), batch_size=1, **LOADING)
+    load_frames(data_dir=str(tmp_path), batch_size=1, max_bad_share=0.8, **LOADING)
+
+
+def test_an_image_with_something_behind_its_end_is_still_good(tmp_path):
+    path = pictures(tmp_path, 1, ".jpg") / "0.jpg"
+    before = media.read_image(path)
+    path.write_bytes(path.read_bytes() + b"a film that a camera appended" * 20)
+    assert not find_images(str(tmp_path)).bad
+    assert media.read_image(path).equal(before)
+
+
+def test_an_image_that_breaks_during_training_is_named(tmp_path):
+    stream = load_frames(data_dir=str(pictures(tmp_path, 1)), batch_size=1, **LOADING)
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
+    with pytest.raises(MediaError, match=r"0\.png: cannot be read"):
+        next(stream)
+
+
+def test_a_folder_without_images_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds no images or videos .*py_scripts/extract_video\.py"):
+        load_frames(data_dir=str(tmp_path), batch_size=1, **LOADING)
+    with pytest.raises(DataError, match="no such data folder"):
+        load_frames(data_dir=str(tmp_path / "nowhere"), batch_size=1, **LOADING)
+
+
+def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
+    first = find_images(str(pictures(tmp_path, 3)))
+    monkeypatch.setattr(media, "check_image", lambda _: pytest.fail("looked at again"))
+    assert find_images(str(tmp_path)) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"small_size": 12}, "--large_size 32: must be a multiple of --small_size 12"),
+        ({"large_size": 0}, "--large_size"),
+        ({"small_size": 0}, "--small_size"),
+        ({"batch_size": 0}, "--batch_size"),
+        ({"video_fps": 0}, "--video_fps"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_read(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_frames(**({"data_dir": "nowhere", "batch_size": 1} | LOADING | change))
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_large_pictures_keep_their_aspect_on_centred_black(tmp_path):
+    media.write_image(tmp_path / "a.png", th.full((3, 27, 64), 255, dtype=th.uint8))
+    large = FrameDataset(find_images(str(tmp_path)), 64, 16)[0][0]
+    assert (large.dtype, large.shape) == (th.float32, (3, 64, 64))
+    assert (large[:, 18:45] == 1).all()  # 37 rows of black: 18 above, 19 below
+    assert (large[:, :18] == -1).all()
+    assert (large[:, 45:] == -1).all()
+
+
+def degraded(count):
+    """(plain small picture, its degraded versions) of a grey square, over as many seeds."""
+    large = th.full((3, 64, 64), 128, dtype=th.uint8)
+    return media.fit_picture(large, 16, 16), [degrade(large, 16, np.random.default_rng(seed)) for seed in range(count)]
+
+
+def test_without_noise_and_jpeg_the_small_picture_is_the_large_one_resized(tmp_path):
+    dataset = FrameDataset(find_images(str(pictures(tmp_path, 20))), 32, 8)
+    plain = 0
+    for large, cond in (dataset[epoch, k] for epoch in range(5) for k in range(20)):
+        resized = media.fit_picture(media.to_uint8(large), 8, 8)
+        plain += media.to_uint8(cond["low_res"]).equal(resized)
+    assert 10 < plain < 40  # a quarter of 100
+
+
+def test_noise_and_jpeg_come_in_half_of_the_cases_each(monkeypatch):
+    qualities = []
+    monkeypatch.setattr(media, "jpeg_round_trip", lambda image, quality: qualities.append(quality) or image)
+    plain, small = degraded(1000)
+    noisy = [(image.float() - plain).std().item() for image in small if not image.equal(plain)]
+    assert 440 < len(noisy) < 560
+    assert 440 < len(qualities) < 560
+    assert (min(qualities), max(qualities)) == (20, 80)
+    assert 45 < np.mean(qualities) < 55
+    assert max(noisy) < 21
+    assert 0.4 < np.mean(np.array(noisy) < 10) < 0.6  # sigma is uniform in 0..20
+
+
+def test_jpeg_comes_after_the_noise_and_loses_more_at_lower_quality(monkeypatch):
+    image = smooth(2, 64, 64)
+    errors = [(media.jpeg_round_trip(image, q).int() - image.int()).abs().float().mean() for q in (20, 50, 80)]
+    assert errors == sorted(errors, reverse=True)
+    monkeypatch.setattr(media, "jpeg_round_trip", lambda image, _: image // 2)
+    plain, small = degraded(100)
+    assert all(image.float().mean() < 70 or image.float().mean() > 120 for image in small)
+    assert any(image.float().std() > 5 and image.float().mean() < 70 for image in small)
+    assert any(image.equal(plain // 2) for image in small)
+
+
+def same(one, other):
+    return one[0].equal(other[0]) and one[1]["low_res"].equal(other[1]["low_res"])
+
+
+def test_a_pair_depends_on_seed_epoch_and_index_only(tmp_path):
+    index = find_images(str(pictures(tmp_path, 12)))
+    one, two = FrameDataset(index, **SIZES), FrameDataset(index, **SIZES)
+    forth = [one[1, k] for k in range(12)]
+    back = [two[1, k] for k in reversed(range(12))][::-1]
+    assert all(map(same, forth, back))
+    assert not all(same(one[2, k], pair) for k, pair in enumerate(forth))
+    other_seed = FrameDataset(index, **SIZES, seed=43)
+    assert not all(same(other_seed[1, k], pair) for k, pair in enumerate(forth))
+
+
+def test_half_of_the_pairs_are_mirrored_both_pictures_together(tmp_path):
+    index = find_images(str(pictures(tmp_path, 20)))
+    plain, flipped = FrameDataset(index, **SIZES, random_flip=False), FrameDataset(index, **SIZES)
+    count = 0
+    for key in [(epoch, k) for epoch in range(5) for k in range(20)]:
+        (straight, _), (large, cond) = plain[key], flipped[key]
+        is_mirrored = not large.equal(straight)
+        assert large.equal(straight.flip(-1) if is_mirrored else straight)
+        own, other = (media.to_float(media.fit_picture(media.to_uint8(x), 8, 8)) for x in (large, large.flip(-1)))
+        assert (cond["low_res"] - own).square().mean() < (cond["low_res"] - other).square().mean()
+        count += is_mirrored
+    assert 30 < count < 70
+
+
+def test_two_ranks_share_the_batch_of_one_and_a_restart_continues(tmp_path):
+    options = {"data_dir": str(pictures(tmp_path, 10)), **LOADING}
+    single = load_frames(batch_size=4, **options)
+    ranks = [load_frames(batch_size=2, rank=rank, world_size=2, **options) for rank in range(2)]
+    batches = [next(single) for _ in range(6)]
+    for large, cond in batches:
+        parts = [next(rank) for rank in ranks]
+        assert large.equal(th.cat([part[0] for part in parts]))
+        assert cond["low_res"].equal(th.cat([part[1]["low_res"] for part in parts]))
+    assert same(next(load_frames(batch_size=4, start_batch=5, **options)), batches[5])
+    assert (batches[0][0].shape, batches[0][1]["low_res"].shape) == ((4, 3, 32, 32), (4, 3, 8, 8))
+    assert {part.dtype for part in (batches[0][0], batches[0][1]["low_res"])} == {th.float32}
+
+
+def test_worker_processes_give_the_same_batches(tmp_path):
+    options = {"data_dir": str(pictures(tmp_path, 5)), "batch_size": 3, **SIZES}
+    assert same(*(next(load_frames(num_workers=workers, **options)) for workers in (0, 1)))
+
+
+# ---------------------------------------------------------------- films
+
+
+def test_frames_of_films_equal_their_extraction_whatever_their_sound(tmp_path):
+    film(tmp_path / "films/silent.mp4", audio=None)
+    film(tmp_path / "films/deep/mono.mkv", audio=noise(32000, channels=1), seed=5)
+    film(tmp_path / "films/sparse.webm", seconds=3, seed=9)
+    extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings())
+    on_the_fly, extracted = (FrameDataset(find_images(str(tmp_path / name)), **SIZES) for name in ("films", "frames"))
+    assert on_the_fly.count() == "0 images and 28 frames of 3 videos"
+    assert extracted.count() == "28 images and 0 frames of 0 videos"
+    read = {name: media.read_image(tmp_path / "frames" / name) for name in names_in(tmp_path / "frames")}
+    order = {"mono": 0, "silent": 8, "sparse": 16}  # films/deep comes first
+    for name, image in read.items():
+        _, clip, number = Path(name).stem.split("_")
+        assert on_the_fly.picture(order[clip] + int(number)).equal(image)
+
+
+def test_images_and_films_mix(tmp_path):
+    film(tmp_path / "a/film.mp4")
+    pictures(tmp_path / "b", 3, ".jpg")
+    dataset = FrameDataset(find_images(f"{tmp_path / 'a'},{tmp_path / 'b'}"), **SIZES, video_fps=2)
+    assert dataset.count() == "3 images and 4 frames of 1 videos"
+    assert len({dataset[k][0].sum().item() for k in range(7)}) == 7
+
+
+def test_a_gif_is_a_film_that_lasts_as_long_as_its_frames_say(tmp_path):
+    make_gif(tmp_path / "a.gif", grey_frames([10, 200, 90]), [250, 500, 2250])
+    assert media.picture_seconds(tmp_path / "a.gif") == pytest.approx(3, abs=0.02)
+    images = list(media.read_frames(tmp_path / "a.gif", 0, 12, 4))
+    dataset = FrameDataset(find_images(str(tmp_path)), **SIZES)
+    assert all(dataset.picture(k).equal(image) for k, image in enumerate(images))
+    shown = [image.float().mean().item() for image in images]
+    assert shown == pytest.approx([10] + [200] * 2 + [90] * 9, abs=2)
+
+
+def test_extraction_writes_the_frames_shown_at_its_rate_and_a_rerun_nothing(tmp_path, monkeypatch):
+    film(tmp_path / "films/a.b.mp4")
+    film(tmp_path / "films/sub/c.mkv", seconds=1)
+    target = tmp_path / "frames"
+    frames, bad = extract_videos([str(tmp_path / "films")], str(target), ExtractSettings(fps=4))
+    assert (frames, bad) == ({"a.b": 8, "c": 4}, {})
+    assert names_in(target) == [f"image_a.b_{k:06d}.png" for k in range(8)] + [f"image_c_{k:06d}.png" for k in range(4)]
+    read, _ = media.read_window(film(tmp_path / "s.mp4", audio=noise(32000)), 0, 8, 4, 32, 48, 16000, 16)
+    for k, name in enumerate(names_in(target)[:8]):
+        assert (media.read_image(target / name).int() - read[k].permute(2, 0, 1).int()).abs().float().mean() < 1
+    monkeypatch.setattr(media, "write_image", lambda *_: pytest.fail("written again"))
+    assert extract_videos(
+        [str(tmp_path / "films/sub"), str(tmp_path / "films/a.b.mp4")], str(target), ExtractSettings()
+    )
+
+
+@pytest.mark.parametrize("size", [0, 24])
+def test_extraction_can_fit_frames_into_a_square_and_write_jpeg(tmp_path, size):
+    source = film(tmp_path / "a.mp4", seconds=1)
+    settings = ExtractSettings(fps=2, format="jpg", quality=90, size=size)
+    extract_videos([str(source)], str(tmp_path / "frames"), settings)
+    assert names_in(tmp_path / "frames") == ["image_a_000000.jpg", "image_a_000001.jpg"]
+    image = media.read_image(tmp_path / "frames/image_a_000000.jpg")
+    assert image.shape == ((3, size, size) if size else (3, 32, 48))
+    with Image.open(tmp_path / "frames/image_a_000000.jpg") as picture:
+        assert picture.layer[1][1:3] == picture.layer[0][1:3] == (1, 1)  # colour is not subsampled
+
+
+def test_only_clips_that_are_incomplete_are_extracted_again(tmp_path, monkeypatch):
+    for k in range(3):
+        film(tmp_path / f"films/{k}.mp4", seed=k)
+    arguments = [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings(), 1
+    written, write = [], media.write_image
+
+    def note(path, *rest, until=None):
+        written.append(path.name)
+        if path.name == until:
+            raise OSError("disk full")
+        write(path, *rest)
+
+    monkeypatch.setattr(media, "write_image", lambda *rest: note(*rest, until="image_1_000005.png"))
+    with pytest.raises(OSError, match="disk full"):
+        extract_videos(*arguments)
+    monkeypatch.setattr(media, "write_image", note)
+    for missing in ("image_1_*", "image_0_000003.png"):
+        for path in (tmp_path / "frames").glob(missing):
+            path.unlink()
+        done = {name for name in map(str, range(3)) if len(list((tmp_path / "frames").glob(f"image_{name}_*"))) == 8}
+        written.clear()
+        assert extract_videos(*arguments) == ({str(k): 8 for k in range(3)}, {})
+        assert sorted(written) == [f"image_{k}_{n:06d}.png" for k in range(3) if str(k) not in done for n in range(8)]
+        assert len(names_in(tmp_path / "frames")) == 24
+
+
+def test_an_interrupted_clip_is_done_anew_though_its_record_was_cut_short(tmp_path):
+    film(tmp_path / "a.mp4")
+    arguments = [str(tmp_path / "a.mp4")], str(tmp_path / "frames"), ExtractSettings()
+    extract_videos(*arguments)
+    record = tmp_path / "frames" / RECORD
+    record.write_text(record.read_text()[:-5])
+    for expected in (2, 2):
+        assert extract_videos(*arguments) == ({"a": 8}, {})
+        read = [line for line in record.read_text().splitlines() if line.endswith("}")]
+        assert len(read) == expected  # the settings and the clip, once
+
+
+def test_a_film_replaced_by_a_shorter_one_leaves_no_old_frames(tmp_path):
+    arguments = [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings()
+    film(tmp_path / "films/a.mp4")
+    extract_videos(*arguments)
+    film(tmp_path / "films/a.mp4", seconds=1)
+    assert extract_videos(*arguments) == ({"a": 4}, {})
+    assert len(names_in(tmp_path / "frames")) == 4
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    one, other = film(tmp_path / "a/x.mp4"), film(tmp_path / "b/x.mkv", seed=4)
+    target = str(tmp_path / "frames")
+    with pytest.raises(DataError, match=r"a/x\.mp4 and .*b/x\.mkv: .* rename one"):
+        extract_videos([str(tmp_path)], target, ExtractSettings())
+    assert not os.path.exists(target)
+    extract_videos([str(one)], target, ExtractSettings())
+    before = names_in(target)
+    with pytest.raises(DataError, match=r"a/x\.mp4 and .*b/x\.mkv: .* rename one"):
+        extract_videos([str(other)], target, ExtractSettings())
+    assert names_in(target) == before
+    one.rename(tmp_path / "moved.mp4").rename(tmp_path / "x.mp4")  # the same film from elsewhere is no second one
+    assert extract_videos([str(tmp_path / "x.mp4")], target, ExtractSettings()) == ({"x": 8}, {})
+
+
+def test_one_folder_holds_frames_of_one_kind(tmp_path):
+    source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
+    extract_videos([source], target, ExtractSettings(fps=4))
+    for other in ({"fps": 2}, {"format": "jpg"}, {"size": 16}):
+        with pytest.raises(DataError, match=r"extracted with --fps 4 --format png .*another folder"):
+            extract_videos([source], target, ExtractSettings(**other))
+    (tmp_path / "frames" / RECORD).unlink()
+    with pytest.raises(DataError, match=f"no record .{RECORD}. of their source"):
+        extract_videos([source], target, ExtractSettings())
+
+
+@pytest.mark.parametrize("change", [{"fps": 0}, {"quality": 0}, {"quality": 101}, {"format": "gif"}, {"size": -1}])
+def test_impossible_settings_are_refused_by_name(change):
+    with pytest.raises(ValueError, match=f"--{next(iter(change))}"):
+        ExtractSettings(**change)
+
+
+def run_extract_video(*arguments):
+    script = Path(__file__).resolve().parents[1] / "py_scripts" / "extract_video.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_script_extracts_what_it_can_and_names_the_rest(tmp_path):
+    film(tmp_path / "films/good.mp4")
+    whole = film(tmp_path / "films/cut.mkv", seconds=20).read_bytes()
+    (tmp_path / "films/cut.mkv").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "films/empty.mov").write_bytes(b"")
+    told = run_extract_video("-s", tmp_path / "films", "-t", tmp_path / "frames")
+    assert told.returncode == 1
+    assert "8 frames of 1 videos" in told.stdout
+    assert "cut.mkv: is truncated" in told.stderr
+    assert "empty.mov: " in told.stderr
+    assert {name[:10] for name in names_in(tmp_path / "frames")} == {"image_good"}
+
+
+def test_the_script_tells_a_missing_folder_in_one_line(tmp_path):
+    told = run_extract_video("-s", tmp_path / "nowhere", "-t", tmp_path / "frames")
+    assert told.returncode == 1
+    assert told.stderr.strip() == f"error: {tmp_path / 'nowhere'}: no such data folder; check -s"
+
+
+@real_media
+def test_the_two_real_films_give_four_frames_a_second(tmp_path):
+    frames, bad = extract_videos([str(MEDIA)], str(tmp_path), ExtractSettings(format="jpg", size=64))
+    assert (sorted(frames.values()), bad) == ([52, 120], {})
