@@ -10,7 +10,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted((REPO / "ssh_scripts").glob("*.sh"))
-NEEDED_PATH = {"multimodal_train": "DATA_DIR", "multimodal_sample_sr": "MODEL_PATH"}
+NEEDED_PATH = {"multimodal_train": "DATA_DIR", "image_sr_train": "DATA_DIR", "multimodal_sample_sr": "MODEL_PATH"}
+OTHER_PATHS = ("SR_MODEL_PATH", "LOAD_NOISE")
 NEEDS_PATH = pytest.mark.parametrize("name", NEEDED_PATH)
 
 # Stands in for python and mpiexec: answers the launchers' questions about itself, writes down any other call.
@@ -101,8 +102,9 @@ def test_an_impossible_number_of_ranks_is_refused(name, count, tmp_path):
 @NEEDS_PATH
 def test_every_variable_can_be_set_from_outside(name, tmp_path):
     text = (REPO / f"ssh_scripts/{name}.sh").read_text()
-    names = re.findall(r'^: "\$\{(\w+):=', text, re.MULTILINE)
+    names = re.findall(r'^: "\$\{(\w+):?=', text, re.MULTILINE)
     values = {variable: f"value of {variable}" for variable in names} | {"NUM_GPUS": "1", NEEDED_PATH[name]: tmp_path}
+    values |= {variable: tmp_path for variable in OTHER_PATHS if variable in names}
     line = recorded(tmp_path, name, **values)
     assert {str(value) for variable, value in values.items() if variable != "NUM_GPUS"} <= set(line)
 
