@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -40,7 +41,7 @@ class ExtractSettings:
 
 
 def extract_videos(
-    sources: Sequence[str], target: str, settings: ExtractSettings, num_workers: int = 2
+    sources: Sequence[str], target: str, settings: ExtractSettings, num_workers: int = 4
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Write the frames of all films (files, or below folders) as `target`/image_<clip>_<n>.<format>, clips in parallel.
 
@@ -53,17 +54,20 @@ def extract_videos(
     complete = {
         clip: held[clip]["frames"] for clip in films if _is_complete(films[clip], held.get(clip), on_disk[clip])
     }
-    bad = {}
+    bad, stop = {}, threading.Event()
     pool = ThreadPoolExecutor(num_workers)  # decoders and encoders let go of the interpreter
     try:
         todo = [clip for clip in films if clip not in complete]
-        running = {pool.submit(_extract, films[clip], clip, folder, settings, on_disk[clip]): clip for clip in todo}
+        running = {
+            pool.submit(_extract, films[clip], clip, folder, settings, on_disk[clip], stop): clip for clip in todo
+        }
         for done in tqdm(as_completed(running), "clips", len(running), unit="clip", leave=False):
             try:
                 complete[running[done]] = done.result()
             except MediaError as error:
                 bad[films[running[done]]] = str(error)
     finally:
+        stop.set()  # where something failed or the user interrupts: no waiting for the ends of long films
         pool.shutdown(cancel_futures=True)
     return complete, bad
 
@@ -124,7 +128,9 @@ def _is_complete(path: str, entry: dict | None, names: list[str]) -> bool:
     return is_same and len(names) == entry["frames"]
 
 
-def _extract(path: str, clip: str, folder: Path, settings: ExtractSettings, leftovers: list[str]) -> int:
+def _extract(
+    path: str, clip: str, folder: Path, settings: ExtractSettings, leftovers: list[str], stop: threading.Event
+) -> int:
     """Write and record all frames of a film; how many. MediaError if not all can be decoded: then none stays."""
     entry = {"clip": clip, "path": path, **clip_index.identity(path)}
     written = [folder / name for name in leftovers]
@@ -132,6 +138,8 @@ def _extract(path: str, clip: str, folder: Path, settings: ExtractSettings, left
         _remove(written)
         count = count_frames(media.picture_seconds(path), settings.fps)
         for number, frame in enumerate(media.read_frames(path, 0, count, settings.fps)):
+            if stop.is_set():
+                raise InterruptedError(path)
             written.append(folder / f"image_{clip}_{number:06d}.{settings.format}")
             frame = media.fit_picture(frame, settings.size, settings.size) if settings.size else frame
             media.write_image(written[-1], frame, settings.quality)
