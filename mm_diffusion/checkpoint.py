@@ -180,11 +180,14 @@ def load_weights(
 # What to look for among the names that are there on one side only ("name ...") or differ in shape ("shape ...") -> the
 # flag to look at, first match wins.
 SUSPECTS = [
-    ("shape time_embed", "num_channels"),
+    ("shape time_embed", "num_channels (of the upsampler: sr_num_channels)"),
     ("shape video_out.2.video_conv.bias", "learn_sigma or video_size"),
     ("shape audio_out.2.audio_conv.bias", "learn_sigma or audio_size"),
     ("name middle_blocks.2", "cross_attention_windows"),
-    (r"name .*\.emb_layers", "num_res_blocks or channel_mult"),
+    (r"shape out\.2\.bias", "sr_learn_sigma"),
+    (r"name .*\.op\.", "sr_resblock_updown"),
+    (r"name input_blocks\..*\.0\.emb_layers", "num_res_blocks or channel_mult (of the upsampler: with sr_)"),
+    (r"name input_blocks\..*\.1\.qkv", "sr_attention_resolutions"),
     (r"shape .*_out_layers\.0", "channel_mult"),
     (r"shape .*\.emb_layers", "use_scale_shift_norm"),
     ("name .*video_conv_spatial", "video_type"),

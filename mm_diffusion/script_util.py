@@ -90,7 +90,7 @@ class SRModelConfig:
 SRDiffusionConfig = dataclasses.make_dataclass(
     "SRDiffusionConfig",
     [
-        (SR + f.name, f.type, flag(f.default or f.name == "learn_sigma", f"upsampler: {f.metadata['help']}"))
+        (SR + f.name, f.type, flag(True if f.name == "learn_sigma" else f.default, f"upsampler: {f.metadata['help']}"))
         for f in dataclasses.fields(DiffusionConfig)
     ],
     frozen=True,

@@ -4,7 +4,7 @@ import golden_data
 import torch as th
 
 from mm_diffusion.checkpoint import load_weights, published_state_dict
-from mm_diffusion.script_util import create_model_and_diffusion
+from mm_diffusion.script_util import create_model_and_diffusion, image_sr_create_model_and_diffusion
 
 FLAGS = {
     "video_size": "4,3,8,8",
@@ -19,6 +19,16 @@ FLAGS = {
     "video_attention_resolutions": "2",
     "diffusion_steps": 100,
 }
+SR_FLAGS = {
+    "large_size": 32,
+    "small_size": 8,
+    "sr_num_channels": 32,
+    "sr_num_res_blocks": 1,
+    "sr_channel_mult": "1,2",
+    "sr_num_heads": 2,
+    "sr_attention_resolutions": "2",
+    "sr_diffusion_steps": 100,
+}
 SHAPES = {"video": (4, 3, 8, 8), "audio": (2, 64)}
 
 
@@ -31,6 +41,11 @@ def filled(model):
 
 def build(as_built=False, **flags):
     model, diffusion = create_model_and_diffusion(**{**FLAGS, **flags})
+    return model if as_built else filled(model), diffusion
+
+
+def build_upsampler(as_built=False, **flags):
+    model, diffusion = image_sr_create_model_and_diffusion(**{**SR_FLAGS, **flags})
     return model if as_built else filled(model), diffusion
 
 
