@@ -1,29 +1,23 @@
-"""FLOP/s of the networks as a share of what a matrix product reaches in the same process.
+"""FLOP/s of the joint network as a share of what a matrix product reaches in the same process.
 
 A share means the same on any machine; seconds do not.
 """
 
-import time
-from collections.abc import Callable
-
 import torch as th
+from measure import device, matrix_rate, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.sampling import DTYPES
 from mm_diffusion.script_util import DiffusionConfig, ModelConfig, create_model_and_diffusion, parse, pick
 
-MATRIX_SIZE = 2048
-REPEATS = 3
-
 
 def main() -> None:
     flags, _ = parse(__doc__, ModelConfig)
     model, _ = create_model_and_diffusion(**vars(pick(ModelConfig, flags)), **vars(DiffusionConfig()))
-    device = th.device("cuda" if th.cuda.is_available() else "cpu")
-    model = model.to(device)
-    video, audio = (th.randn(1, *size, device=device) for size in (model.video_size, model.audio_size))
-    t = th.tensor([371], device=device)
+    model = model.to(device())
+    video, audio = (th.randn(1, *size, device=device()) for size in (model.video_size, model.audio_size))
+    t = th.tensor([371], device=device())
 
     def training_step() -> None:
         out = model(video, audio, t)
@@ -35,9 +29,8 @@ def main() -> None:
     forward_flop = counter.get_total_flops()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {forward_flop / 1e9:.1f} GFLOP forward, batch 1")
     for name in ("fp32", "bf16"):
-        a, b = (th.randn(MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=DTYPES[name]) for _ in range(2))
-        peak = 2 * MATRIX_SIZE**3 / seconds(lambda a=a, b=b: a @ b)
-        with th.autocast(device.type, dtype=DTYPES[name], enabled=name != "fp32"):
+        peak = matrix_rate(name)
+        with th.autocast(device().type, dtype=DTYPES[name], enabled=name != "fp32"):
             with th.no_grad():
                 forward = forward_flop / seconds(lambda: model(video, audio, t))
             step = 3 * forward_flop / seconds(training_step)
@@ -45,23 +38,6 @@ def main() -> None:
             f"{name}: matrix product {peak / 1e9:.0f} GFLOP/s; forward {forward / 1e9:.0f} ({forward / peak:.0%}), "
             f"forward and backward {step / 1e9:.0f} ({step / peak:.0%})"
         )
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """The least time of a few calls after one to warm up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        synchronise()
-        start = time.perf_counter()
-        function()
-        synchronise()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def synchronise() -> None:
-    if th.cuda.is_available():
-        th.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -265,6 +265,14 @@ def check_sample_config(config: SampleConfig) -> None:
             raise ValueError(f"{prefix}sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")
 
 
+@contextmanager
+def preview_bar(world: World) -> Iterator[Callable[[float], None]]:
+    """A progress function, which rank 0 shows as a bar."""
+    form = "{l_bar}{bar}| {remaining} left"
+    with tqdm(total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format=form) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
 def make_preview(
     diffusion: SpacedDiffusion,
     sample_fn: str,
@@ -283,11 +291,8 @@ def make_preview(
     indices = range(world.rank * clips_per_rank, (world.rank + 1) * clips_per_rank)
 
     def preview(model: nn.Module, step: int) -> None:
-        bar = tqdm(
-            total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format="{l_bar}{bar}| {remaining} left"
-        )
-        with bar:
-            sample = sample_joint(model, sampler, indices, 0, world.device, lambda done: bar.update(done - bar.n))
+        with preview_bar(world) as progress:
+            sample = sample_joint(model, sampler, indices, 0, world.device, progress)
         for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True):
             path = Path(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,8 +321,13 @@ def make_sr_preview(
     true, small = pictures
     size = true.shape[-2:]
 
+    def upscale(model: nn.Module, k: int, progress: Callable[[float], None]) -> th.Tensor:
+        part = part_of(progress, k / len(small), (k + 1) / len(small))
+        return upscale_video(model, sampler, small[k : k + 1], 0, k, device=world.device, progress=part)
+
     def preview(model: nn.Module, step: int) -> None:
-        rows = [upscale_video(model, sampler, low[None], 0, k, device=world.device) for k, low in enumerate(small)]
+        with preview_bar(world) as progress:
+            rows = [upscale(model, k, progress) for k in range(len(small))]
         columns = [
             F.interpolate(small, size, mode="nearest"),
             th.cat(rows),

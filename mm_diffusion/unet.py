@@ -521,13 +521,16 @@ class ImageSuperResModel(UNet):
         self.out = nn.ModuleDict({"image": OutputConv(width, last)})
 
     def bytes_per_picture(self) -> int:
-        """About what one picture takes on its way through without gradients: the skips, and the widest maps on top."""
+        """About what one picture takes on its way through without gradients.
+
+        The skips, and the widest maps while a block works on them, four of them in float32 for its norm.
+        """
         sides = [self.large_size // 2**level for level in range(len(self.widths))]
         skips = sum(
             (self.config.num_res_blocks + 1) * width * side**2 for width, side in zip(self.widths, sides, strict=True)
         )
         widest = 2 * self.widths[0] * self.large_size**2
-        return next(self.parameters()).element_size() * (skips + widest) + 4 * 2 * widest
+        return next(self.parameters()).element_size() * (skips + 2 * widest) + 4 * 4 * widest
 
     def _middle(self, width: int, depth: int) -> list[nn.Module]:
         attention = PictureAttention(width, self.config.heads(width, "down"))
