@@ -304,6 +304,11 @@ def make_preview(
     return preview
 
 
+def psnr(images: th.Tensor, true: th.Tensor) -> float:
+    """Peak signal to noise ratio in dB of images in [-1, 1]."""
+    return float(10 * th.log10(4 / (images - true).square().mean()))
+
+
 def make_sr_preview(
     flags: Mapping[str, Any], sample_fn: str, pictures: tuple[th.Tensor, th.Tensor] | None, folder: str, world: World
 ) -> Callable[[nn.Module, int], None] | None:
@@ -327,13 +332,12 @@ def make_sr_preview(
 
     def preview(model: nn.Module, step: int) -> None:
         with preview_bar(world) as progress:
-            rows = [upscale(model, k, progress) for k in range(len(small))]
-        columns = [
-            F.interpolate(small, size, mode="nearest"),
-            th.cat(rows),
-            F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1),
-            true,
-        ]
+            upsampled = th.cat([upscale(model, k, progress) for k in range(len(small))])
+        bicubic = F.interpolate(small, size, mode="bicubic").clamp(-1, 1)
+        columns = [F.interpolate(small, size, mode="nearest"), upsampled, bicubic, true]
+        logger.log(
+            f"upsampled {psnr(upsampled, true):.1f} dB, bicubic {psnr(bicubic, true):.1f} dB (PSNR) in the preview"
+        )
         path = Path(folder, "samples", f"{step:06d}", f"upsampled_{step}_0_{world.rank:05d}.png")
         media.save_contact_sheet(path, th.stack(columns, dim=1))
 

@@ -43,10 +43,14 @@ def main() -> None:
             Path(flags.watch_dir).mkdir(parents=True, exist_ok=True)
             media.write_clip(f"{flags.watch_dir}/clip_{k:02d}.mp4", large, flags.video_fps, loud, WATCH_HZ)
     if flags.data_dir:
-        print(f"spatial alignment of the data            {spatial_alignment(*read(flags.data_dir)):6.3f}")
-    print(f"spatial alignment of the generated clips {spatial_alignment(videos, audios):6.3f}")
+        tell("spatial alignment", flags.data_dir, spatial_alignment(*read(flags.data_dir)))
+    tell("spatial alignment", flags.samples, spatial_alignment(videos, audios))
     if len(videos) > 1:
-        print(f"mismatched pairs of the generated clips  {mismatched_alignment(videos, audios):6.3f}")
+        tell("mismatched pairs", flags.samples, mismatched_alignment(videos, audios))
+
+
+def tell(what: str, folder: str, value: float) -> None:
+    print(f"{f'{what} of {Path(folder).name}':40} {value:6.3f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# From a fresh clone to new clips with stereo sound: environment, toy data, a small model, 16 clips, one number.
-# bash ssh_scripts/demo.sh [--minutes N]      train for about N minutes instead of a fixed number of steps
+# From a fresh clone to new clips with stereo sound: environment, toy data, a small joint model, a small upsampler,
+# 16 clips, a few numbers.
+# bash ssh_scripts/demo.sh [--minutes N]      train the joint model for about N minutes, not a fixed number of steps
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 DEMO_DIR=${DEMO_DIR:-$REPO/demo_output}
 NUM_CLIPS=${NUM_CLIPS:-256}
 STEPS=${STEPS:-600}
+SR_STEPS=${SR_STEPS:-300}
 BATCH=16
 MINUTES=
 while [ $# -gt 0 ]; do
@@ -23,7 +25,11 @@ done
 SIZES=(--video_size 8,3,8,8 --audio_size 2,1024 --video_fps 4 --audio_fps 512)
 MODEL=(--num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32
     --cross_attention_shift False --predict_xstart True)
+UPSAMPLER=(--small_size 8 --large_size 32 --sr_num_channels 32 --sr_channel_mult 1,2,2 --sr_num_res_blocks 1
+    --sr_attention_resolutions -1 --sr_learn_sigma False --sr_predict_xstart True)
 TRAINING=(--lr 1e-3 --lr_warmup_steps 100 --grad_clip 1 --ema_rate 0.995 --num_workers 1
+    --save_interval 1000000 --log_interval 100)
+SR_TRAINING=(--lr 1e-3 --lr_warmup_steps 50 --grad_clip 1 --ema_rate 0.99 --num_workers 1
     --save_interval 1000000 --log_interval 100)
 
 make_environment requirements_training_joint.txt
@@ -46,7 +52,7 @@ train() { # train FOLDER STEPS FLAG...
         "${SIZES[@]}" "${MODEL[@]}" --batch_size $((BATCH / RANKS)) "${TRAINING[@]}" "${@:3}"
 }
 
-echo "1/4 toy data: $NUM_CLIPS clips in $DEMO_DIR/data"
+echo "1/5 toy data: $NUM_CLIPS clips in $DEMO_DIR/data"
 python "$REPO/py_scripts/make_toy_dataset.py" "$DEMO_DIR/data" --num_clips "$NUM_CLIPS" --size 64 --seconds 2
 
 if [ -n "$MINUTES" ]; then
@@ -59,21 +65,26 @@ if [ -n "$MINUTES" ]; then
     STEPS=$(awk -v m="$MINUTES" -v r="$rate" -v b="$BATCH" 'BEGIN { n = int(60 * m * r / b); print n > 1 ? n : 1 }')
 fi
 
-echo "2/4 training for $STEPS steps; log and previews in $RUN"
+echo "2/5 training the joint model for $STEPS steps; log and previews in $RUN"
 train "$RUN" "$STEPS"
 
-echo "3/4 sampling 16 clips from the moving average of the weights"
-run_ranks multimodal_sample_sr.py --multimodal_model_path "$RUN" --output_dir "$RUN/generated" \
-    --all_save_num 16 --batch_size 8
+echo "3/5 training the upsampler for $SR_STEPS steps; log and previews in $RUN/upsampler"
+run_ranks image_sr_train.py --data_dir "$DEMO_DIR/data" --output_dir "$RUN/upsampler" --lr_anneal_steps "$SR_STEPS" \
+    "${UPSAMPLER[@]}" --batch_size $((BATCH / RANKS)) "${SR_TRAINING[@]}"
 
-echo "4/4 looking and listening"
-python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/original" --data_dir "$DEMO_DIR/data" "${SIZES[@]}" \
+echo "4/5 sampling 16 clips from the moving averages of the weights, and upsampling them"
+run_ranks multimodal_sample_sr.py --multimodal_model_path "$RUN" --sr_model_path "$RUN/upsampler" \
+    --sr_timestep_respacing ddim25 --output_dir "$RUN/generated" --all_save_num 16 --batch_size 8
+
+echo "5/5 looking and listening"
+python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/original" --data_dir "$DEMO_DIR/data" "${SIZES[@]}"
+python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/sr_mp4" "${SIZES[@]}" --video_size 8,3,32,32 \
     --contact_sheet "$RUN/contact_sheet.png" --watch_dir "$RUN/watch"
 cat <<EOF
 
-clips            $RUN/generated/original (mp4) and $RUN/generated/audios (wav)
-to watch         $RUN/watch (the same, 256 pixels and 16 kHz, for any player)
+clips            $RUN/generated: sr_mp4 (upsampled) and original (mp4), audios (wav)
+to watch         $RUN/watch (the upsampled ones, 256 pixels and 16 kHz, for any player)
 contact sheet    $RUN/contact_sheet.png (a row per clip; the bar below shows where the sound comes from)
-checkpoint       $RUN
+checkpoints      $RUN and $RUN/upsampler
 $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after installation
 EOF
