@@ -1,4 +1,4 @@
-"""Clips for training: windows of files as tensors, in an order that depends on the seed and the batch number only."""
+"""Clips for training: windows of files as tensors, in an order that depends on the seed and the position only."""
 
 from __future__ import annotations
 
@@ -143,16 +143,17 @@ class ClipDataset(Dataset):
 class GlobalOrder(Sampler):
     """Rank `rank`'s share of every global batch, without end, as lists of (epoch, window).
 
-    All windows of an epoch in an order drawn from (seed, epoch), epoch after epoch, are one stream; global batch n is
-    its n-th piece of `batch_size * world_size`, and rank r takes the r-th part of that. So how many ranks there are
-    changes nothing but who decodes what.
+    All windows of an epoch in an order drawn from (seed, epoch), epoch after epoch, are one stream. Global batch n is
+    its n-th piece of `batch_size * world_size` from position `start_sample` on, and rank r takes the r-th part of that.
+    So how many ranks there are changes nothing but who decodes what, and what all of them took is told by one number.
     """
 
     def __init__(
-        self, num_windows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start_batch: int = 0
+        self, num_windows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start_sample: int = 0
     ) -> None:
         self.num_windows, self.batch_size, self.seed = num_windows, batch_size, seed
-        self.rank, self.world_size, self.start_batch = rank, world_size, start_batch
+        self.stride = batch_size * world_size
+        self.first = start_sample + rank * batch_size
         self.permutation = functools.lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -164,8 +165,7 @@ class GlobalOrder(Sampler):
         return epoch, int(self.permutation(epoch)[offset])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in itertools.count(self.start_batch):
-            first = (batch * self.world_size + self.rank) * self.batch_size
+        for first in itertools.count(self.first, self.stride):
             yield [self.at(position) for position in range(first, first + self.batch_size)]
 
 
@@ -183,13 +183,14 @@ def load_data(
     seed: int = 42,
     rank: int = 0,
     world_size: int = 1,
-    start_batch: int = 0,
+    start_sample: int = 0,
     max_bad_share: float = 0.1,
     video_stream: int | None = None,
     audio_stream: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Iterator[tuple[Sample, dict]]:
-    """-> endless ({"video": [B, F, 3, H, W], "audio": [B, 2, L]}, {}), float32 in [-1, 1], from batch `start_batch` on.
+    """-> endless ({"video": [B, F, 3, H, W], "audio": [B, 2, L]}, {}), float32 in [-1, 1], from the stream's position
+    `start_sample` on: how many samples all ranks have taken before.
 
     Must be called on every rank. `cache_bytes` is what decoded windows may take in memory on this rank. DataError (a
     bad folder), ValueError (an impossible size) at once, MediaError when a file turns out to be undecodable.
@@ -203,17 +204,17 @@ def load_data(
     if rank == 0:
         logger.log(f"{data_dir}: {index.report()}")
     dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers))
-    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_batch)
+    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_sample)
     return ((batch, {}) for batch in batches)
 
 
 def endless_batches(
-    dataset: Dataset, batch_size: int, num_workers: int, seed: int, rank: int, world_size: int, start_batch: int
+    dataset: Dataset, batch_size: int, num_workers: int, seed: int, rank: int, world_size: int, start_sample: int
 ) -> Iterator[Any]:
     """This rank's batches of items (epoch, index) in `GlobalOrder`, collated, made by worker processes if any."""
     loader = DataLoader(
         dataset,
-        batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_batch),  # type: ignore[arg-type]
+        batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_sample),  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
         worker_init_fn=_start_worker,

@@ -114,10 +114,11 @@ def load_frames(
     seed: int = 42,
     rank: int = 0,
     world_size: int = 1,
-    start_batch: int = 0,
+    start_sample: int = 0,
     max_bad_share: float = 0.1,
 ) -> Iterator[Pair]:
-    """-> endless (large [B, 3, L, L], {"low_res": [B, 3, S, S]}), float32 in [-1, 1], from batch `start_batch` on.
+    """-> endless (large [B, 3, L, L], {"low_res": [B, 3, S, S]}), float32 in [-1, 1], from the stream's position
+    `start_sample` on: how many samples all ranks have taken before.
 
     Must be called on every rank. DataError (a bad folder), ValueError (an impossible size) at once, MediaError when a
     file turns out to be undecodable.
@@ -130,5 +131,5 @@ def load_frames(
     if rank == 0:
         logger.log(f"{data_dir}: {index.report(dataset.count())}")
     clip_index.refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
-    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_batch)
+    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_sample)
     return ((large, small) for large, small in batches)

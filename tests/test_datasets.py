@@ -1,5 +1,6 @@
 """Folders of clips: what is listed, what is refused, and in what order which samples come."""
 
+import itertools
 import json
 import os
 import shutil
@@ -172,10 +173,33 @@ def test_every_epoch_shows_every_window_once_in_another_order():
     assert next(iter(GlobalOrder(10, 4, seed=2))) != flat[:4]
 
 
-def test_a_restart_at_batch_n_continues_the_stream(toy):
+@pytest.mark.parametrize(("num_windows", "batch_size", "world_size"), [(10, 4, 1), (23, 3, 2), (7, 5, 3), (1, 2, 2)])
+def test_the_ranks_of_an_epoch_show_every_window_exactly_once(num_windows, batch_size, world_size):
+    orders = [GlobalOrder(num_windows, batch_size, 1, rank, world_size, start_sample=5) for rank in range(world_size)]
+    walks = [itertools.islice(order, 20) for order in orders]
+    items = list(itertools.chain.from_iterable(itertools.chain(*together) for together in zip(*walks, strict=True)))
+    assert items == [orders[0].at(position) for position in range(5, 5 + len(items))]
+    for epoch in range(-(-5 // num_windows), (5 + len(items)) // num_windows):
+        assert sorted(window for e, window in items if e == epoch) == list(range(num_windows))
+
+
+def test_a_restart_with_other_ranks_and_batches_continues_where_all_ranks_stopped():
+    def walk(batch_size, world_size, batches, start_sample=0):
+        orders = [GlobalOrder(23, batch_size, 1, rank, world_size, start_sample) for rank in range(world_size)]
+        return [
+            item
+            for together in itertools.islice(zip(*orders, strict=True), batches)
+            for part in together
+            for item in part
+        ]
+
+    assert walk(3, 2, 5) + walk(7, 1, 2, start_sample=30) + walk(1, 3, 9, start_sample=44) == walk(1, 1, 71)
+
+
+def test_a_restart_after_n_samples_continues_the_stream(toy):
     stream = load_data(data_dir=str(toy), batch_size=5, **SMALL)
     batches = [next(stream)[0] for _ in range(8)]  # into the second epoch
-    resumed = load_data(data_dir=str(toy), batch_size=5, start_batch=6, **SMALL)
+    resumed = load_data(data_dir=str(toy), batch_size=5, start_sample=6 * 5, **SMALL)
     for expected in batches[6:]:
         batch = next(resumed)[0]
         assert all(batch[key].equal(value) for key, value in expected.items())

@@ -286,7 +286,7 @@ def test_two_ranks_share_the_batch_of_one_and_a_restart_continues(tmp_path):
         parts = [next(rank) for rank in ranks]
         assert large.equal(th.cat([part[0] for part in parts]))
         assert cond["low_res"].equal(th.cat([part[1]["low_res"] for part in parts]))
-    assert same(next(load_frames(batch_size=4, start_batch=5, **options)), batches[5])
+    assert same(next(load_frames(batch_size=4, start_sample=5 * 4, **options)), batches[5])
     assert (batches[0][0].shape, batches[0][1]["low_res"].shape) == ((4, 3, 32, 32), (4, 3, 8, 8))
     assert {part.dtype for part in (batches[0][0], batches[0][1]["low_res"])} == {th.float32}
 
