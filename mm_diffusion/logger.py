@@ -1,14 +1,23 @@
-"""What rank 0 tells: lines on the console, and at every `dumpkvs` a table there and a row of progress.csv."""
+"""What rank 0 tells: lines on the console, and at every `dumpkvs` a table there and a row of progress.csv.
+
+TensorBoard and Weights & Biases get the rows as well, and pictures and clips, where they are asked for.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
+import resource
 import sys
+from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch as th
 from tqdm import tqdm
+
+from . import trackers
 
 
 class _Logger:
@@ -17,34 +26,44 @@ class _Logger:
         self.enabled = True
         self.values: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
-        self.database: Any = None  # a run of Weights and Biases
+        self.trackers: list[Any] = []  # see trackers.py
         self.stale = False  # progress.csv holds rows that are not in `rows`
 
 
 _current = _Logger()
 
 
-def configure(folder: str | os.PathLike | None = None, enabled: bool = True, use_db: bool = False) -> None:
+def configure(
+    folder: str | os.PathLike | None = None,
+    enabled: bool = True,
+    use_db: bool = False,
+    use_tensorboard: bool = False,
+    resume_step: int = 0,
+    flags: Mapping[str, Any] | None = None,
+) -> None:
     """Write below `folder` (None: console only). Ranks other than 0 pass enabled=False and stay silent.
 
-    Rows that an earlier run left in progress.csv are kept. `use_db`: Weights and Biases as well, if it is installed;
-    its key comes from its own environment variable.
+    Rows that an earlier run left in progress.csv are kept, but those of steps after `resume_step` if that is not 0.
+    `use_db`: Weights & Biases as well, which shows `flags`; `use_tensorboard`: event files in `folder`/tensorboard.
+    ValueError where one of these cannot start; one that fails later is left out, with a warning.
     """
     global _current
     _current = _Logger()
     _current.enabled = enabled
-    if folder is not None and enabled:
+    if not enabled:
+        return
+    if folder is not None:
         _current.folder = Path(folder)
         _current.folder.mkdir(parents=True, exist_ok=True)
         if _table_path().exists():
             with _table_path().open(newline="") as file:
                 _current.rows = list(csv.DictReader(file))
-    if use_db and enabled:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("use_db True needs Weights and Biases: pip install wandb, or leave the flag out") from None
-        _current.database = wandb.init(dir=folder)
+    if resume_step:
+        drop_rows_from(resume_step)
+    if use_tensorboard:
+        _current.trackers.append(trackers.TensorBoard(_current.folder, resume_step))
+    if use_db:
+        _current.trackers.append(trackers.WeightsAndBiases(_current.folder, resume_step, flags))
 
 
 def log(*words: object) -> None:
@@ -69,17 +88,49 @@ def dumpkvs() -> dict[str, float]:
     if not _current.enabled or not values:
         return values
     log(_table(values))
-    if _current.database is not None:
-        _current.database.log(values)
     if _current.folder is not None:
         _append_row({key: _cell(value) for key, value in values.items()})
+    _track("numbers", {key: value for key, value in values.items() if key != "step"}, int(values.get("step", 0)))
     return values
+
+
+def log_image(name: str, image: th.Tensor, step: int) -> None:
+    """Show a picture [3, H, W] in [-1, 1] (or uint8) in TensorBoard and Weights & Biases, where they are in use."""
+    _track("image", name, image, step)
+
+
+def log_clip(name: str, video: th.Tensor, fps: float | Fraction, audio: th.Tensor, sample_rate: int, step: int) -> None:
+    """Show a clip, [F, 3, H, W] (or uint8) and [C, L] in [-1, 1], in TensorBoard and Weights & Biases likewise.
+
+    The latter plays it; TensorBoard has the frames in one picture beside the sound. fps in frames per second,
+    sample_rate in Hz.
+    """
+    _track("clip", name, video, fps, audio, sample_rate, step)
+
+
+def _track(method: str, *values: Any) -> None:
+    """Hand values to every tracker. Training is worth more than any of them: one that fails is dropped."""
+    for tracker in list(_current.trackers):
+        try:
+            getattr(tracker, method)(*values)
+        except Exception as error:
+            _current.trackers.remove(tracker)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            warn(f"{tracker.name} failed ({reason}); the run goes on without it")
+
+
+def peak_memory() -> int:
+    """The most bytes used so far: by tensors on the GPU where this process uses one, else by the process."""
+    if th.cuda.is_initialized():
+        return th.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def drop_rows_from(step: int) -> None:
     """Forget rows of steps later than `step`, which a resumed run makes anew."""
     kept = [row for row in _current.rows if float(row.get("step") or 0) <= step]
-    _current.rows, _current.stale = kept, len(kept) < len(_current.rows)
+    _current.stale |= len(kept) < len(_current.rows)
+    _current.rows = kept
 
 
 def _table_path() -> Path:
