@@ -14,6 +14,8 @@ import blobfile as bf
 import torch as th
 from torch import nn
 
+from .states import CheckpointError, refuse_damaged, write_file
+
 # Ours -> published, applied in order to any name or end of a name, so that they serve one block as well as a network.
 NAME_TABLE = [
     (r"\bconv\.video\.(spatial|temporal)\.", r"video_conv.video_conv_\1."),
@@ -65,34 +67,31 @@ def published_state_dict(model: nn.Module) -> dict[str, th.Tensor]:
     return {published: state[name] for published, name in published_names(model).items()}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that does not fit."""
-
-
 def save_weights(path: str, model_or_state: nn.Module | dict[str, th.Tensor], flags: dict[str, Any]) -> None:
     """Write a state dict under published names that carries its flags; complete or absent, whatever happens.
 
     It is an ordinary state dict for every other tool: the flags are an attribute of it.
     """
     state = published_state_dict(model_or_state) if isinstance(model_or_state, nn.Module) else model_or_state
+    save(path, with_flags(state, flags))
+
+
+def with_flags(state: dict[str, th.Tensor], flags: dict[str, Any]) -> OrderedDict:
+    """The state dict as it is saved, with its flags."""
     carrier = OrderedDict((name, tensor.detach().cpu().contiguous()) for name, tensor in state.items())
     carrier.flags = dict(flags)  # type: ignore[attr-defined]
-    save(path, carrier)
+    return carrier
 
 
 def save(path: str, state: Any) -> None:
-    """torch.save to a temporary file, flushed, then renamed."""
-    temporary = f"{path}.partial"
-    with open(temporary, "wb") as file:
-        th.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """torch.save to a file that appears when it is complete."""
+    write_file(path, lambda file: th.save(state, file))
 
 
 def load(path: str) -> Any:
     """What `save` wrote, from a local, gs://, az:// or https:// path, onto the CPU. Never runs code from the file."""
     try:
+        refuse_damaged(path)
         with bf.BlobFile(path, "rb") if "://" in path else open(path, "rb") as file:
             return th.load(io.BytesIO(file.read()) if "://" in path else file, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -71,6 +71,13 @@ def half_precision(device: th.device) -> str:
     return "bf16"
 
 
+def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
+    """What `--precision` and `--use_fp16` mean together; ValueError for an unknown precision."""
+    if precision not in ("", *DTYPES):
+        raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
+    return precision or (half_precision(device) if use_fp16 else "fp32")
+
+
 class Prepared(nn.Module):
     """A model as the samplers run it: evaluation mode, weights in the working precision, float32 in and out."""
 

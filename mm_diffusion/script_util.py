@@ -149,13 +149,22 @@ class TrainConfig:
     fp16_scale_growth: float = flag(1e-3, "growth of log2 of the float16 loss scale per good step")
     log_interval: int = flag(100, "steps between rows of the log")
     save_interval: int = flag(10000, "steps between checkpoints")
-    output_dir: str = flag("", "where checkpoints, log and previews go")
-    resume_checkpoint: str = flag("", "modelNNNNNN.pt to go on from; its EMA and optimizer files lie beside it")
+    output_dir: str = flag("", "where checkpoints, log and previews go; a run that is there already goes on")
+    max_steps: int = flag(0, "stop after this many steps in all; 0: no limit")
+    max_hours: float = flag(0.0, "save and stop after this many hours of this run; 0: no limit")
+    max_skipped_steps: int = flag(20, "give up when more gradients than this in a row are not finite")
+    precision: str = flag("", "fp32, bf16 or fp16; empty: as use_fp16 says")
+    keep_last: int = flag(0, "states to keep, the newest; 0: all")
+    keep_every: int = flag(0, "keep those at multiples of this many steps as well; 0: none")
+    resume_checkpoint: str = flag(
+        "", "modelNNNNNN.pt, or a folder, to go on from; empty or auto: output_dir if it holds a run; none: start anew"
+    )
     init_checkpoint: str = flag("", "weights to start a new run from; tensors that do not fit are listed and left out")
     sample_fn: str = flag("dpm_solver", "sampler of the previews")
     preview_clips: int = flag(1, "clips or pictures that each rank draws from the EMA at every save; 0: none")
     save_type: str = flag("mp4", "of the previews: mp4, or wav for the sound alone")
     use_db: bool = flag(False, "log to Weights and Biases as well")
+    use_tensorboard: bool = flag(False, "log to TensorBoard as well")
     devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
 
 
@@ -169,6 +178,7 @@ class SampleConfig:
     all_save_num: int = flag(96, "clips to draw, over all ranks")
     batch_size: int = flag(4, "clips per rank at a time")
     seed: int = flag(42, "clip k depends on (seed, k) only")
+    precision: str = flag("", "fp32, bf16 or fp16; empty: as use_fp16 says")
     clip_denoised: bool = flag(True, "clamp predicted clips to [-1, 1] (ddpm, ddim)")
     is_strict: bool = flag(True, "refuse a checkpoint with misfitting tensors; False: skip and list them")
     sample_steps: int = flag(0, "model evaluations of dpm_solver; 0: the sampler's own")

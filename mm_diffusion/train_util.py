@@ -5,27 +5,34 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import blobfile as bf
 import torch as th
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoint, logger, rng
+from . import checkpoint, logger, rng, states
 from .checkpoint import CheckpointError
-from .dist_util import ALONE, World, all_sum, barrier
+from .dist_util import ALONE, World, all_sum, barrier, from_rank_0, max_of_ranks
 from .gaussian_diffusion import GaussianDiffusion
 from .resample import create_named_schedule_sampler
-from .sampling import DTYPES, bind, half_precision
-from .script_util import CARRIED_FLAGS, TrainConfig, merge_checkpoint_flags
+from .sampling import DTYPES, bind, choose_precision
+from .script_util import CARRIED_FLAGS, TrainConfig, merge_checkpoint_flags, pick
 from .tree import Tree, leaves, randn_like, tree_map
 from .unet import window_shift
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 QUARTILES = 4
+LATE, SIGNALLED = 1, 2  # reasons to stop, the stronger one last
+NOT_NEGATIVE = ["lr", "weight_decay", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "preview_clips", "max_steps"]
+NOT_NEGATIVE += ["max_hours", "max_skipped_steps", "keep_last", "keep_every"]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def update_ema(ema: list[th.Tensor], params: list[th.Tensor], rate: float) -> None:
@@ -57,7 +64,8 @@ class TrainLoop:
     Everything random is a function of (seed, step, place in the global batch), so that the same global batch gives the
     same gradients on any number of ranks and for any microbatch; dropout masks alone also depend on the rank.
 
-    data: `start_batch -> iterator`, so that a resumed run continues where the data stopped.
+    data: `start_sample -> iterator`, so that a resumed run continues where the data stopped; `start_sample` counts the
+    samples that all ranks together have used.
     flags: what the checkpoints carry. preview: called after every save, with the EMA weights in the model, as
     `preview(model, step)`; all ranks call it.
     """
@@ -77,7 +85,8 @@ class TrainLoop:
         _check(config)
         self.model, self.diffusion, self.config, self.world = model.to(world.device), diffusion, config, world
         self.flags, self.preview = flags or {}, preview
-        if config.init_checkpoint and not config.resume_checkpoint:
+        state = from_rank_0(lambda: find_state(config))
+        if config.init_checkpoint and not state:
             start_from(config.init_checkpoint, self.model)
         self.forward_model: nn.Module = self.model
         if world.size > 1:  # first of all: every rank gets the weights of rank 0
@@ -86,44 +95,85 @@ class TrainLoop:
                 self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
-        self.params = list(self.model.parameters())
+        self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
         self.optimizer = th.optim.AdamW(
             self.params, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
         )
         self.emas = {rate: [p.detach().clone() for p in self.params] for rate in parse_rates(config.ema_rate)}
-        self.precision = half_precision(world.device) if use_fp16 else "fp32"
-        self.log_loss_scale = INITIAL_LOG_LOSS_SCALE
+        self.precision = choose_precision(config.precision, use_fp16, world.device)
+        scale = INITIAL_LOG_LOSS_SCALE if self.precision == "fp16" else 0.0
+        self.log_loss_scale = th.tensor(scale, dtype=th.float64, device=world.device)
+        self.skipped = th.zeros(2, device=world.device)  # steps with a gradient that is not finite: in all, in a row
         self.step = 0  # optimizer steps done
-        if config.resume_checkpoint:
-            self._resume(config.resume_checkpoint)
-        self.data = data(self.step)
+        self.samples = 0  # used by all ranks together
+        self.started = time.monotonic()
+        if state:
+            self._resume(*state)
+        self.data = data(self.samples)
+        self.writer = states.StateWriter(config.output_dir, config.keep_last, config.keep_every)
+        self.host_copy = states.HostCopy()
+        self.saved_step = -1
         self.seen: dict[str, list[th.Tensor]] = {}  # what the next row of the log averages
+        self.waited = 0.0  # for data, in seconds, since the last row
+        self.row = self.samples, time.monotonic()  # at the last row
+        self.samples_per_second = 0.0
 
     def run_loop(self) -> None:
-        """Train to the end of `lr_anneal_steps` (without it: until stopped), saving on the way and at the end."""
-        total = self.config.lr_anneal_steps or None
+        """Train until there is a reason to stop, saving on the way and at the end."""
+        total = self.last_step
         bar = tqdm(total=total, initial=self.step, unit="step", disable=self.world.rank > 0, dynamic_ncols=True)
-        start_time, start_step = time.monotonic(), self.step
-        with bar:
+        with bar, stop_signals() as received:
             while total is None or self.step < total:
-                self.run_step(*next(self.data))
-                clips = self.config.batch_size * self.world.size
-                bar.set_postfix(
-                    {"samples/s": f"{clips * (self.step - start_step) / (time.monotonic() - start_time):.2f}"},
-                    refresh=False,
-                )
+                batch = self._next_batch(received)
+                if reason := self._reason_to_stop(received):
+                    logger.log(f"stopping after {self.step} steps: {reason}")
+                    break
+                self.run_step(*batch)
                 bar.update()
                 if self.step % self.config.log_interval == 0 or self.step == total:
-                    self._log(clips * (self.step - start_step) / (time.monotonic() - start_time))
-                if self.step % self.config.save_interval == 0 or self.step == total:
+                    self._log()
+                    bar.set_postfix_str(f"{self.samples_per_second:.2f} samples/s", refresh=False)
+                if self.step % self.config.save_interval == 0:
                     self.save()
+            if self.saved_step != self.step:
+                self.save()
+            self.writer.wait()
+
+    @property
+    def last_step(self) -> int | None:
+        """Where training ends by itself."""
+        return min((n for n in (self.config.lr_anneal_steps, self.config.max_steps) if n), default=None)
+
+    def _next_batch(self, received: list[str]) -> tuple[Tree, dict[str, Any]]:
+        """The next of the data; nothing where the signal that stops us has stopped the loader as well."""
+        start = time.monotonic()
+        try:
+            return next(self.data)
+        except RuntimeError:
+            time.sleep(0.1)  # the loader may have noticed before us
+            if received:
+                return {}, {}
+            raise
+        finally:
+            self.waited += time.monotonic() - start
+
+    def _reason_to_stop(self, received: list[str]) -> str:
+        """Why all ranks stop before the next step; the same on all of them, "" to go on."""
+        hours, limit = (time.monotonic() - self.started) / 3600, self.config.max_hours
+        asked = SIGNALLED if received else LATE if limit and hours >= limit else 0
+        agreed = max_of_ranks(asked)
+        if agreed == SIGNALLED:
+            return " ".join(received) or "another rank got a signal"
+        return f"--max_hours {limit}" if agreed == LATE else ""
 
     def run_step(self, x_start: Tree, cond: dict[str, Any]) -> None:
         """One optimizer step on this rank's share of the global batch."""
+        self.writer.check()
         lr = self._anneal()
         self._forward_backward(x_start, cond)
         norm = self._optimize()
         self.step += 1
+        self.samples += len(leaves(x_start)[0]) * self.world.size
         self._note("grad_norm", norm)
         logger.logkv("lr", lr)
 
@@ -167,18 +217,22 @@ class TrainLoop:
         return terms["loss"].detach()
 
     def _optimize(self) -> th.Tensor:
-        """Clip, step, average; returns the norm of the gradient before clipping."""
+        """Clip, step, average; returns the norm of the gradient before clipping.
+
+        Where that is not finite the weights stay as they are. All of it is decided on the device, without a wait.
+        """
+        grads = [p.grad for p in self.params if p.grad is not None]
         if self.precision == "fp16":
-            th._foreach_mul_([p.grad for p in self.params if p.grad is not None], 2.0**-self.log_loss_scale)
+            th._foreach_mul_(grads, (2.0**-self.log_loss_scale).float())
         norm = nn.utils.clip_grad_norm_(self.params, self.config.grad_clip or float("inf"))
-        if self.precision == "fp16" and not norm.isfinite():
-            self.log_loss_scale -= 1
-            logger.log(f"step {self.step}: gradient overflow, loss scale lowered to 2^{self.log_loss_scale:.1f}")
-        else:
-            self.optimizer.step()
-            for rate, ema in self.emas.items():
-                update_ema(ema, [p.detach() for p in self.params], warm_rate(float(rate), self.step))
-            self.log_loss_scale += self.config.fp16_scale_growth if self.precision == "fp16" else 0
+        bad = (~norm.isfinite()).float()
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        for rate, ema in self.emas.items():
+            update_ema(ema, [p.detach() for p in self.params], warm_rate(float(rate), self.step))
+        self.skipped = th.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
+        if self.precision == "fp16":
+            self.log_loss_scale += th.where(bad > 0, -1.0, self.config.fp16_scale_growth)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -197,11 +251,11 @@ class TrainLoop:
     def _note(self, name: str, value: th.Tensor) -> None:
         self.seen.setdefault(name, []).append(value.detach())
 
-    def _log(self, samples_per_second: float) -> None:
+    def _log(self) -> None:
         """Average over ranks what was noted since the last row, and write one: the only wait for the device."""
         quartile = th.cat(self.seen.pop("quartile"))
         bins = th.nn.functional.one_hot(quartile, QUARTILES).double()
-        norm = th.stack(self.seen.pop("grad_norm")).mean()
+        norm = th.stack(self.seen.pop("grad_norm"))
         for key in [key for key in self.seen if key.startswith("term ")]:
             values = th.cat(self.seen.pop(key)).double()
             sums = all_sum(th.stack([values @ bins, bins.sum(0)])).cpu()
@@ -210,14 +264,31 @@ class TrainLoop:
             for q in range(QUARTILES):
                 if sums[1, q]:
                     logger.logkv(f"{name}_q{q}", float(sums[0, q] / sums[1, q]))
-        logger.logkv("grad_norm", float(norm))
+        logger.logkv("grad_norm", float(norm.mean()))
         logger.logkv("param_norm", float(th.stack(th._foreach_norm([p.detach() for p in self.params])).norm()))
         logger.logkv("step", self.step)
-        logger.logkv("samples", self.step * self.config.batch_size * self.world.size)
-        logger.logkv("samples_per_second", samples_per_second)
+        logger.logkv("samples", self.samples)
+        self._log_pace()
         if self.precision == "fp16":
-            logger.logkv("log2_loss_scale", self.log_loss_scale)
+            logger.logkv("log2_loss_scale", float(self.log_loss_scale))
+        in_all, in_a_row = (int(count) for count in self.skipped)
+        logger.logkv("skipped_steps", in_all)
         logger.dumpkvs()
+        if in_a_row > self.config.max_skipped_steps:
+            raise ValueError(
+                f"the gradient was not finite {in_a_row} steps in a row (--max_skipped_steps); the weights are those of"
+                " before: resume with a lower --lr, --grad_clip 1, or --precision bf16 or fp32"
+            )
+
+    def _log_pace(self) -> None:
+        """Speed, share of the time spent waiting for data, and memory, since the last row."""
+        now = time.monotonic()
+        step, moment = self.row
+        self.samples_per_second = (self.samples - step) / (now - moment)
+        logger.logkv("samples_per_second", self.samples_per_second)
+        logger.logkv("data_wait", self.waited / (now - moment))
+        logger.logkv("memory_gib", logger.peak_memory() / 2**30)
+        self.row, self.waited = (self.samples, now), 0.0
 
     # ------------------------------------------------------------ checkpoints
 
@@ -234,54 +305,127 @@ class TrainLoop:
             self.model.train(training)
 
     def save(self) -> None:
-        """Write modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt, NNNNNN optimizer steps done; then preview."""
+        """Copy the state and write it beside the training; then preview.
+
+        modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt, and the manifest stateNNNNNN.json when they are complete;
+        NNNNNN is the number of optimizer steps done.
+        """
         if self.world.rank == 0:
-            folder, number = self.config.output_dir, f"{self.step:06d}"
-            os.makedirs(folder, exist_ok=True)
-            for rate in self.emas:
-                with self.ema_weights(rate) as model:
-                    checkpoint.save_weights(f"{folder}/ema_{rate}_{number}.pt", model, self.flags)
-            checkpoint.save(f"{folder}/opt{number}.pt", self._train_state())
-            checkpoint.save_weights(f"{folder}/model{number}.pt", self.model, self.flags)  # last: its presence says all
-            logger.log(f"saved {folder}/model{number}.pt, its EMA and its optimizer state")
-        barrier()
+            self.writer.wait()
+            files, facts = self._files()
+            folder, step = self.config.output_dir, self.step
+            self.writer.write(
+                step, files, facts, lambda: logger.log(f"saved {folder}/model{step:06d}.pt and its state")
+            )
+        self.saved_step = self.step
         if self.preview:
+            barrier()
             with self.ema_weights() as model:
                 self.preview(model, self.step)
             barrier()
 
-    def _train_state(self) -> dict[str, Any]:
-        """The optimizer's state dict with the rest of the trainer's state beside its entries."""
-        rest = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
-        return {**self.optimizer.state_dict(), "train": rest}
+    def _files(self) -> tuple[dict[str, states.Save], dict[str, Any]]:
+        """Names of the state's files -> how to save them, and the facts of the manifest."""
+        train = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
+        rest: dict[str, Any] = {"skipped": self.skipped, "samples": self.samples}
+        contents: dict[str, Any] = {f"ema_{rate}_": self._published(ema) for rate, ema in self.emas.items()}
+        contents["opt"] = {**self.optimizer.state_dict(), "train": train | rest}
+        contents["model"] = self._published(self.params)
+        copies = self.host_copy.take("", contents)
+        if self.world.device.type == "cuda":
+            th.cuda.synchronize()
+        files: dict[str, states.Save] = {
+            f"{kind}{self.step:06d}.pt": partial(self._save_file, kind, copies[kind]) for kind in copies
+        }
+        facts = {"samples": self.samples, "ranks": self.world.size, "batch_size": self.config.batch_size}
+        return files, facts
 
-    def _resume(self, path: str) -> None:
-        """Go on from modelNNNNNN.pt; its EMA and optimizer files must lie beside it."""
-        folder, name = os.path.split(path)
-        match = re.fullmatch(r"model(\d+)\.pt", name)
-        if not match:
-            raise ValueError(
-                f"resume_checkpoint {path}: need a file named modelNNNNNN.pt; to start a new run from other weights,"
-                " give them as --init_checkpoint"
-            )
-        checkpoint.load_weights(self.model, path)
-        own = dict(self.model.named_parameters())
+    def _save_file(self, kind: str, content: Any, file: Any) -> None:
+        th.save(content if kind == "opt" else checkpoint.with_flags(content, self.flags), file)
+
+    def _published(self, tensors: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
+        """Parameters, or averages of them, by published name."""
+        return {checkpoint.published_name(n): t for n, t in zip(self.names, tensors, strict=True)}
+
+    def _resume(self, folder: str, step: int) -> None:
+        """Go on from the files of this step, which must lie together."""
+        number = f"{step:06d}"
+        checkpoint.load_weights(self.model, model_path(folder, step))
         for rate, ema in self.emas.items():
-            state, _ = checkpoint.load_state(os.path.join(folder, f"ema_{rate}_{match[1]}.pt"))
-            names = {ours: published for published, ours in checkpoint.published_names(self.model).items()}
-            _fill(ema, [state[names[name]] for name in own])
-        state = checkpoint.load(os.path.join(folder, f"opt{match[1]}.pt"))
-        if not isinstance(state, dict) or "param_groups" not in state:
-            raise CheckpointError(f"{folder}/opt{match[1]}.pt: holds no optimizer state")
-        rest: Any = state.pop("train", {})
-        self.optimizer.load_state_dict(state)
+            averages, _ = checkpoint.load_state(bf.join(folder, f"ema_{rate}_{number}.pt"))
+            _fill(ema, [averages[checkpoint.published_name(name)] for name in self.names])
+        path = bf.join(folder, f"opt{number}.pt")
+        held = checkpoint.load(path)
+        if not isinstance(held, dict) or "param_groups" not in held:
+            raise CheckpointError(f"{path}: holds no optimizer state")
+        rest: Any = held.pop("train", {})
+        self.optimizer.load_state_dict(held)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.config.weight_decay
         self.sampler.load_state_dict(rest.get("schedule_sampler", {}))
-        self.log_loss_scale = rest.get("log_loss_scale", INITIAL_LOG_LOSS_SCALE)
-        self.step = int(match[1])
+        self.log_loss_scale += rest.get("log_loss_scale", self.log_loss_scale) - self.log_loss_scale
+        self.skipped += rest.get("skipped", 0)
+        self.step = self.saved_step = step
+        per_step = self.config.batch_size * self.world.size
+        self.samples = rest.get("samples", step * per_step)
         logger.drop_rows_from(self.step)
-        logger.log(f"resumed from {path} after {self.step} steps")
+        logger.log(f"resumed from {model_path(folder, step)} after {self.step} steps")
+        if self.samples != step * per_step:
+            logger.log(f"note: so far {self.samples / max(step, 1):g} samples a step on average, now {per_step}")
+
+
+def find_state(config: TrainConfig) -> tuple[str, int] | None:
+    """The folder and step to resume from, None to start anew.
+
+    In this order: the file or folder that `resume_checkpoint` names; the output folder ("" and "auto"). "none" starts
+    anew, and ValueError if the output folder holds a run already.
+    """
+    path = config.resume_checkpoint
+    if path in ("", "auto", "none") or bf.isdir(path):
+        folder = config.output_dir if path in ("", "auto", "none") else path
+        if path == "none":
+            if states.states_in(folder):
+                raise ValueError(
+                    f"{folder} holds a run already: choose another --output_dir, or leave out --resume_checkpoint"
+                )
+            return None
+        state = states.newest_intact(folder, logger.warn)
+        if not state and path not in ("", "auto"):
+            raise CheckpointError(f"{folder}: holds no state to resume (stateNNNNNN.json); name a modelNNNNNN.pt")
+        return (folder, state.step) if state else None
+    folder, name = os.path.split(path)
+    match = re.fullmatch(r"model(\d+)\.pt", name)
+    if not match:
+        raise ValueError(
+            f"resume_checkpoint {path}: need a file named modelNNNNNN.pt, a folder or auto; to start a new run from"
+            " other weights, give them as --init_checkpoint"
+        )
+    return folder, int(match[1])
+
+
+def model_path(folder: str, step: int) -> str:
+    return bf.join(folder, f"model{step:06d}.pt")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that receives the names of the signals that ask for an end; a second Ctrl-C interrupts at once."""
+    received: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    except ValueError:  # not the main thread, which alone may ask for signals
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def flags_to_start_with(values: dict, given: set[str], carried: Collection[str] = CARRIED_FLAGS) -> dict:
@@ -289,11 +433,12 @@ def flags_to_start_with(values: dict, given: set[str], carried: Collection[str] 
 
     ValueError where an explicit flag contradicts the run that is resumed.
     """
-    path = values["resume_checkpoint"] or values["init_checkpoint"]
+    state = from_rank_0(lambda: find_state(pick(TrainConfig, values)))
+    path = model_path(*state) if state else values["init_checkpoint"]
     if not path:
         return values
     trained = checkpoint.load_state(path)[1]
-    if not values["resume_checkpoint"]:
+    if not state:
         trained = {name: value for name, value in trained.items() if name not in given}
     return merge_checkpoint_flags(values, given, trained, path, carried)
 
@@ -320,7 +465,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("batch_size", "log_interval", "save_interval"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
-    for name in ("lr", "weight_decay", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "preview_clips"):
+    for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise ValueError(f"{name} {getattr(config, name)}: must not be negative")
     if not config.output_dir:

@@ -26,18 +26,18 @@ DEFAULTS = {"lr": 1e-4, "batch_size": 6, "sample_fn": "ddim", "preview_clips": 4
 
 def main() -> None:
     flags, given = parse(__doc__, *CONFIGS, defaults=DEFAULTS)
+    world = setup_dist(flags["devices"])
+    logger.configure(flags["output_dir"] or None, world.rank == 0, flags["use_db"], flags["use_tensorboard"])
     flags = flags_to_start_with(flags, given, SR_CARRIED_FLAGS)
     config = pick(TrainConfig, flags)
-    world = setup_dist(config.devices)
     th.manual_seed(config.seed)  # every rank starts from the same weights
     model, diffusion = image_sr_create_model_and_diffusion(
         **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
     )
-    logger.configure(config.output_dir or None, world.rank == 0, config.use_db)
     for note in notes_on(given, *CONFIGS):
         logger.log(note)
 
-    def data(start_batch: int, **changes):
+    def data(start_sample: int, **changes):
         options = {**vars(pick(FilesConfig, flags)), "batch_size": config.batch_size, "seed": config.seed, **changes}
         return load_frames(
             **options,
@@ -45,7 +45,7 @@ def main() -> None:
             small_size=flags["small_size"],
             rank=world.rank,
             world_size=world.size,
-            start_batch=start_batch,
+            start_sample=start_sample,
         )
 
     pictures = None

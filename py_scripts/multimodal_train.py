@@ -23,19 +23,19 @@ CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
 
 def main() -> None:
     flags, given = parse(__doc__, *CONFIGS)
+    world = setup_dist(flags["devices"])
+    logger.configure(flags["output_dir"] or None, world.rank == 0, flags["use_db"], flags["use_tensorboard"])
     flags = flags_to_start_with(flags, given)
     config, data_config = pick(TrainConfig, flags), pick(DataConfig, flags)
-    world = setup_dist(config.devices)
     th.manual_seed(config.seed)  # every rank starts from the same weights
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
     preview = drawing.make_preview(
         diffusion, config.sample_fn, config.save_type, config.preview_clips, config.output_dir, data_config, world
     )
-    logger.configure(config.output_dir or None, world.rank == 0, config.use_db)
     for note in notes_on(given, *CONFIGS):
         logger.log(note)
 
-    def data(start_batch: int):
+    def data(start_sample: int):
         return load_data(
             **vars(data_config),
             batch_size=config.batch_size,
@@ -44,7 +44,7 @@ def main() -> None:
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
-            start_batch=start_batch,
+            start_sample=start_sample,
         )
 
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}")

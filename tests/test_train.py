@@ -19,11 +19,11 @@ from mm_diffusion.tree import leaves, tree_map
 
 
 def batches(size, world=None, dtype=th.float32):
-    """start -> the shares of this rank of global batches number start, start + 1, ..."""
+    """First sample -> the shares of this rank of global batches from there on."""
     world = world or World()
 
-    def data(start):
-        for step in itertools.count(start):
+    def data(start_sample):
+        for step in itertools.count(start_sample // (size * world.size)):
             first = (step * world.size + world.rank) * size
             yield tree_map(lambda x: x.to(dtype), tiny.clips(first, size)), {}
 
@@ -47,6 +47,12 @@ def trained(folder, steps, **options):
     for _ in range(steps):
         trainer.run_step(*next(trainer.data))
     return trainer
+
+
+def save(trainer):
+    """Save, and wait until it is on the disk."""
+    trainer.save()
+    trainer.writer.wait()
 
 
 def weights(trainer):
@@ -109,7 +115,7 @@ def rank_main(rank, size, port, folder, jobs):
     world = dist_util.setup_dist()
     for name, (steps, options) in jobs.items():
         trainer = trained(f"{folder}/{name}", steps, world=world, **options)
-        trainer._log(1.0)
+        trainer._log()
         averages = dict(zip(weights(trainer), trainer.emas["0.9999"], strict=True))
         result = {"weights": weights(trainer), "averages": averages, "sampler": trainer.sampler.state_dict()}
         th.save(result, f"{folder}/{name}{rank}.pt")
@@ -376,7 +382,7 @@ def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path):
 
 def test_learning_rate_and_weight_decay_given_on_resuming_take_effect(tmp_path):
     """Fault: --lr was ignored on resume."""
-    trained(tmp_path, 2).save()
+    save(trained(tmp_path, 2))
     resume = f"{tmp_path}/model000002.pt"
     resumed = loop(tmp_path, resume_checkpoint=resume, lr=0.5e-3, weight_decay=0.1)
     resumed.run_step(*next(resumed.data))
@@ -387,26 +393,26 @@ def test_learning_rate_and_weight_decay_given_on_resuming_take_effect(tmp_path):
 @pytest.mark.parametrize("gone", ["ema_0.9999_000001.pt", "opt000001.pt", "model000001.pt"])
 def test_a_missing_file_beside_the_checkpoint_is_an_error_that_names_it(tmp_path, gone):
     """Fault: a missing EMA or optimizer file restarted silently."""
-    trained(tmp_path, 1).save()
+    save(trained(tmp_path, 1))
     os.remove(tmp_path / gone)
     with pytest.raises(CheckpointError, match=gone):
         loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt")
 
 
 def test_an_ema_rate_that_was_not_kept_is_an_error_that_names_its_file(tmp_path):
-    trained(tmp_path, 1).save()
+    save(trained(tmp_path, 1))
     with pytest.raises(CheckpointError, match=r"ema_0\.5_000001\.pt"):
         loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt", ema_rate="0.5")
 
 
 def test_another_timestep_sampler_on_resuming_is_an_error(tmp_path):
-    trained(tmp_path, 1, schedule_sampler="loss-second-moment").save()
+    save(trained(tmp_path, 1, schedule_sampler="loss-second-moment"))
     with pytest.raises(ValueError, match="schedule_sampler"):
         loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt")
 
 
 def test_an_optimizer_file_of_something_else_is_an_error_that_names_it(tmp_path):
-    trained(tmp_path, 1).save()
+    save(trained(tmp_path, 1))
     checkpoint.save(f"{tmp_path}/opt000001.pt", {"lr": 1.0})
     with pytest.raises(CheckpointError, match="opt000001"):
         loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt")
@@ -420,7 +426,7 @@ def test_other_file_names_are_refused(tmp_path):
 def test_runs_of_more_than_999999_steps_resume(tmp_path):
     trainer = loop(tmp_path)
     trainer.step = 1_234_567
-    trainer.save()
+    save(trainer)
     assert "model1234567.pt" in files(tmp_path)
     resumed = loop(tmp_path, resume_checkpoint=f"{tmp_path}/model1234567.pt")
     assert resumed.step == 1_234_567
@@ -431,7 +437,7 @@ def test_a_save_that_is_killed_leaves_no_file_under_the_final_name(tmp_path, mon
     trainer = trained(tmp_path, 1)
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        trainer.save()
+        save(trainer)
     assert files(tmp_path) == []
 
 

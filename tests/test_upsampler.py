@@ -272,11 +272,11 @@ def test_the_automatic_chunk_shrinks_with_the_size_of_the_pictures():
 # Training
 
 
-def pairs(start_batch=0, batch=2):
+def pairs(start_sample=0, batch=2):
     def draw(first):
         return (0.5 * golden_data.noise(f"pictures {first}", (batch, 3, 32, 32))).clamp(-1, 1)
 
-    number = start_batch
+    number = start_sample // batch
     while True:
         large = draw(number)
         yield large, {"low_res": th.nn.functional.avg_pool2d(large, 4)}

@@ -1,0 +1,255 @@
+"""Training states on disk: written beside the training, complete or absent, found again, thinned out.
+
+A state is ema_RATE_NNNNNN.pt, optNNNNNN.pt, modelNNNNNN.pt, in this order, and then stateNNNNNN.json: the manifest,
+with the length and SHA-256 of each. Every file appears when it is complete. Folders may be remote, through blobfile.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import blobfile as bf
+import torch as th
+
+MANIFEST, MODEL = re.compile(r"state(\d+)\.json"), re.compile(r"model(\d+)\.pt")
+CHUNK_BYTES = 2**24
+
+Save = Callable[[Any], None]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit."""
+
+
+class StateError(OSError):
+    """A state that could not be written; one line, with what is safe."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A state; `files`: names -> length and SHA-256, {} without a manifest, None where that cannot be read."""
+
+    folder: str
+    step: int
+    files: Mapping[str, Mapping[str, Any]] | None
+
+    def damage(self, only: str = "") -> str:
+        """What is wrong with it, or with one of its files; "" if nothing is."""
+        if self.files is None:
+            return f"{bf.join(self.folder, manifest_name(self.step))} is damaged"
+        for name, wanted in self.files.items():
+            if only and name != only:
+                continue
+            path = bf.join(self.folder, name)
+            if not bf.exists(path):
+                return f"{path} is missing"
+            stat = bf.stat(path)
+            if _checksum(path, stat.size, stat.mtime) != dict(wanted):
+                return f"{path} is damaged (its checksum differs from the manifest's)"
+        return ""
+
+
+def states_in(folder: str) -> list[State]:
+    """All states, newest first, unverified: with a manifest, or with a model and what the optimizer knows of it."""
+    names = set(bf.listdir(folder)) if bf.isdir(folder) else set()
+    steps = {int(match[1]) for name in names if (match := MODEL.fullmatch(name)) and f"opt{match[1]}.pt" in names}
+    steps |= {int(match[1]) for name in names if (match := MANIFEST.fullmatch(name))}
+    return [State(folder, step, _manifest(folder, step)) for step in sorted(steps, reverse=True)]
+
+
+def manifest_name(step: int) -> str:
+    return f"state{step:06d}.json"
+
+
+def newest_intact(folder: str, warn: Callable[[str], None]) -> State | None:
+    """The newest state of the folder that is whole; each newer one that is not is told. None if there is no state.
+
+    CheckpointError where there are states and none is whole.
+    """
+    states = states_in(folder)
+    for state in states:
+        reason = state.damage()
+        if not reason:
+            return state
+        warn(f"{reason}: the state of step {state.step} cannot be used, trying the one before")
+    if states:
+        raise CheckpointError(f"{folder}: none of its {len(states)} states is whole; choose another --output_dir")
+    return None
+
+
+def refuse_damaged(path: str) -> None:
+    """CheckpointError if a manifest beside this file says that it should be another; files without one pass."""
+    folder, name = os.path.split(path)
+    for state in states_in(folder or "."):
+        if name in (state.files or {}) and (reason := state.damage(only=name)):
+            raise CheckpointError(f"{reason}; use another checkpoint")
+
+
+def _manifest(folder: str, step: int) -> Mapping[str, Mapping[str, Any]] | None:
+    path = bf.join(folder, manifest_name(step))
+    if not bf.exists(path):
+        return {}
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            return {str(name): dict(checksum) for name, checksum in json.loads(file.read())["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _checksum(path: str, size: int, mtime: float) -> dict[str, Any]:
+    """Of the file as it is at this size and time, so that it need not be read again."""
+    digest, length = hashlib.sha256(), 0
+    with bf.BlobFile(path, "rb", streaming="://" in path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            length += len(chunk)
+    return {"bytes": length, "sha256": digest.hexdigest()}
+
+
+# ---------------------------------------------------------------- writing
+
+
+class _Hashing:
+    """A file that knows the checksum of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.length = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.length += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    @property
+    def checksum(self) -> dict[str, Any]:
+        return {"bytes": self.length, "sha256": self.digest.hexdigest()}
+
+
+def write_file(path: str, save: Save) -> dict[str, Any]:
+    """`save(file)` into a file that appears at `path` when it is complete and on the disk -> its checksum."""
+    if "://" in path:
+        with bf.BlobFile(path, "wb") as remote:  # appears when it is closed
+            hashing = _Hashing(remote)
+            save(hashing)
+        return hashing.checksum
+    temporary = f"{path}.partial"
+    try:
+        with open(temporary, "wb") as file:
+            hashing = _Hashing(file)
+            save(hashing)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path) or ".")
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+    return hashing.checksum
+
+
+def _sync_folder(folder: str) -> None:
+    """The renaming, too, must be on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class StateWriter:
+    """Writes states of a run beside the training, one at a time, and removes old ones.
+
+    keep_last: how many newest states stay (0: all); keep_every: those at multiples of so many steps stay as well.
+    """
+
+    folder: str
+    keep_last: int = 0
+    keep_every: int = 0
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "state writer"))
+    _running: Future | None = None
+
+    def wait(self) -> None:
+        """Until nothing is being written; StateError if that failed."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+    def check(self) -> None:
+        """StateError if writing has failed meanwhile; does not wait."""
+        if self._running and self._running.done():
+            self.wait()
+
+    def write(self, step: int, files: Mapping[str, Save], facts: Mapping[str, Any], then: Callable[[], None]) -> None:
+        """Begin to write a state, after the one before; `then()` is called when it is complete.
+
+        The caller must not change what `files` save before `wait` returns.
+        """
+        self.wait()
+        self._running = self._pool.submit(self._write, step, files, facts, then)
+
+    def _write(self, step: int, files: Mapping[str, Save], facts: Mapping[str, Any], then: Callable[[], None]) -> None:
+        checksums: dict[str, dict[str, Any]] = {}
+        try:
+            bf.makedirs(self.folder)
+            for name, save in files.items():
+                checksums[name] = write_file(bf.join(self.folder, name), save)
+            manifest = {"step": step, "files": checksums, **facts}
+            text = json.dumps(manifest, indent=1).encode()
+            write_file(bf.join(self.folder, manifest_name(step)), lambda file: file.write(text))
+            self._thin_out()
+        except OSError as error:
+            for name in checksums:  # of no use without a manifest
+                bf.remove(bf.join(self.folder, name))
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else str(error)
+            safe = states_in(self.folder)[:1]
+            kept = f"the state of step {safe[0].step} is intact" if safe else "no state was saved before"
+            raise StateError(f"{self.folder}: cannot save step {step}: {reason}; {kept}") from None
+        then()
+
+    def _thin_out(self) -> None:
+        """Remove what need not stay: the manifest first, so that no state is ever half there."""
+        if not self.keep_last:
+            return
+        complete = [state for state in states_in(self.folder) if state.files]
+        for state in complete[self.keep_last :]:
+            assert state.files
+            if not (self.keep_every and state.step % self.keep_every == 0):
+                for name in (manifest_name(state.step), *state.files):
+                    if bf.exists(path := bf.join(self.folder, name)):
+                        bf.remove(path)
+
+
+class HostCopy:
+    """Copies of tensors on the host whose memory is used again by the next copy."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, th.Tensor] = {}
+
+    def take(self, name: str, tree: Any) -> Any:
+        """`tree` (dicts, lists and tuples) with copies of its tensors; those of the last call are overwritten."""
+        if isinstance(tree, dict):
+            return {key: self.take(f"{name}/{key}", value) for key, value in tree.items()}
+        if isinstance(tree, list | tuple):
+            return type(tree)(self.take(f"{name}/{k}", value) for k, value in enumerate(tree))
+        if not isinstance(tree, th.Tensor):
+            return tree
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape != tree.shape or buffer.dtype != tree.dtype:
+            buffer = self.buffers[name] = th.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)
+        return buffer.copy_(tree.detach(), non_blocking=True)
