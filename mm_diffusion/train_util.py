@@ -106,13 +106,13 @@ class TrainLoop:
         self.skipped = th.zeros(2, device=world.device)  # steps with a gradient that is not finite: in all, in a row
         self.step = 0  # optimizer steps done
         self.samples = 0  # used by all ranks together
+        self.saved_step = -1
         self.started = time.monotonic()
         if state:
             self._resume(*state)
         self.data = data(self.samples)
         self.writer = states.StateWriter(config.output_dir, config.keep_last, config.keep_every)
         self.host_copy = states.HostCopy()
-        self.saved_step = -1
         self.seen: dict[str, list[th.Tensor]] = {}  # what the next row of the log averages
         self.waited = 0.0  # for data, in seconds, since the last row
         self.row = self.samples, time.monotonic()  # at the last row
