@@ -1,10 +1,14 @@
 """Ranks from whoever started us, and a job that ends when one of them fails."""
 
+import contextlib
+import datetime
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch as th
@@ -12,24 +16,30 @@ import torch as th
 from mm_diffusion import dist_util
 from mm_diffusion.dist_util import World, barrier, friendly_errors, from_rank_0, setup_dist
 
-MPIEXEC = Path(sys.executable).parent / "mpiexec"
 REPOSITORY = Path(__file__).parent.parent
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID")
-VARIABLES = (*LAUNCHERS, "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_LAUNCH_NODE_IPADDR", *dist_util.MPI_VARIABLES)
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+LAUNCHERS = {
+    "mpiexec": [str(MPIEXEC), "-n", "2", sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+OF_A_LAUNCHER = re.compile("(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|PMI|MPI_|OMPI_|MPI4PY_|GLOO_|TORCHELASTIC_)")
+with_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this Python")
+
+by_each_launcher = pytest.mark.parametrize(
+    ("launcher", "who"), [pytest.param("mpiexec", "0", marks=with_mpiexec), ("torchrun", "1")]
+)
+
+
+def untouched() -> dict[str, str]:
+    """The environment as it is where no launcher has touched it."""
+    return {name: value for name, value in os.environ.items() if not OF_A_LAUNCHER.match(name)}
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Sets variables in an environment that no launcher has touched."""
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-    def put(**values):
-        for name, value in values.items():
-            monkeypatch.setenv(name, value)
-
-    return put
+    monkeypatch.setattr(os, "environ", untouched())
+    return lambda **values: os.environ.update(values)
 
 
 def test_nothing_at_all_is_one_process_without_a_group_or_mpi(environment):
@@ -42,23 +52,125 @@ def test_nothing_at_all_is_one_process_without_a_group_or_mpi(environment):
     assert dist_util.all_sum(th.ones(2)).tolist() == [1, 1]
 
 
-def test_torchrun_says_who_we_are(environment):
-    environment(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", SLURM_NTASKS="3", SLURM_PROCID="2")
+SBATCH = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "n[1-2]"}
+SRUN = SBATCH | {
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "localhost,n2",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+}
+
+
+def test_torchrun_says_who_we_are_even_within_a_step_of_srun_or_a_rank_of_mpiexec(environment):
+    environment(**SRUN, PMI_RANK="1", MPI_LOCALRANKID="1", RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
     assert dist_util._who_am_i() == (5, 8, 1)
 
 
-def test_slurm_says_who_we_are_and_where_to_meet(environment):
-    environment(
-        SLURM_NTASKS="4", SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_JOB_ID="4711", SLURM_LAUNCH_NODE_IPADDR="10.0.0.7"
-    )
+@pytest.mark.parametrize("more", [{}, {"PMI_RANK": "3", "PMI_SIZE": "4"}, {"PMIX_RANK": "3"}])
+def test_srun_says_who_we_are_whatever_mpi_it_offers(environment, more):
+    environment(**SRUN, **more)
     assert dist_util._who_am_i() == (3, 4, 1)
-    assert os.environ["MASTER_ADDR"] == "10.0.0.7"
-    assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
 
 
-def test_an_allocation_of_one_task_is_one_process(environment):
-    environment(SLURM_NTASKS="1", SLURM_PROCID="0")
+@pytest.mark.parametrize("variables", [SBATCH, SBATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_batch_script_or_an_interactive_shell_is_one_process_however_many_tasks_it_may_start(environment, variables):
+    """Fault: python in a batch script of several tasks waited for ranks that nobody had started."""
+    environment(**variables)
+    assert dist_util._launcher() == ""
     assert dist_util._who_am_i() == (0, 1, 0)
+
+
+@pytest.mark.parametrize("variable", dist_util.MPIEXEC_VARIABLES)
+@pytest.mark.parametrize("around", [SBATCH, SRUN])
+def test_mpiexec_says_who_we_are_though_it_may_reach_the_hosts_through_srun(environment, variable, around):
+    environment(**around, **{variable: "1"})
+    assert dist_util._launcher() == "mpi"
+
+
+def test_ranks_of_srun_meet_on_the_first_host_of_the_step_not_where_srun_was_called(environment):
+    environment(**SRUN)
+    dist_util._meet()
+    assert os.environ["MASTER_ADDR"] == "localhost"
+    assert 1024 < int(os.environ["MASTER_PORT"]) < 32768
+
+
+def test_ranks_of_srun_on_one_host_need_no_name(environment):
+    environment(**SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "no-such-host.invalid"})
+    dist_util._meet()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_two_steps_of_a_job_meet_at_different_ports(environment):
+    ports = set()
+    for step in range(3):
+        environment(**SRUN | {"SLURM_STEP_ID": str(step)})
+        os.environ.pop("MASTER_PORT", None)
+        dist_util._meet()
+        ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 3
+
+
+def test_a_host_without_an_address_is_named_with_the_remedy(environment):
+    environment(**SRUN | {"SLURM_STEP_NODELIST": "no-such-host[3-4].invalid"})
+    with pytest.raises(ValueError, match=r"no-such-host3\.invalid.*MASTER_ADDR"):
+        dist_util._meet()
+
+
+def test_the_users_choice_of_where_to_meet_wins(environment):
+    environment(**SRUN, MASTER_ADDR="chosen", MASTER_PORT="1234")
+    dist_util._meet()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("chosen", "1234")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu1,gpu2", "gpu1"),
+        ("node[01-03,07],gpu1", "node01"),
+        ("node[7,9-11]", "node7"),
+        ("rack[2-3]node[005-006]-ib,x", "rack2node005-ib"),
+        ("", ""),
+    ],
+)
+def test_the_first_host_of_a_list_of_slurm(nodes, first):
+    assert dist_util.first_host(nodes) == first
+
+
+def test_ranks_that_do_not_meet_say_where_and_what_to_look_at(environment, monkeypatch):
+    monkeypatch.setattr(dist_util, "JOINING", datetime.timedelta(seconds=1))
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    with pytest.raises(ValueError, match=r"2 ranks did not meet at 127\.0\.0\.1:1: .*MASTER_ADDR") as caught:
+        setup_dist()
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_of_a_foreign_mpi_are_refused(environment):
+    """Fault: under the mpiexec of another MPI every rank believed to be alone, and all wrote the same files."""
+    environment(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="4")
+    with pytest.raises(ValueError, match=r"4 ranks.*sees 1"):
+        dist_util._check_mpi(1)
+    dist_util._check_mpi(4)
+
+
+class FakeStore(dict):
+    set = dict.__setitem__
+
+    def multi_get(self, names):
+        return [str(self[name]).encode() for name in names]
+
+
+@pytest.mark.parametrize(("ids", "clash"), [("abcd", False), ("abcb", True)])
+def test_two_ranks_on_one_gpu_are_refused_by_rank_0(monkeypatch, ids, clash):
+    monkeypatch.setattr(th.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=ids[device.index]))
+    store = FakeStore()
+    for rank in (3, 2, 1):
+        dist_util._check_gpus(th.device("cuda", rank), rank, 4, store)
+    with pytest.raises(ValueError, match="ranks 1 and 3") if clash else contextlib.nullcontext():
+        dist_util._check_gpus(th.device("cuda", 0), 0, 4, store)
 
 
 def test_the_choice_of_gpus_by_a_scheduler_is_left_alone(environment, monkeypatch):
@@ -99,38 +211,79 @@ def test_a_mistake_of_ours_keeps_its_traceback(environment, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-WORKER = """
-import sys, time
-from mm_diffusion.dist_util import friendly_errors, setup_dist, barrier
-who, when = sys.argv[1:]
+JOB = """
+import os, signal, sys, time
+import torch as th
+from mm_diffusion import dist_util
+from mm_diffusion.dist_util import all_sum, barrier, friendly_errors, setup_dist
+who, what = sys.argv[1:3]
+dist_util.GRACE_SECONDS = float(sys.argv[3]) if sys.argv[3:] else dist_util.GRACE_SECONDS
 with friendly_errors():
-    if when == "after":
-        world = setup_dist()
-        rank = world.rank
-    else:
+    if what == "early":
         from mpi4py import MPI
         rank = MPI.COMM_WORLD.Get_rank()
-    if who in ("all", str(rank)):
-        raise ValueError("this rank cannot go on")
-    if when == "after":
-        barrier()
     else:
+        rank = setup_dist().rank
+        assert all_sum(th.ones(1)) == 2
+    if who in ("all", str(rank)):
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("a bug of ours") if what == "bug" else ValueError("this rank cannot go on")
+    if what == "early":
         setup_dist()
+    barrier()
     time.sleep(60)
 """
 
 
-@pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this Python")
-@pytest.mark.parametrize(("who", "when"), [("1", "after"), ("all", "after"), ("1", "before")])
-def test_a_rank_that_fails_ends_the_job_within_seconds_and_says_so_once(tmp_path, who, when):
-    """Fault: a failing rank left the others hanging."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [str(MPIEXEC), "-n", "2", sys.executable, str(tmp_path / "worker.py"), who, when]
+def run_job(tmp_path, launcher: str, who: str, what: str) -> str:
+    """What a job of two ranks, of which `who` fails, leaves on the screen; it must end, and badly, within a minute."""
+    (tmp_path / "job.py").write_text(JOB)
+    command = [*LAUNCHERS[launcher], str(tmp_path / "job.py"), who, what]
+    env = untouched() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
     assert done.returncode != 0
-    assert time.monotonic() - start < 45
-    assert (done.stdout + done.stderr).count("this rank cannot go on") == 1
-    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60
+    return done.stdout
+
+
+@with_mpiexec
+@pytest.mark.parametrize(("who", "what"), [("1", "mistake"), ("all", "mistake"), ("1", "early")])
+def test_a_rank_that_fails_ends_the_job_and_says_so_once_and_last(tmp_path, who, what):
+    """Fault: a failing rank left the others hanging."""
+    screen = run_job(tmp_path, "mpiexec", who, what)
+    assert screen.count("this rank cannot go on") == 1
+    assert screen.endswith("error: this rank cannot go on\n")
+    assert "Traceback" not in screen
+
+
+@by_each_launcher
+def test_the_traceback_of_a_rank_that_fails_is_the_last_on_the_screen(tmp_path, launcher, who):
+    """torchrun closes with a report of its own, which then ends in that traceback."""
+    screen = run_job(tmp_path, launcher, who, "bug")
+    assert re.search(r"RuntimeError: a bug of ours[\s=]*\Z", screen), screen
+    assert screen.count("RuntimeError: ") == (1 if launcher == "mpiexec" else 2), "only the rank that failed complains"
+
+
+@by_each_launcher
+def test_a_rank_that_is_killed_ends_the_job_without_complaints_of_the_others(tmp_path, launcher, who):
+    screen = run_job(tmp_path, launcher, who, "kill")
+    assert re.search(r"Killed|SIGKILL", screen)
+    assert "RuntimeError: " not in screen
+
+
+def test_without_a_launcher_that_ends_it_a_rank_ends_by_itself_when_another_is_gone(tmp_path):
+    """As with srun, which lets the others run on unless told otherwise."""
+    (tmp_path / "job.py").write_text(JOB)
+    env = untouched() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(dist_util._free_port())}
+    command = [sys.executable, str(tmp_path / "job.py"), "1", "kill", "1"]
+    ranks = [
+        subprocess.Popen(command, env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]
+    screens = [rank.communicate(timeout=60)[0].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, -9]
+    assert screens[0].startswith("error: another rank is gone (")
+    assert len(screens[0].splitlines()) == 1
