@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import re
+import warnings
+import zipfile
 from collections import OrderedDict
 from typing import Any
 
@@ -92,13 +93,20 @@ def load(path: str) -> Any:
     """What `save` wrote, from a local, gs://, az:// or https:// path, onto the CPU. Never runs code from the file."""
     try:
         refuse_damaged(path)
-        with bf.BlobFile(path, "rb") if "://" in path else open(path, "rb") as file:
-            return th.load(io.BytesIO(file.read()) if "://" in path else file, map_location="cpu", weights_only=True)
+        with bf.BlobFile(path, "rb") if "://" in path else open(path, "rb") as opened:
+            file: Any = io.BytesIO(opened.read()) if "://" in path else opened
+            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"its part {damaged} is damaged")
+            file.seek(0)
+            with warnings.catch_warnings(action="ignore"):
+                return th.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; check the path") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder, need a checkpoint file") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged file drives its readers to
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a complete checkpoint ({reason}); copy or save it again") from None
 
@@ -106,7 +114,8 @@ def load(path: str) -> Any:
 def load_state(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """The weights under published names, and the flags they carry ({} for a published file)."""
     state = load(path)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, th.Tensor) for v in state.values()):
+    held = state.items() if isinstance(state, dict) else ()
+    if not held or not all(isinstance(name, str) and isinstance(value, th.Tensor) for name, value in held):
         raise CheckpointError(f"{path}: holds no weights; give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt")
     return dict(state), dict(getattr(state, "flags", {}))
 
@@ -169,6 +178,9 @@ def load_weights(
         raise CheckpointError(_misfit(path, missing, extra, misshapen, given, state, names))
     if len(missing) + len(misshapen) == len(names):
         raise CheckpointError(f"{path}: not one of its tensors fits this model; it is of another architecture")
+    for name, value in given.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite; use an earlier checkpoint")
     with th.no_grad():
         for published, name in names.items():
             if published not in missing and published not in misshapen:
