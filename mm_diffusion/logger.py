@@ -26,7 +26,8 @@ class _Logger:
         self.enabled = True
         self.values: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
-        self.trackers: list[Any] = []  # see trackers.py
+        self.idle: list[Any] = []  # trackers (see trackers.py) that are asked for and not started yet
+        self.trackers: list[Any] = []
         self.stale = False  # progress.csv holds rows that are not in `rows`
 
 
@@ -34,18 +35,12 @@ _current = _Logger()
 
 
 def configure(
-    folder: str | os.PathLike | None = None,
-    enabled: bool = True,
-    use_db: bool = False,
-    use_tensorboard: bool = False,
-    resume_step: int = 0,
-    flags: Mapping[str, Any] | None = None,
+    folder: str | os.PathLike | None = None, enabled: bool = True, use_db: bool = False, use_tensorboard: bool = False
 ) -> None:
     """Write below `folder` (None: console only). Ranks other than 0 pass enabled=False and stay silent.
 
-    Rows that an earlier run left in progress.csv are kept, but those of steps after `resume_step` if that is not 0.
-    `use_db`: Weights & Biases as well, which shows `flags`; `use_tensorboard`: event files in `folder`/tensorboard.
-    ValueError where one of these cannot start; one that fails later is left out, with a warning.
+    Rows that an earlier run left in progress.csv are kept. `use_db` asks for Weights & Biases, `use_tensorboard` for
+    event files in `folder`/tensorboard: ValueError where a package or a key is missing; `start_trackers` starts them.
     """
     global _current
     _current = _Logger()
@@ -58,12 +53,19 @@ def configure(
         if _table_path().exists():
             with _table_path().open(newline="") as file:
                 _current.rows = list(csv.DictReader(file))
-    if resume_step:
-        drop_rows_from(resume_step)
-    if use_tensorboard:
-        _current.trackers.append(trackers.TensorBoard(_current.folder, resume_step))
-    if use_db:
-        _current.trackers.append(trackers.WeightsAndBiases(_current.folder, resume_step, flags))
+    wanted = {trackers.TensorBoard: use_tensorboard, trackers.WeightsAndBiases: use_db}
+    _current.idle = [tracker(_current.folder) for tracker, wish in wanted.items() if wish]
+
+
+def start_trackers(step: int = 0, flags: Mapping[str, Any] | None = None) -> None:
+    """Start what `configure` was asked for, for a run that goes on after `step` steps; `flags` are shown with it.
+
+    ValueError where one cannot start. One that fails later is left out, with a warning.
+    """
+    idle, _current.idle = _current.idle, []
+    for tracker in idle:
+        tracker.start(step, flags or {})
+        _current.trackers.append(tracker)
 
 
 def log(*words: object) -> None:

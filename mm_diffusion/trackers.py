@@ -1,7 +1,8 @@
 """Where numbers, pictures and clips of a run can go beside the console and progress.csv, each if it is installed.
 
-A tracker has `name`, `numbers(values, step)`, `image(name, image, step)` and `clip(name, video, fps, audio,
-sample_rate, step)`, in the units of `logger`. Making one fails, in one line, where it cannot work.
+A tracker has `name`, `start(step, flags)`, where the run goes on after `step` steps, and then `numbers(values, step)`,
+`image(name, image, step)` and `clip(name, video, fps, audio, sample_rate, step)`, in the units of `logger`. Making one
+and starting it fail with a ValueError, in one line, where it cannot work.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def _clip_files(
 
 
 class TensorBoard:
-    """Event files in FOLDER/tensorboard. What earlier runs wrote there about steps after `resume_step` is hidden."""
+    """Event files in FOLDER/tensorboard. What was written there about steps that are made anew is hidden."""
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path | None, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path | None) -> None:
         try:
             from tensorboard.compat.proto import summary_pb2
             from torch.utils.tensorboard import SummaryWriter
@@ -55,8 +56,11 @@ class TensorBoard:
             ) from None
         if folder is None:
             raise ValueError("use_tensorboard True needs a place for its files: give --output_dir")
-        self.protocol: Any = summary_pb2
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self.folder, self.protocol, self.make = folder / "tensorboard", summary_pb2, SummaryWriter
+        self.writer: Any = None
+
+    def start(self, step: int, flags: Mapping[str, Any]) -> None:
+        self.writer = self.make(str(self.folder), purge_step=step + 1)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
@@ -96,7 +100,7 @@ class WeightsAndBiases:
 
     name = "Weights & Biases"
 
-    def __init__(self, folder: Path | None, resume_step: int = 0, flags: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path | None) -> None:
         try:
             import wandb
         except ImportError:
@@ -106,26 +110,29 @@ class WeightsAndBiases:
                 "use_db True: set WANDB_API_KEY to your key for Weights & Biases, or WANDB_MODE=offline to keep the run"
                 " in the output folder"
             )
-        note = folder / RUN_NOTE if folder else None
-        known = note.read_text().strip() if note and resume_step and note.exists() else None
-        label = os.environ.get("WANDB_NAME") or (folder.resolve().name if folder else None)
-        project = os.environ.get("WANDB_PROJECT") or PROJECT
         self.wandb: Any = wandb
+        self.folder = folder
+        self.run: Any = None
+
+    def start(self, step: int, flags: Mapping[str, Any]) -> None:
+        note = self.folder / RUN_NOTE if self.folder else None
+        known = note.read_text().strip() if note and step and note.exists() else None
+        label = os.environ.get("WANDB_NAME") or (self.folder.resolve().name if self.folder else None)
+        project = os.environ.get("WANDB_PROJECT") or PROJECT
         try:
             self.run = self.wandb.init(
-                project=project, name=label, id=known, resume="allow", dir=folder, config=dict(flags or {})
+                project=project, name=label, id=known, resume="allow", dir=self.folder, config=dict(flags)
             )
         except Exception as error:
             raise ValueError(
                 f"use_db True: Weights & Biases cannot start ({error}); check WANDB_API_KEY and the network, or set"
                 " WANDB_MODE=offline"
             ) from error
-        self.first_step = self.run.starting_step
         if note:
             note.write_text(self.run.id + "\n")
 
     def numbers(self, values: Mapping[str, Any], step: int) -> None:
-        if step >= self.first_step:
+        if step >= self.run.starting_step:
             self.run.log(dict(values), step=step)
 
     def image(self, name: str, image: th.Tensor, step: int) -> None:
