@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,10 +142,8 @@ def _read_cache(path: Path) -> dict[str, dict]:
 
 
 def _write_cache(path: Path, entries: dict[str, dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.json")
-    temporary.write_text(json.dumps({"format": FORMAT, "entries": entries}))
-    os.replace(temporary, path)
+    text = json.dumps({"format": FORMAT, "entries": entries})
+    media.atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 def absolute(path: str) -> str:
@@ -155,8 +152,11 @@ def absolute(path: str) -> str:
 
 
 def identity(path: str) -> dict[str, float]:
-    """What tells a changed file from an unchanged one."""
-    stat = blobfile.stat(path)
+    """What tells a changed file from an unchanged one; MediaError where it is gone."""
+    try:
+        stat = blobfile.stat(path)
+    except (OSError, blobfile.Error) as error:
+        raise MediaError(f"{path}: cannot be found ({getattr(error, 'strerror', None) or error})") from error
     return {"size": stat.size, "mtime": stat.mtime}
 
 
@@ -166,10 +166,11 @@ def _look_up_changed(
     """Path -> {"size", "mtime", and "info" or "reason"}; files of unchanged size and mtime are taken from `known`."""
 
     def entry(path: str) -> dict:
-        current, held = identity(path), known.get(path, {})
-        if held.items() >= current.items():
-            return held
+        current: dict[str, Any] = {}
         try:
+            current, held = identity(path), known.get(path, {})
+            if held.items() >= current.items():
+                return held
             if not current["size"]:
                 raise MediaError(f"{path}: is empty (0 bytes)")
             return current | {"info": look(path)}

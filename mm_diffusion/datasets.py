@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import atexit
 import bisect
+import errno
 import functools
+import hashlib
 import itertools
+import json
+import math
 import multiprocessing
+import os
+import shutil
 import weakref
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +25,16 @@ import torch as th
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import logger, media, rng
-from .clip_index import ClipIndex, build_index
+from .clip_index import ClipIndex, absolute, build_index, identity
 from .media import ClipInfo, MediaError
+from .tree import Tree, tree_map
 
 Sample = dict[str, th.Tensor]
+Parts = Sequence[tuple[tuple[int, ...], str]]  # shape and type of each array of a decoded item
 CACHE_BYTES = 2**28
+CACHE_FORMAT = 1  # of the files in a cache folder; raised whenever the same settings decode to something else
+SPARED_BYTES = 2**31  # of a disk are left to others: a full one would stop checkpoints, too
+BATCHES_AHEAD = 2  # that each worker makes before they are asked for
 ROUNDING_FRAMES = 0.05  # a film that ends so much before its last frame would, has that frame
 
 
@@ -69,12 +82,91 @@ def require_positive(**flags: float) -> None:
             raise ValueError(f"--{flag} {value}: must be positive")
 
 
+class DiskCache:
+    """What was decoded once, below a folder: a file for each item, shared by workers, ranks and runs.
+
+    Nothing is ever deleted: it grows to one file for every item of a data set, for each way to decode it. A file is
+    there whole or not at all, and is taken only if its header and checksum are right. On a full disk nothing more is
+    written. ValueError for a folder that cannot be one.
+    """
+
+    def __init__(self, folder: str, data_dir: str) -> None:
+        if "://" in folder:
+            raise ValueError(f"--cache_dir {folder}: must be a local folder")
+        self.folder, self.writes = Path(folder).expanduser().absolute(), True
+        if any(self.folder.is_relative_to(absolute(os.path.expanduser(part.strip()))) for part in data_dir.split(",")):
+            raise ValueError(f"--cache_dir {folder}: lies in the data folder; choose one outside it")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--cache_dir {folder}: cannot be made ({error.strerror})") from error
+
+    def report(self, count: int, parts: Parts) -> str:
+        """What `count` such items will take, in words."""
+        item = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in parts)
+        free = shutil.disk_usage(self.folder).free
+        return (
+            f"{self.folder}: keeps what is decoded, up to {count:,} x {item / 1e6:.2f} MB = {count * item / 1e9:.2f} GB"
+            f" ({free / 1e9:.2f} GB are free)"
+        )
+
+    def get(
+        self, path: str, item: dict[str, Any], parts: Parts, decode: Callable[[], tuple[th.Tensor, ...]]
+    ) -> tuple[th.Tensor, ...]:
+        """What `decode()` makes of the file: tensors of the shapes and types `parts`, from disk if there.
+
+        item: all that it depends on beside the file. MediaError where the file is gone, or as `decode` raises it.
+        """
+        file = {"path": absolute(path), **identity(path)}
+        key = json.dumps([CACHE_FORMAT, media.DECODER, file, item, parts], sort_keys=True, default=str)
+        name = hashlib.sha256(key.encode()).hexdigest()
+        place = self.folder / name[:2] / f"{name[2:]}.raw"
+        held = self._read(place, key, parts)
+        if held is None:
+            held = decode()
+            self._write(place, key, [part.contiguous().numpy() for part in held])
+        return held
+
+    def _read(self, place: Path, key: str, parts: Parts) -> tuple[th.Tensor, ...] | None:
+        """The item of this key; None where there is no file, or one that is not as `_write` left it."""
+        try:
+            with open(place, "rb") as file:
+                checksum, told = file.readline().split(b" ", 1)
+                flat = [np.fromfile(file, dtype, math.prod(shape)) for shape, dtype in parts]
+            if told.decode() != key + "\n" or int(checksum) != _checksum(flat):
+                return None
+            return tuple(th.from_numpy(array.reshape(shape)) for array, (shape, _) in zip(flat, parts, strict=True))
+        except (OSError, ValueError):
+            return None
+
+    def _write(self, place: Path, key: str, arrays: list[np.ndarray]) -> None:
+        def write(temporary: str) -> None:
+            with open(temporary, "wb") as file:
+                file.write(f"{_checksum(arrays)} {key}\n".encode())
+                for array in arrays:
+                    file.write(array.data)
+
+        if not self.writes:
+            return
+        try:
+            if shutil.disk_usage(self.folder).free < SPARED_BYTES:
+                raise OSError(errno.ENOSPC, f"less than {SPARED_BYTES / 1e9:.1f} GB are free")
+            media.atomically(place, write)
+        except OSError as error:
+            self.writes = False
+            logger.warn(f"--cache_dir {self.folder}: takes no more ({error.strerror}); the rest is decoded every time")
+
+
+def _checksum(arrays: list[np.ndarray]) -> int:
+    return functools.reduce(lambda value, array: zlib.crc32(array.data, value), arrays, 0)
+
+
 class ClipDataset(Dataset):
     """All windows of all clips of an index.
 
     Item `(epoch, window)`, or just `window` for epoch 0, is {"video": [F, 3, H, W], "audio": [2, L]}, float32 in
     [-1, 1]. A file that cannot be decoded raises MediaError; nothing is put in its place. Decoded windows are kept in
-    memory until `cache_bytes` are full. ValueError for impossible sizes and rates.
+    memory until `cache_bytes` are full, and in `disk`. ValueError for impossible sizes and rates.
     """
 
     def __init__(
@@ -88,6 +180,7 @@ class ClipDataset(Dataset):
         clip_stride: int = 1,
         seed: int = 42,
         cache_bytes: int = CACHE_BYTES,
+        disk: DiskCache | None = None,
     ) -> None:
         self.num_frames, video_channels, self.height, self.width = parse_size(video_size, "--video_size", "F,C,H,W")
         audio_channels, self.num_samples = parse_size(audio_size, "--audio_size", "C,L")
@@ -100,8 +193,12 @@ class ClipDataset(Dataset):
         self.random_flip, self.clip_stride, self.seed = random_flip, clip_stride, seed
         counts = [count_windows(info, self.num_frames, video_fps, clip_stride) for _, info in self.clips]
         self.first_after = list(itertools.accumulate(counts))  # window numbers up to this belong to clip i or earlier
-        self.cache_bytes = cache_bytes
-        self.cache: dict[int, tuple[th.Tensor, th.Tensor]] = {}
+        self.parts: Parts = [
+            ((self.num_frames, self.height, self.width, 3), "uint8"),
+            ((audio_channels, self.num_samples), "float32"),
+        ]
+        self.cache_bytes, self.disk = cache_bytes, disk
+        self.cache: dict[int, tuple[th.Tensor, ...]] = {}
 
     def __len__(self) -> int:
         return self.first_after[-1]
@@ -117,23 +214,19 @@ class ClipDataset(Dataset):
         clip, number = locate(window, self.first_after)
         return *self.clips[clip], number * self.clip_stride / Fraction(self.video_fps)
 
-    def _decoded(self, window: int) -> tuple[th.Tensor, th.Tensor]:
+    def _decoded(self, window: int) -> tuple[th.Tensor, ...]:
         """([F, H, W, 3] uint8, [2, L] float32), from memory where it has room."""
         if window in self.cache:
             return self.cache[window]
         path, info, start = self.place(window)
-        decoded = media.read_window(
-            path,
-            start,
-            self.num_frames,
-            self.video_fps,
-            self.height,
-            self.width,
-            self.audio_fps,
-            self.num_samples,
-            info.video_stream,
-            info.audio_stream,
-        )
+        streams = (info.video_stream, info.audio_stream)
+        rates = {"start": start, "video_fps": float(self.video_fps), "audio_fps": self.audio_fps, "streams": streams}
+
+        def decode() -> tuple[th.Tensor, th.Tensor]:
+            sizes = (self.height, self.width, self.audio_fps, self.num_samples)
+            return media.read_window(path, start, self.num_frames, self.video_fps, *sizes, *streams)
+
+        decoded = self.disk.get(path, rates, self.parts, decode) if self.disk else decode()
         size = sum(part.nbytes for part in decoded)
         if (len(self.cache) + 1) * size <= self.cache_bytes:
             self.cache[window] = decoded
@@ -188,22 +281,27 @@ def load_data(
     video_stream: int | None = None,
     audio_stream: int | None = None,
     cache_bytes: int = CACHE_BYTES,
+    cache_dir: str = "",
 ) -> Iterator[tuple[Sample, dict]]:
     """-> endless ({"video": [B, F, 3, H, W], "audio": [B, 2, L]}, {}), float32 in [-1, 1], from the stream's position
     `start_sample` on: how many samples all ranks have taken before.
 
-    Must be called on every rank. `cache_bytes` is what decoded windows may take in memory on this rank. DataError (a
-    bad folder), ValueError (an impossible size) at once, MediaError when a file turns out to be undecodable.
+    Must be called on every rank. `cache_bytes` is what decoded windows may take in memory on this rank, `cache_dir`
+    where they are kept on disk. DataError (a bad folder), ValueError (an impossible size) at once, MediaError when a
+    file turns out to be undecodable.
     """
     require_positive(batch_size=batch_size)
+    disk = DiskCache(cache_dir, data_dir) if cache_dir else None
     empty: ClipIndex[ClipInfo] = ClipIndex([], {})
     options = (video_size, audio_size, video_fps, audio_fps, random_flip, clip_stride, seed)
     ClipDataset(empty, *options)  # a wrong size is cheaper to tell than to probe all files first
     streams = {"video_stream": video_stream, "audio_stream": audio_stream}
     index = build_index(data_dir, max_bad_share, num_workers=max(1, num_workers), rank=rank, **streams)
+    dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers), disk=disk)
     if rank == 0:
         logger.log(f"{data_dir}: {index.report()}")
-    dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers))
+        if disk:
+            logger.log(disk.report(len(dataset), dataset.parts))
     batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_sample)
     return ((batch, {}) for batch in batches)
 
@@ -217,7 +315,9 @@ def endless_batches(
         batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_sample),  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        prefetch_factor=BATCHES_AHEAD if num_workers else None,
+        worker_init_fn=functools.partial(_start_worker, rank),
+        generator=rng.generator(seed, "loader"),  # so that the caller's random state is none of its business
         multiprocessing_context=_worker_context() if num_workers else None,
     )
     batches = _batches(iter(loader))
@@ -232,8 +332,9 @@ def _worker_context():
     return context
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(rank: int, worker: int) -> None:
     th.set_num_threads(1)
+    logger.configure(enabled=rank == worker == 0)  # a full disk is told once
 
 
 def _close(batches: weakref.ref) -> None:
@@ -248,3 +349,39 @@ def _batches(batches: Iterator[Any]) -> Iterator[Any]:
         reason = str(error).strip().splitlines()[-1].split("MediaError: ", 1)[-1]
     del batches  # ends the workers; what is raised below no longer refers to them
     raise MediaError(reason)
+
+
+def prefetch_to_device(batches: Iterable[tuple[Tree, ...]], device: th.device) -> Iterator[tuple[Tree, ...]]:
+    """The same batches, of trees of tensors, on `device`; with CUDA each is copied while the one before is in use."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = th.cuda.Stream(device)
+
+    def upload(batch: tuple[Tree, ...]) -> tuple[tuple[Tree, ...], th.cuda.Event]:
+        with th.cuda.stream(side):
+            copy = tuple(tree_map(lambda x: x.to(device, non_blocking=True), part) for part in batch)
+            return copy, side.record_event()
+
+    for batch, arrived in _one_ahead(map(upload, batches)):
+        user = th.cuda.current_stream(device)
+        user.wait_event(arrived)
+        for part in batch:
+            tree_map(lambda x, user=user: x.record_stream(user), part)  # its memory is not the side stream's before
+        yield batch
+
+
+def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each made before the one ahead of it is given out; an error comes in its own place."""
+    items, ready = iter(items), []
+    while True:
+        try:
+            ready.append(next(items))
+        except StopIteration:
+            yield from ready
+            return
+        except Exception:
+            yield from ready
+            raise
+        if len(ready) > 1:
+            yield ready.pop(0)

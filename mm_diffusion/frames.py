@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import torch as th
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from . import clip_index, dist_util, logger, media, rng
 from .clip_index import ClipIndex
-from .datasets import count_frames, endless_batches, is_mirrored, locate, require_positive
+from .datasets import DiskCache, Parts, count_frames, endless_batches, is_mirrored, locate, require_positive
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 NOISE_SHARE, MAX_NOISE_SIGMA = 0.5, 20.0  # of the small pictures; on the scale 0..255
@@ -57,7 +58,8 @@ class FrameDataset(Dataset):
 
     Item `(epoch, index)`, or just `index` for epoch 0, is (large [3, L, L], {"low_res": [3, S, S]}), float32 in
     [-1, 1]: fitted into the square on black, and degraded anew in every epoch. It depends on (seed, epoch, index)
-    only. A file that cannot be decoded raises MediaError; nothing is put in its place. ValueError for impossible sizes.
+    only. A file that cannot be decoded raises MediaError; nothing is put in its place. Large pictures are kept in
+    `disk`. ValueError for impossible sizes.
     """
 
     def __init__(
@@ -68,12 +70,15 @@ class FrameDataset(Dataset):
         video_fps: float = 4,
         random_flip: bool = True,
         seed: int = 42,
+        disk: DiskCache | None = None,
     ) -> None:
         require_positive(large_size=large_size, small_size=small_size, video_fps=video_fps)
         if large_size % small_size:
             raise ValueError(f"--large_size {large_size}: must be a multiple of --small_size {small_size}")
         self.files, self.video_fps = index.clips, video_fps
         self.large_size, self.small_size, self.random_flip, self.seed = large_size, small_size, random_flip, seed
+        self.parts: Parts = [((3, large_size, large_size), "uint8")]
+        self.disk = disk
         counts = [1 if seconds is None else count_frames(seconds, video_fps) for _, seconds in self.files]
         self.first_after = list(itertools.accumulate(counts))
 
@@ -82,18 +87,35 @@ class FrameDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Pair:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        large = media.fit_picture(self.picture(index), self.large_size, self.large_size)
+        large = self._large(index)
         if self.random_flip and is_mirrored(self.seed, epoch, index):
             large = large.flip(-1)
         generator = np.random.default_rng(rng.derive_seed(self.seed, "degrade", epoch, index))
         small = degrade(large, self.small_size, generator)
         return media.to_float(large.contiguous()), {"low_res": media.to_float(small.contiguous())}
 
-    def picture(self, index: int) -> th.Tensor:
-        """[3, h, w] uint8 as the file has it."""
+    def place(self, index: int) -> tuple[str, int | None]:
+        """Index -> (path, frame at `video_fps`; None in an image)."""
         file, number = locate(index, self.first_after)
         path, seconds = self.files[file]
-        return media.read_image(path) if seconds is None else next(media.read_frames(path, number, 1, self.video_fps))
+        return path, None if seconds is None else number
+
+    def picture(self, index: int) -> th.Tensor:
+        """[3, h, w] uint8 as the file has it."""
+        path, number = self.place(index)
+        return media.read_image(path) if number is None else next(media.read_frames(path, number, 1, self.video_fps))
+
+    def _large(self, index: int) -> th.Tensor:
+        """[3, L, L] uint8, upright and fitted."""
+
+        def decode() -> tuple[th.Tensor]:
+            return (media.fit_picture(self.picture(index), self.large_size, self.large_size).contiguous(),)
+
+        if not self.disk:
+            return decode()[0]
+        path, number = self.place(index)
+        seconds = None if number is None else number / Fraction(self.video_fps)
+        return self.disk.get(path, {"seconds": seconds}, self.parts, decode)[0]
 
     def count(self) -> str:
         """What there is, in words."""
@@ -116,20 +138,24 @@ def load_frames(
     world_size: int = 1,
     start_sample: int = 0,
     max_bad_share: float = 0.1,
+    cache_dir: str = "",
 ) -> Iterator[Pair]:
     """-> endless (large [B, 3, L, L], {"low_res": [B, 3, S, S]}), float32 in [-1, 1], from the stream's position
     `start_sample` on: how many samples all ranks have taken before.
 
-    Must be called on every rank. DataError (a bad folder), ValueError (an impossible size) at once, MediaError when a
-    file turns out to be undecodable.
+    Must be called on every rank. `cache_dir` is where decoded pictures are kept on disk. DataError (a bad folder),
+    ValueError (an impossible size) at once, MediaError when a file turns out to be undecodable.
     """
     require_positive(batch_size=batch_size)
+    disk = DiskCache(cache_dir, data_dir) if cache_dir else None
     options = (large_size, small_size, video_fps, random_flip, seed)
     FrameDataset(ClipIndex([], {}), *options)  # a wrong size is cheaper to tell than to look at all files first
     index = find_images(data_dir, max(1, num_workers), rank)
-    dataset = FrameDataset(index, *options)
+    dataset = FrameDataset(index, *options, disk=disk)
     if rank == 0:
         logger.log(f"{data_dir}: {index.report(dataset.count())}")
+        if disk:
+            logger.log(disk.report(len(dataset), dataset.parts))
     clip_index.refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
     batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_sample)
     return ((large, small) for large, small in batches)

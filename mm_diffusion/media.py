@@ -25,6 +25,7 @@ import av.logging
 import av.video.reformatter
 import blobfile
 import numpy as np
+import PIL
 import soundfile
 import torch as th
 import torchaudio
@@ -42,6 +43,7 @@ SOUND_FRAMES_TO_SETTLE = 2  # after a seek the first sound frames may be damaged
 MAX_MISSING_SECONDS = 1.0  # a file whose streams all end earlier than it announces by more than this is truncated
 MAX_RESAMPLING_KERNEL = 8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
 RESAMPLING_CONTEXT = 64  # samples of the lower rate on either side of a window: more than the filter reaches
+DECODER = {module.__name__: module.__version__ for module in (av, PIL, th, torchaudio, torchvision)}  # may decide bits
 LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of a whole image file
 
 
@@ -472,7 +474,7 @@ def _to_float(array: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- writing
 
 
-def _atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+def atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Run `write` on a temporary file beside `path` and rename it: a file that exists is complete."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -520,7 +522,7 @@ def write_clip(
             _encode_video(container, picture, frames)
             _encode_audio(container, sound, samples)
 
-    _atomically(path, encode)
+    atomically(path, encode)
 
 
 def _add_video_stream(container, size: tuple[int, int], fps: float | Fraction):
@@ -561,7 +563,7 @@ def write_image(path: str | os.PathLike, image: th.Tensor, jpeg_quality: int = 9
     if kind is None or image.ndim != 3 or len(image) != 3 or image.dtype != th.uint8:
         raise ValueError(f"{path}: need .png or .jpg and [3, H, W] uint8, got {[*image.shape]} {image.dtype}")
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    _atomically(path, lambda temporary: picture.save(temporary, **kind))
+    atomically(path, lambda temporary: picture.save(temporary, **kind))
 
 
 def jpeg_round_trip(image: th.Tensor, quality: int) -> th.Tensor:
@@ -572,7 +574,7 @@ def jpeg_round_trip(image: th.Tensor, quality: int) -> th.Tensor:
 def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> None:
     """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
     samples = _to_int16(audio).T
-    _atomically(path, lambda temporary: soundfile.write(temporary, samples, sample_rate, "PCM_16", format="WAV"))
+    atomically(path, lambda temporary: soundfile.write(temporary, samples, sample_rate, "PCM_16", format="WAV"))
 
 
 def read_wav(path: str | os.PathLike) -> tuple[th.Tensor, int]:
@@ -593,4 +595,4 @@ def save_contact_sheet(path: str | os.PathLike, videos: th.Tensor | Sequence[th.
     factor = max(1, -(-min_side // min(images.shape[-2:])))
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     grid = make_grid(images.flatten(0, 1).float() / 255, nrow=images.shape[1], padding=2, pad_value=1.0)
-    _atomically(path, lambda temporary: save_image(grid, temporary, format="png"))
+    atomically(path, lambda temporary: save_image(grid, temporary, format="png"))

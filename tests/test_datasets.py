@@ -13,9 +13,9 @@ import pytest
 import torch as th
 from media_files import MEDIA, grey_frames, make_clip, noise, real_media
 
-from mm_diffusion import clip_index, media
+from mm_diffusion import clip_index, datasets, media
 from mm_diffusion.clip_index import ClipIndex, DataError, build_index
-from mm_diffusion.datasets import ClipDataset, GlobalOrder, load_data, mirror
+from mm_diffusion.datasets import ClipDataset, DiskCache, GlobalOrder, load_data, mirror, prefetch_to_device
 from mm_diffusion.media import ClipInfo, MediaError
 from mm_diffusion.metrics.spatial import mismatched_alignment, spatial_alignment
 from mm_diffusion.toy import ToyConfig, write_toy_dataset
@@ -260,6 +260,195 @@ def test_memory_for_decoded_clips_is_bounded_and_changes_nothing(toy):
         for key in range(8):
             assert all(value.equal(tight[key][name]) for name, value in roomy[key].items())
     assert (len(roomy.cache), len(tight.cache)) == (8, 3)
+
+
+# ---------------------------------------------------------------- what was decoded, on disk
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """(folder of the cache, paths decoded since), where disks may be nearly full."""
+    monkeypatch.setattr(datasets, "SPARED_BYTES", 0)
+    decoded, read = [], media.read_window
+    monkeypatch.setattr(media, "read_window", lambda path, *rest: decoded.append(path) or read(path, *rest))
+    return tmp_path / "kept", decoded
+
+
+def from_disk(index, folder, **options):
+    """All samples of an index through a disk cache."""
+    sizes = {"video_size": "8,3,8,8", "audio_size": "2,512", "audio_fps": 512} | options
+    dataset = ClipDataset(index, **sizes, cache_bytes=0, disk=folder and DiskCache(str(folder), "elsewhere"))
+    return [dataset[k] for k in range(len(dataset))]
+
+
+def equal(one, other):
+    return len(one) == len(other) and all(a[key].equal(b[key]) for a, b in zip(one, other, strict=True) for key in a)
+
+
+def test_what_the_disk_holds_gives_the_same_bits_and_is_decoded_once(toy, kept):
+    folder, decoded = kept
+    index = build_index(str(toy))
+    plain = from_disk(index, None)
+    decoded.clear()
+    assert equal(from_disk(index, folder), plain)
+    assert len(decoded) == len(set(decoded)) == 24
+    assert equal(from_disk(index, folder), plain)
+    assert len(decoded) == 24
+    size = 8 * 8 * 8 * 3 + 2 * 512 * 4
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 24
+    assert all(size < path.stat().st_size < size + 1000 for path in files)
+
+
+def test_another_file_or_another_way_to_decode_it_is_another_item(tmp_path, kept):
+    folder, decoded = kept
+    path = good(tmp_path / "clips/a.mp4")
+    index = ClipIndex([(str(path), media.probe(path))], {})
+    for changes in [
+        {},
+        {"video_size": "5,3,8,8"},
+        {"video_size": "4,3,8,9"},
+        {"audio_size": "2,513"},
+        {"audio_fps": 600},
+    ] + [{"video_fps": 3}, {"clip_stride": 2, "video_fps": 2}]:
+        decoded.clear()
+        first = from_disk(index, folder, **changes)
+        assert len(decoded) == len(first)
+        assert equal(from_disk(index, folder, **changes), first)
+        assert len(decoded) == len(first)
+    decoded.clear()
+    os.utime(path, (1, 1))
+    assert len(from_disk(index, folder)) == len(decoded)
+    path.unlink()
+    with pytest.raises(MediaError, match=r"a\.mp4: cannot be found"):
+        from_disk(index, folder)
+
+
+DAMAGES = {
+    "cut": lambda held: held[:-9],
+    "empty": lambda held: b"",
+    "one bit": lambda held: held[:-5] + bytes([held[-5] ^ 4]) + held[-4:],
+    "foreign": lambda held: b"no such file\n" * 99,
+    "other key": lambda held: held.replace(b"mp4", b"mp5", 1),
+    "binary": lambda held: bytes(range(256)) * 20,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_file_is_ignored_and_written_anew(toy, kept, damage):
+    folder, decoded = kept
+    whole = build_index(str(toy))
+    index = ClipIndex(whole.clips[:1], {})
+    first = from_disk(index, folder)
+    (place,) = [path for path in folder.rglob("*") if path.is_file()]
+    held = place.read_bytes()
+    place.write_bytes(DAMAGES[damage](held))
+    decoded.clear()
+    assert equal(from_disk(index, folder), first)
+    assert len(decoded) == 1
+    assert place.read_bytes() == held
+
+
+def test_a_full_disk_is_told_once_and_training_goes_on(toy, kept, monkeypatch, capsys):
+    folder, _ = kept
+    index = build_index(str(toy))
+    plain = from_disk(index, None)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", full)
+    assert equal(from_disk(index, folder), plain)
+    monkeypatch.setattr(os, "replace", replace)
+    told = capsys.readouterr().out
+    assert told.count("warning") == told.count("takes no more (No space left on device)") == 1
+    monkeypatch.setattr(datasets, "SPARED_BYTES", 2**80)
+    assert equal(from_disk(index, folder), plain)
+    assert capsys.readouterr().out.count("takes no more (less than") == 1
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_processes_that_fill_one_folder_at_once_agree(toy, kept):
+    folder, decoded = kept
+    options = {"data_dir": str(toy), "batch_size": 8, **SMALL, "cache_bytes": 0}
+    plain = load_data(**options)
+    batches = [next(plain)[0] for _ in range(3)]
+    streams = [load_data(**options | {"num_workers": 1}, cache_dir=str(folder)) for _ in range(2)]
+    for batch in batches:
+        assert all(equal([next(stream)[0]], [batch]) for stream in streams)
+    decoded.clear()
+    stream = load_data(**options, cache_dir=str(folder))
+    assert equal([next(stream)[0] for _ in range(3)], batches)
+    assert not decoded
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".raw"}
+
+
+def test_rank_0_tells_what_the_disk_will_have_to_hold(toy, kept, capsys):
+    folder, _ = kept
+    load_data(data_dir=str(toy), batch_size=1, **SMALL, cache_dir=str(folder), video_fps=2, rank=0)
+    assert f"{folder}: keeps what is decoded, up to 24 x 0.00 MB = 0.00 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("clips/kept", "lies in the data folder"),
+        ("file/kept", "cannot be made"),
+        ("gs://a/b", "must be a local folder"),
+    ],
+)
+def test_a_cache_folder_that_cannot_be_one_is_refused_before_anything_is_read(tmp_path, folder, message):
+    (tmp_path / "file").write_text("")
+    where = folder if "://" in folder else str(tmp_path / folder)
+    with pytest.raises(ValueError, match=f"--cache_dir .*{message}"):
+        load_data(data_dir=str(tmp_path / "clips"), batch_size=1, **SMALL, cache_dir=where)
+
+
+# ---------------------------------------------------------------- on the way to the device
+
+
+def batches_until(error, made):
+    for k in range(3):
+        made.append(k)
+        yield {"video": th.full((2, 3), k)}, {"low_res": th.full((2,), -k)}
+    raise error
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batches_reach_the_device_unchanged_and_errors_in_their_own_place(device):
+    if device == "cuda" and not th.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    error = MediaError("a.mp4: broke")
+    arrived = []
+    with pytest.raises(MediaError) as caught:
+        arrived.extend(prefetch_to_device(batches_until(error, []), th.device(device)))
+    assert caught.value is error
+    stream = prefetch_to_device(batches_until(error, []), th.device(device))
+    for k in range(3):
+        x, cond = next(stream)
+        assert (x["video"] == k).all()
+        assert (cond["low_res"] == -k).all()
+        assert {x["video"].device.type, cond["low_res"].device.type} == {device}
+
+
+def test_one_ahead_makes_each_item_before_the_one_ahead_of_it_is_given_out():
+    made = []
+    ahead = datasets._one_ahead(batches_until(MediaError("broke"), made))
+    for k in range(3):
+        assert next(ahead)[0]["video"][0, 0] == k
+        assert made == list(range(min(k + 2, 3)))
+    with pytest.raises(MediaError, match="broke"):
+        next(ahead)
+    assert list(datasets._one_ahead(iter("abc"))) == ["a", "b", "c"]
+    assert list(datasets._one_ahead(iter(""))) == []
+
+
+def test_loading_leaves_the_random_state_alone(toy):
+    th.manual_seed(3)
+    before = th.get_rng_state()
+    next(load_data(data_dir=str(toy), batch_size=2, **SMALL))
+    assert th.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch as th
 from media_files import MEDIA, grey_frames, make_clip, make_gif, noise, real_media
 from PIL import Image
 
-from mm_diffusion import media
+from mm_diffusion import datasets, media
 from mm_diffusion.clip_index import DataError
+from mm_diffusion.datasets import DiskCache
 from mm_diffusion.extraction import RECORD, ExtractSettings, extract_videos
 from mm_diffusion.frames import FrameDataset, degrade, find_images, load_frames
 from mm_diffusion.media import MediaError
@@ -294,6 +295,24 @@ def test_two_ranks_share_the_batch_of_one_and_a_restart_continues(tmp_path):
 def test_worker_processes_give_the_same_batches(tmp_path):
     options = {"data_dir": str(pictures(tmp_path, 5)), "batch_size": 3, **SIZES}
     assert same(*(next(load_frames(num_workers=workers, **options)) for workers in (0, 1)))
+
+
+def test_pictures_on_disk_give_the_same_bits_and_are_decoded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SPARED_BYTES", 0)
+    pictures(tmp_path / "a", 3, ".jpg")
+    film(tmp_path / "a/film.mp4", seconds=1)
+    index = find_images(str(tmp_path / "a"))
+    plain = FrameDataset(index, **SIZES)
+    kept = FrameDataset(index, **SIZES, disk=DiskCache(str(tmp_path / "kept"), str(tmp_path / "a")))
+    assert len(kept) == 7
+    assert all(same(kept[epoch, k], plain[epoch, k]) for k in range(7) for epoch in range(2))
+    monkeypatch.setattr(FrameDataset, "picture", lambda *_: pytest.fail("decoded again"))
+    again = FrameDataset(index, **SIZES, disk=DiskCache(str(tmp_path / "kept"), str(tmp_path / "a")))
+    assert all(same(again[2, k], kept[2, k]) for k in range(7))
+    options = {"data_dir": str(tmp_path / "a"), "batch_size": 7, **LOADING, "cache_dir": str(tmp_path / "kept")}
+    next(load_frames(**options))
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
+        next(load_frames(**options | {"large_size": 16}))
 
 
 # ---------------------------------------------------------------- films
