@@ -24,6 +24,7 @@ EXACT = ("lr", "log2_loss_scale")  # set, not measured: never smoothed
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5c5c5c")  # told apart by all eyes
 QUARTILE = re.compile(r"(.+)_q[0-3]")  # what the trainer adds to the name of a loss for a quartile of the timestep
 QUARTILE_NAMES = ("q0 (least noise)", "q1", "q2", "q3 (most noise)")
+FULLY_SMOOTHED = 10  # an average over N rows (rate 1 - 1 / N) takes a run of this times N rows
 PANEL_INCHES = (4.4, 2.9)
 STYLE: Any = {
     "font.size": 9,
@@ -177,7 +178,8 @@ def smoothed(values: np.ndarray, share: float) -> np.ndarray:
 def draw(runs: Sequence[Run], panels: Sequence[Panel], x: str = "step", smooth: float = 0.0) -> Figure:
     """All panels over the column `x` of AXES: raw numbers faint, their moving average (rate `smooth`) strong.
 
-    A logarithmic panel averages logarithms, so that a spike does not stand for many rows.
+    A logarithmic panel averages logarithms, so that a spike does not stand for many rows; a run of few rows is
+    smoothed less, so that its average does not lag behind.
     """
     for run in runs:
         if x not in run.columns:
@@ -222,7 +224,8 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], panel: Panel, x: str, smooth: f
     is_log = panel.is_log and all(values.min() > 0 for _, values, _ in curves)
     share = 0.0 if panel.columns[0] in EXACT else smooth
     for across, values, shade in curves:
-        mean = np.exp(smoothed(np.log(values), share)) if is_log else smoothed(values, share)
+        rate = min(share, max(0.0, 1 - FULLY_SMOOTHED / len(values)))
+        mean = np.exp(smoothed(np.log(values), rate)) if is_log else smoothed(values, rate)
         if share and (len(runs) == 1 or len(panel.columns) == 1):
             axes.plot(across, values, color=shade, alpha=0.25, linewidth=0.8)
         axes.plot(across, mean, color=shade, linewidth=1.6, marker="o" if len(across) == 1 else "")

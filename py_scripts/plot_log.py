@@ -10,7 +10,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of training runs, or csv files")
     parser.add_argument("--out", default="curves.png", help=f"the picture ({', '.join(curves.PICTURES)})")
     parser.add_argument("--keys", default="", help="columns with commas between, LOSS_q for the quartiles of a loss")
-    parser.add_argument("--smooth", type=float, default=0.9, help="rate of the moving average over rows; 0: none")
+    parser.add_argument(
+        "--smooth", type=float, default=0.9, help="rate of the moving average over rows (lower for few rows); 0: none"
+    )
     parser.add_argument("--x", default="step", choices=list(curves.AXES), help="what the curves run over")
     flags = parser.parse_args()
     if not 0 <= flags.smooth < 1:

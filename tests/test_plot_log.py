@@ -189,6 +189,13 @@ def test_a_spike_moves_a_logarithmic_average_little(tmp_path):
     assert max(lines[1].get_ydata()) < 10
 
 
+def test_a_run_of_few_rows_is_drawn_as_it_is(tmp_path):
+    (tmp_path / "progress.csv").write_text("step,lr,loss\n1,1,8\n2,1,4\n3,1,2\n")
+    runs = curves.read_runs([tmp_path])
+    (lines,) = drawn(curves.draw(runs, curves.choose_panels(runs, ["loss"]), smooth=0.9)).values()
+    assert lines[1].get_ydata() == pytest.approx([8, 4, 2])
+
+
 def test_many_runs_have_colours_of_their_own_and_all_are_in_the_legend(tmp_path):
     runs = curves.read_runs([write_run(tmp_path / f"run{k}") for k in range(12)])
     figure = curves.draw(runs, curves.choose_panels(runs, ["loss"]))
