@@ -33,6 +33,7 @@ class ClipIndex(Generic[Info]):
 
     clips: list[tuple[str, Info]]
     bad: dict[str, str]
+    data_dir: str = ""  # below which they were found
 
     def report(self, count: str = "") -> str:
         """One line that counts (`count`, or the clips), and one for every file left out."""

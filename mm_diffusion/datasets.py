@@ -94,7 +94,8 @@ class DiskCache:
         if "://" in folder:
             raise ValueError(f"--cache_dir {folder}: must be a local folder")
         self.folder, self.writes = Path(folder).expanduser().absolute(), True
-        if any(self.folder.is_relative_to(absolute(os.path.expanduser(part.strip()))) for part in data_dir.split(",")):
+        parts = [part.strip() for part in data_dir.split(",") if part.strip()]
+        if any(self.folder.is_relative_to(absolute(os.path.expanduser(part))) for part in parts):
             raise ValueError(f"--cache_dir {folder}: lies in the data folder; choose one outside it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,6 +22,17 @@ JPEG_SHARE, JPEG_QUALITIES = 0.5, (20, 80)
 Pair = tuple[th.Tensor, dict[str, th.Tensor]]
 
 
+def find_frames(
+    data_dir: str, num_workers: int = 4, rank: int = 0, max_bad_share: float = 0.1
+) -> ClipIndex[float | None]:
+    """`find_images`, told in the log; DataError where none, or too few, can be used: more than that share is bad."""
+    index = find_images(data_dir, num_workers, rank)
+    if rank == 0:
+        logger.log(f"{data_dir}: {index.report(_count(index))}")
+    clip_index.refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
+    return index
+
+
 def find_images(data_dir: str, num_workers: int = 4, rank: int = 0) -> ClipIndex[float | None]:
     """The images and films below `data_dir` (one folder or a comma list): a film's length in seconds, None for images.
 
@@ -30,7 +42,8 @@ def find_images(data_dir: str, num_workers: int = 4, rank: int = 0) -> ClipIndex
     kinds = EXTENSIONS + clip_index.EXTENSIONS
     paths = clip_index.find_files(data_dir.split(","), kinds, "images or videos", remedy)
     cache = clip_index.cache_path(data_dir, kind="frames")
-    return clip_index.look_up(paths, _seconds, cache, num_workers, rank, dist_util.barrier)
+    found = clip_index.look_up(paths, _seconds, cache, num_workers, rank, dist_util.barrier)
+    return dataclasses.replace(found, data_dir=data_dir)
 
 
 def _seconds(path: str) -> float | None:
@@ -38,6 +51,12 @@ def _seconds(path: str) -> float | None:
         return media.picture_seconds(path)
     media.check_image(path)
     return None
+
+
+def _count(index: ClipIndex[float | None]) -> str:
+    """What there is, in words."""
+    lengths = [seconds for _, seconds in index.clips if seconds is not None]
+    return f"{len(index.clips) - len(lengths)} images and {len(lengths)} videos ({sum(lengths):.1f} s)"
 
 
 def degrade(large: th.Tensor, small_size: int, generator: np.random.Generator) -> th.Tensor:
@@ -74,7 +93,7 @@ class FrameDataset(Dataset):
     ) -> None:
         require_positive(large_size=large_size, small_size=small_size, video_fps=video_fps)
         if large_size % small_size:
-            raise ValueError(f"--large_size {large_size}: must be a multiple of --small_size {small_size}")
+            raise ValueError(f"large_size {large_size} is not a multiple of small_size {small_size}")
         self.files, self.video_fps = index.clips, video_fps
         self.large_size, self.small_size, self.random_flip, self.seed = large_size, small_size, random_flip, seed
         self.parts: Parts = [((3, large_size, large_size), "uint8")]
@@ -117,16 +136,10 @@ class FrameDataset(Dataset):
         seconds = None if number is None else number / Fraction(self.video_fps)
         return self.disk.get(path, {"seconds": seconds}, self.parts, decode)[0]
 
-    def count(self) -> str:
-        """What there is, in words."""
-        films = sum(seconds is not None for _, seconds in self.files)
-        images = len(self.files) - films
-        return f"{images} images and {len(self) - images} frames of {films} videos"
-
 
 def load_frames(
     *,
-    data_dir: str,
+    index: ClipIndex[float | None],
     batch_size: int,
     large_size: int,
     small_size: int,
@@ -137,25 +150,18 @@ def load_frames(
     rank: int = 0,
     world_size: int = 1,
     start_sample: int = 0,
-    max_bad_share: float = 0.1,
     cache_dir: str = "",
 ) -> Iterator[Pair]:
-    """-> endless (large [B, 3, L, L], {"low_res": [B, 3, S, S]}), float32 in [-1, 1], from the stream's position
-    `start_sample` on: how many samples all ranks have taken before.
+    """What `find_frames` found -> endless (large [B, 3, L, L], {"low_res": [B, 3, S, S]}), float32 in [-1, 1], from the
+    stream's position `start_sample` on: how many samples all ranks have taken before.
 
-    Must be called on every rank. `cache_dir` is where decoded pictures are kept on disk. DataError (a bad folder),
-    ValueError (an impossible size) at once, MediaError when a file turns out to be undecodable.
+    `cache_dir` is where decoded pictures are kept on disk. ValueError (an impossible size) at once, MediaError when a
+    file turns out to be undecodable.
     """
     require_positive(batch_size=batch_size)
-    disk = DiskCache(cache_dir, data_dir) if cache_dir else None
-    options = (large_size, small_size, video_fps, random_flip, seed)
-    FrameDataset(ClipIndex([], {}), *options)  # a wrong size is cheaper to tell than to look at all files first
-    index = find_images(data_dir, max(1, num_workers), rank)
-    dataset = FrameDataset(index, *options, disk=disk)
-    if rank == 0:
-        logger.log(f"{data_dir}: {index.report(dataset.count())}")
-        if disk:
-            logger.log(disk.report(len(dataset), dataset.parts))
-    clip_index.refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
+    disk = DiskCache(cache_dir, index.data_dir) if cache_dir else None
+    dataset = FrameDataset(index, large_size, small_size, video_fps, random_flip, seed, disk)
+    if disk and rank == 0:
+        logger.log(disk.report(len(dataset), dataset.parts))
     batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_sample)
     return ((large, small) for large, small in batches)

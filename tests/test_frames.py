@@ -11,11 +11,11 @@ import torch as th
 from media_files import MEDIA, grey_frames, make_clip, make_gif, noise, real_media
 from PIL import Image
 
-from mm_diffusion import datasets, media
-from mm_diffusion.clip_index import DataError
+from mm_diffusion import clip_index, datasets, media
+from mm_diffusion.clip_index import ClipIndex, DataError
 from mm_diffusion.datasets import DiskCache
 from mm_diffusion.extraction import RECORD, ExtractSettings, extract_videos
-from mm_diffusion.frames import FrameDataset, degrade, find_images, load_frames
+from mm_diffusion.frames import FrameDataset, degrade, find_frames, find_images, load_frames
 from mm_diffusion.media import MediaError
 
 SIZES = {"large_size": 32, "small_size": 8}
@@ -149,8 +149,8 @@ def test_bad_images_are_named_with_their_reason_and_left_out(tmp_path):
         with pytest.raises(MediaError, match=os.path.basename(path)):
             media.read_image(path)
     with pytest.raises(DataError, match=r"5 of 7 files cannot be used .*--max_bad_share"):
-        load_frames(data_dir=str(tmp_path), batch_size=1, **LOADING)
-    load_frames(data_dir=str(tmp_path), batch_size=1, max_bad_share=0.8, **LOADING)
+        find_frames(str(tmp_path))
+    assert find_frames(str(tmp_path), max_bad_share=0.8) == index
 
 
 def test_an_image_with_something_behind_its_end_is_still_good(tmp_path):
@@ -162,7 +162,7 @@ def test_an_image_with_something_behind_its_end_is_still_good(tmp_path):
 
 
 def test_an_image_that_breaks_during_training_is_named(tmp_path):
-    stream = load_frames(data_dir=str(pictures(tmp_path, 1)), batch_size=1, **LOADING)
+    stream = load_frames(index=find_frames(str(pictures(tmp_path, 1))), batch_size=1, **LOADING)
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
     with pytest.raises(MediaError, match=r"0\.png: cannot be read"):
         next(stream)
@@ -172,9 +172,9 @@ def test_a_folder_without_images_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"holds no images or videos .*py_scripts/extract_video\.py"):
-        load_frames(data_dir=str(tmp_path), batch_size=1, **LOADING)
+        find_frames(str(tmp_path))
     with pytest.raises(DataError, match="no such data folder"):
-        load_frames(data_dir=str(tmp_path / "nowhere"), batch_size=1, **LOADING)
+        find_frames(str(tmp_path / "nowhere"))
 
 
 def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"small_size": 12}, "--large_size 32: must be a multiple of --small_size 12"),
+        ({"small_size": 12}, "large_size 32 is not a multiple of small_size 12"),
         ({"large_size": 0}, "--large_size"),
         ({"small_size": 0}, "--small_size"),
         ({"batch_size": 0}, "--batch_size"),
@@ -195,7 +195,30 @@ def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
 )
 def test_impossible_sizes_are_refused_before_anything_is_read(change, message):
     with pytest.raises(ValueError, match=message):
-        load_frames(**({"data_dir": "nowhere", "batch_size": 1} | LOADING | change))
+        load_frames(**({"index": ClipIndex([("nowhere.png", None)], {}), "batch_size": 1} | LOADING | change))
+
+
+def test_the_folder_is_looked_at_and_told_once_by_rank_0(tmp_path, monkeypatch, capsys):
+    film(pictures(tmp_path, 3) / "film.mp4", seconds=1.5)
+    (tmp_path / "empty.png").write_bytes(b"")
+    index = find_frames(str(tmp_path), max_bad_share=0.5)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2
+    assert told[0].endswith(f"{tmp_path}: 3 images and 1 videos (1.5 s), 1 files left out:")
+    assert "empty.png: is empty" in told[1]
+    assert find_frames(str(tmp_path), max_bad_share=0.5, rank=1) == index
+    monkeypatch.setattr(clip_index, "find_files", lambda *_: pytest.fail("looked at again"))
+    batch = next(load_frames(index=index, batch_size=9, random_flip=False, **LOADING))
+    shown = FrameDataset(index, **SIZES, random_flip=False)
+    assert len(shown) == 9
+    assert sorted(x.sum().item() for x in batch[0]) == sorted(shown[k][0].sum().item() for k in range(9))
+    assert not capsys.readouterr().out
+
+
+def test_pictures_are_not_kept_in_their_own_folder(tmp_path):
+    index = find_frames(str(pictures(tmp_path / "a/b", 1).parent))
+    with pytest.raises(ValueError, match="lies in the data folder"):
+        load_frames(index=index, batch_size=1, **LOADING, cache_dir=str(tmp_path / "a/kept"))
 
 
 # ---------------------------------------------------------------- pairs
@@ -279,7 +302,7 @@ def test_half_of_the_pairs_are_mirrored_both_pictures_together(tmp_path):
 
 
 def test_two_ranks_share_the_batch_of_one_and_a_restart_continues(tmp_path):
-    options = {"data_dir": str(pictures(tmp_path, 10)), **LOADING}
+    options = {"index": find_frames(str(pictures(tmp_path, 10))), **LOADING}
     single = load_frames(batch_size=4, **options)
     ranks = [load_frames(batch_size=2, rank=rank, world_size=2, **options) for rank in range(2)]
     batches = [next(single) for _ in range(6)]
@@ -293,7 +316,7 @@ def test_two_ranks_share_the_batch_of_one_and_a_restart_continues(tmp_path):
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):
-    options = {"data_dir": str(pictures(tmp_path, 5)), "batch_size": 3, **SIZES}
+    options = {"index": find_frames(str(pictures(tmp_path, 5))), "batch_size": 3, **SIZES}
     assert same(*(next(load_frames(num_workers=workers, **options)) for workers in (0, 1)))
 
 
@@ -309,7 +332,7 @@ def test_pictures_on_disk_give_the_same_bits_and_are_decoded_once(tmp_path, monk
     monkeypatch.setattr(FrameDataset, "picture", lambda *_: pytest.fail("decoded again"))
     again = FrameDataset(index, **SIZES, disk=DiskCache(str(tmp_path / "kept"), str(tmp_path / "a")))
     assert all(same(again[2, k], kept[2, k]) for k in range(7))
-    options = {"data_dir": str(tmp_path / "a"), "batch_size": 7, **LOADING, "cache_dir": str(tmp_path / "kept")}
+    options = {"index": index, "batch_size": 7, **LOADING, "cache_dir": str(tmp_path / "kept")}
     next(load_frames(**options))
     with pytest.raises(pytest.fail.Exception, match="decoded again"):
         next(load_frames(**options | {"large_size": 16}))
@@ -324,8 +347,7 @@ def test_frames_of_films_equal_their_extraction_whatever_their_sound(tmp_path):
     film(tmp_path / "films/sparse.webm", seconds=3, seed=9)
     extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings())
     on_the_fly, extracted = (FrameDataset(find_images(str(tmp_path / name)), **SIZES) for name in ("films", "frames"))
-    assert on_the_fly.count() == "0 images and 28 frames of 3 videos"
-    assert extracted.count() == "28 images and 0 frames of 0 videos"
+    assert len(on_the_fly) == len(extracted) == 28
     read = {name: media.read_image(tmp_path / "frames" / name) for name in names_in(tmp_path / "frames")}
     order = {"mono": 0, "silent": 8, "sparse": 16}  # films/deep comes first
     for name, image in read.items():
@@ -337,7 +359,7 @@ def test_images_and_films_mix(tmp_path):
     film(tmp_path / "a/film.mp4")
     pictures(tmp_path / "b", 3, ".jpg")
     dataset = FrameDataset(find_images(f"{tmp_path / 'a'},{tmp_path / 'b'}"), **SIZES, video_fps=2)
-    assert dataset.count() == "3 images and 4 frames of 1 videos"
+    assert len(dataset) == 7
     assert len({dataset[k][0].sum().item() for k in range(7)}) == 7
 
 
