@@ -163,7 +163,7 @@ def _mpi_address(mpi: Any) -> tuple[str, int]:
     with socket.create_server(("", 0), backlog=world.Get_size()) as probed:
         offer = _offered_addresses(here.Get_size() == world.Get_size()), probed.getsockname()[1]
         addresses, port = world.bcast(offer)
-        reached = world.gather([a for a in addresses if with_rank_0 or len(addresses) == 1 or _reaches(a, port)])
+        reached = world.gather([a for a in addresses if with_rank_0 or _reaches(a, port)])
     chosen = next((a for a in addresses if all(a in those for those in reached or [])), "")
     chosen, port = world.bcast((chosen, int(os.environ.get("MASTER_PORT") or _free_port())))
     if not chosen:

@@ -97,21 +97,64 @@ use_environment() {
     die "no Python environment with the requirements; activate yours, or make one with: bash ssh_scripts/install.sh"
 }
 
-# launch SCRIPT FLAG...: run py_scripts/SCRIPT on NUM_GPUS ranks.
+# launch SCRIPT FLAG...: run py_scripts/SCRIPT on NUM_GPUS ranks, or on several hosts, NUM_GPUS ranks on each. LAUNCHER is
+#   mpiexec   unless it is set; with HOSTFILE (one host a line) on those hosts, which ssh reaches without a password.
+#             MPIEXEC_FLAGS are for mpiexec, such as "-iface eth1" where the hosts' names mean nothing
+#   torchrun  with NNODES=N the same command is given on N hosts, with the address of the first in MASTER_ADDR and with
+#             NODE_RANK 0 to N-1
+#   srun      inside a job of Slurm: its tasks are the ranks, whatever NUM_GPUS says
 launch() {
-    local command=(python "$REPO/py_scripts/$1")
+    local command=("$REPO/py_scripts/$1") start=(python)
     shift
     case $NUM_GPUS in
-    1) ;;
     '' | *[!0-9]* | 0*) die "NUM_GPUS=$NUM_GPUS: need a whole number, 1 or more" ;;
-    *)
-        command -v mpiexec >/dev/null || die "NUM_GPUS=$NUM_GPUS needs mpiexec, which is not on PATH; install mpich, or set NUM_GPUS=1"
-        local threads=$(($(nproc 2>/dev/null || echo 1) / NUM_GPUS)) # ranks share the cores
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-        command=(mpiexec -n "$NUM_GPUS" "${command[@]}")
-        ;;
     esac
-    exec "${command[@]}" "$@"
+    case ${LAUNCHER:-mpiexec} in
+    mpiexec) [ "$NUM_GPUS${HOSTFILE:-}" = 1 ] || start_by_mpiexec ;;
+    torchrun) start_by_torchrun ;;
+    srun) start_by_srun ;;
+    *) die "LAUNCHER=$LAUNCHER: need mpiexec, torchrun or srun" ;;
+    esac
+    exec "${start[@]}" "${command[@]}" "$@"
+}
+
+# start_by_...: put into launch's array `start` what starts the ranks.
+start_by_mpiexec() {
+    local hosts=() flags=()
+    command -v mpiexec >/dev/null || die "NUM_GPUS=$NUM_GPUS needs mpiexec, which is not on PATH; install mpich, or set NUM_GPUS=1"
+    if [ -n "${HOSTFILE:-}" ]; then
+        mapfile -t hosts < <(sed 's/#.*//' "$HOSTFILE" | grep -o '[^[:space:]].*')
+        [ ${#hosts[@]} -gt 0 ] || die "HOSTFILE=$HOSTFILE: names no host"
+        flags=(-f "$HOSTFILE" -ppn "$NUM_GPUS")
+    fi
+    share_cores
+    # shellcheck disable=SC2206 # several flags in one variable
+    start=(mpiexec ${MPIEXEC_FLAGS:-} "${flags[@]}" -n $((NUM_GPUS * (${#hosts[@]} > 1 ? ${#hosts[@]} : 1))) python)
+}
+
+start_by_torchrun() {
+    local place=(--standalone)
+    if [ "${NNODES:-1}" != 1 ]; then
+        [ -n "${MASTER_ADDR:-}" ] && [ -n "${NODE_RANK:-}" ] ||
+            die "NNODES=$NNODES needs MASTER_ADDR, the address of the first host, and NODE_RANK, this host's number from 0"
+        place=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+            --master_port "${MASTER_PORT:-29500}")
+    fi
+    share_cores
+    start=(python -m torch.distributed.run "${place[@]}" --nproc_per_node "$NUM_GPUS")
+}
+
+start_by_srun() {
+    command -v srun >/dev/null || die "LAUNCHER=srun: srun is not on PATH; unset LAUNCHER where there is no Slurm"
+    export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}} # which srun does not take from the job
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+    start=(srun --kill-on-bad-exit=1 python)
+}
+
+# The ranks of a host share its cores.
+share_cores() {
+    local threads=$(($(nproc 2>/dev/null || echo 1) / NUM_GPUS))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 }
 
 # need_path NAME VALUE WHAT: VALUE is a path, or several with commas, that exist; remote ones are left to the script.

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ NEEDED_PATH = {"multimodal_train": "DATA_DIR", "image_sr_train": "DATA_DIR", "mu
 OTHER_PATHS = ("SR_MODEL_PATH", "LOAD_NOISE")
 NEEDS_PATH = pytest.mark.parametrize("name", NEEDED_PATH)
 
-# Stands in for python and mpiexec: answers the launchers' questions about itself, writes down any other call.
+# Stands in for python, mpiexec and srun: answers the launchers' questions about itself, writes down any other call.
 RECORDER = """#!/bin/bash
 if [ "$1" = -c ]; then echo "$0"; exit 0; fi
 printf '%s\\0' "$(basename "$0")" "$@" >"$RECORD"
@@ -44,7 +46,7 @@ def run(name: str, *args: str, path: str = "", **variables: str | Path) -> subpr
 
 def recorded(tmp_path: Path, name: str, *args: str, **variables: str | Path) -> list[str]:
     """The command line that a launcher ends in."""
-    for program in ("python", "mpiexec"):
+    for program in ("python", "mpiexec", "srun"):
         write_program(tmp_path / f"bin dir/{program}", RECORDER)
     done = run(name, *args, path=str(tmp_path / "bin dir"), RECORD=tmp_path / "record", **variables)
     assert done.returncode == 0, done.stderr
@@ -116,6 +118,114 @@ def test_every_flag_of_a_launcher_is_known_to_its_script(name, tmp_path):
     env = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert_refused(done, "unrecognized arguments: --no_such_flag 1 ")
+
+
+# Several hosts
+
+
+@NEEDS_PATH
+def test_every_launcher_starts_its_ranks_on_the_hosts_of_a_file(name, tmp_path):
+    """NUM_GPUS counts on each host."""
+    hosts = tmp_path / "my hosts"
+    hosts.write_text("# two of them\nnode1\n\n  node2:8\n")
+    given = {"HOSTFILE": hosts, "MPIEXEC_FLAGS": "-iface eth1", NEEDED_PATH[name]: tmp_path}
+    for count, total in (("1", "2"), ("4", "8")):
+        line = recorded(tmp_path, name, NUM_GPUS=count, **given)
+        flags = ["-iface", "eth1", "-f", str(hosts), "-ppn", count, "-n", total]
+        assert line[:11] == ["mpiexec", *flags, "python", str(REPO / f"py_scripts/{name}.py")]
+
+
+@NEEDS_PATH
+def test_every_launcher_can_use_torchrun_or_srun(name, tmp_path):
+    script, path = str(REPO / f"py_scripts/{name}.py"), {NEEDED_PATH[name]: tmp_path}
+    torchrun = ["python", "-m", "torch.distributed.run"]
+    line = recorded(tmp_path, name, LAUNCHER="torchrun", NUM_GPUS="2", **path)
+    assert line[:7] == [*torchrun, "--standalone", "--nproc_per_node", "2", script]
+    place = {"NNODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "node1"}
+    line = recorded(tmp_path, name, LAUNCHER="torchrun", NUM_GPUS="2", **place, **path)
+    where = ["--nnodes", "3", "--node_rank", "1", "--master_addr", "node1", "--master_port", "29500"]
+    assert line[:14] == [*torchrun, *where, "--nproc_per_node", "2", script]
+    line = recorded(tmp_path, name, LAUNCHER="srun", **path)
+    assert line[:4] == ["srun", "--kill-on-bad-exit=1", "python", script]
+
+
+@pytest.mark.parametrize(
+    ("variables", "culprit"),
+    [
+        ({"LAUNCHER": "qsub"}, "LAUNCHER=qsub"),
+        ({"LAUNCHER": "torchrun", "NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
+        ({"LAUNCHER": "torchrun", "NNODES": "2", "MASTER_ADDR": "node1"}, "NODE_RANK"),
+        ({"HOSTFILE": os.devnull}, "names no host"),
+    ],
+)
+def test_a_way_to_start_ranks_that_cannot_work_is_refused_in_one_line(variables, culprit, tmp_path):
+    for program in ("python", "mpiexec"):
+        write_program(tmp_path / f"bin/{program}", RECORDER)
+    done = run("multimodal_train", path=str(tmp_path / "bin"), DATA_DIR=tmp_path, **variables)
+    assert_refused(done, culprit)
+
+
+def test_the_launcher_for_hosts_wants_a_file_of_them(tmp_path):
+    assert_refused(run("multimodal_train_hosts", DATA_DIR=tmp_path), "HOSTFILE")
+    assert_refused(run("multimodal_train_hosts", DATA_DIR=tmp_path, HOSTFILE="no such file"), "HOSTFILE=no such file")
+
+
+def test_the_launcher_for_hosts_is_the_trainers_on_many_hosts(tmp_path):
+    (tmp_path / "hosts").write_text("node1\nnode2\n")
+    given = {"HOSTFILE": tmp_path / "hosts", "GPUS_PER_NODE": "4", "DATA_DIR": tmp_path, "LR": "5e-5"}
+    line = recorded(tmp_path, "multimodal_train_hosts", "--seed", "7 8", **given)
+    start = ["mpiexec", "-f", str(tmp_path / "hosts"), "-ppn", "4", "-n", "8"]
+    assert line[:9] == [*start, "python", str(REPO / "py_scripts/multimodal_train.py")]
+    assert {"5e-5", str(tmp_path)} <= set(line)
+    assert line[-2:] == ["--seed", "7 8"]
+
+
+def slurm_job(tmp_path: Path, trainer: str, *args: str) -> tuple[subprocess.Popen, Path]:
+    """The batch script as Slurm runs it, a copy elsewhere; `trainer` is srun; and where scontrol writes its call."""
+    copy = tmp_path / "spool/slurm_script"
+    write_program(copy, (REPO / "ssh_scripts/multimodal_train_slurm.sh").read_text())
+    for program, text in (("python", RECORDER), ("scontrol", RECORDER), ("srun", trainer)):
+        write_program(tmp_path / f"bin/{program}", text)
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "DATA_DIR": str(tmp_path), "RECORD": str(tmp_path / "record")}
+    env |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "6"}
+    job = subprocess.Popen(["bash", str(copy), *args], env=env, stderr=subprocess.PIPE, text=True)
+    return job, tmp_path / "record"
+
+
+def test_a_job_of_slurm_runs_the_trainer_on_its_tasks_with_their_cores(tmp_path):
+    trainer = RECORDER.replace('"$@" >', '"$@" "$OMP_NUM_THREADS" "$SRUN_CPUS_PER_TASK" >')
+    job, record = slurm_job(tmp_path, trainer, "--seed", "7 8")
+    assert job.wait(timeout=60) == 0
+    line = record.read_text().split("\0")[:-1]
+    assert line[:4] == ["srun", "--kill-on-bad-exit=1", "python", str(REPO / "py_scripts/multimodal_train.py")]
+    assert line[-4:] == ["--seed", "7 8", "6", "6"]
+
+
+# It waits for the signal, as the trainer does, and takes a moment to save.
+WAITING = """#!/bin/bash
+trap 'sleep 0.3; exit STATUS' USR1
+touch "$RECORD.waits"
+while sleep 0.1; do :; done
+"""
+
+
+@pytest.mark.parametrize(("status", "calls"), [(0, ["scontrol", "requeue", "4711"]), (3, [])])
+def test_a_job_of_slurm_out_of_time_goes_back_into_the_queue_once_the_trainer_has_saved(tmp_path, status, calls):
+    job, record = slurm_job(tmp_path, WAITING.replace("STATUS", str(status)))
+    deadline = time.monotonic() + 60
+    while not Path(f"{record}.waits").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == status
+    assert (record.read_text().split("\0")[:-1] if record.exists() else []) == calls
+
+
+def test_a_job_of_slurm_called_elsewhere_names_the_remedy(tmp_path):
+    assert_refused(run("multimodal_train_slurm", SLURM_SUBMIT_DIR=tmp_path), "REPO")
+
+
+# The environment
 
 
 def test_a_folder_that_is_no_environment_is_not_touched(tmp_path):
