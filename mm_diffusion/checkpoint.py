@@ -191,6 +191,7 @@ def load_weights(
 # What to look for among the names that are there on one side only ("name ...") or differ in shape ("shape ...") -> the
 # flag to look at, first match wins.
 SUSPECTS = [
+    (r"name middle_block\.", "the path (one is the joint model, the other an upsampler)"),
     ("shape time_embed", "num_channels (of the upsampler: sr_num_channels)"),
     ("shape video_out.2.video_conv.bias", "learn_sigma or video_size"),
     ("shape audio_out.2.audio_conv.bias", "learn_sigma or audio_size"),

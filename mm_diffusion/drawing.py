@@ -26,7 +26,7 @@ from .sampling import (
     SR_SETTINGS,
     Prepared,
     Sampler,
-    half_precision,
+    choose_precision,
     make_sampler,
     part_of,
     prepare,
@@ -51,7 +51,7 @@ from .script_util import (
 
 BAR = "{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left"
 UPSAMPLING_SHARE = 0.85  # of the work of a clip, at the published sizes; for the progress bar
-SR_PREVIEW_STEPS = 25  # as in published sampling
+SR_DDIM_STEPS = 25  # as published
 
 Upscale = Callable[[int, th.Tensor, Callable[[float], None]], th.Tensor]
 
@@ -64,20 +64,21 @@ def solver_settings(config: SampleConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def load_model(
-    path: str, weights: dict[str, th.Tensor], flags: Mapping[str, Any], strict: bool, device: th.device
+    path: str, weights: dict[str, th.Tensor], flags: Mapping[str, Any], config: SampleConfig, device: th.device
 ) -> tuple[Prepared, SpacedDiffusion]:
     """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
-    return _filled(model, path, weights, strict, flags["use_fp16"], device), diffusion
+    precision = choose_precision(config.precision, flags["use_fp16"], device)
+    return _filled(model, path, weights, config.is_strict, precision, device), diffusion
 
 
 def _filled(
-    model: nn.Module, path: str, weights: dict[str, th.Tensor], strict: bool, half: bool, device: th.device
+    model: nn.Module, path: str, weights: dict[str, th.Tensor], strict: bool, precision: str, device: th.device
 ) -> Prepared:
     misfits = checkpoint.load_weights(model, weights, strict, name=path)
     if misfits:
         logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
-    return prepare(model.to(device), half_precision(device) if half else "fp32")
+    return prepare(model.to(device), precision)
 
 
 def load_upsampler(
@@ -96,13 +97,18 @@ def load_upsampler(
         raise ValueError(f"sr_model_path {config.sr_model_path}: need one checkpoint")
     weights, trained = checkpoint.load_state(path)
     flags = merge_checkpoint_flags(flags, given, trained, path, SR_CARRIED_FLAGS)
+    if "sr_timestep_respacing" not in given and config.sr_sample_fn == "ddim":
+        flags["sr_timestep_respacing"] = usual_respacing(flags["sr_diffusion_steps"])
     model, diffusion = image_sr_create_model_and_diffusion(
         **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
     )
     settings = SR_SETTINGS.get(config.sr_sample_fn, {}) | solver_settings(config, SR)
+    process = vars(sr_process(flags))
     sampler = make_sampler(config.sr_sample_fn, diffusion, config.clip_denoised, SR, **settings)
     noise = load_noise(config.load_noise, model.large_size) if config.load_noise else None
-    prepared = _filled(model, path, weights, config.is_strict, sr_half(flags), device)
+    own = config.precision if flags["sr_use_fp16"] is None else ""
+    precision = choose_precision(own, sr_half(flags), device)
+    prepared = _filled(model, path, weights, config.is_strict, precision, device)
 
     def upscale(index: int, video: th.Tensor, progress: Callable[[float], None]) -> th.Tensor:
         return upscale_video(
@@ -119,12 +125,18 @@ def load_upsampler(
 
     description = {
         "upsampler": checkpoint.fingerprint(weights),
-        "sr_sampler": [config.sr_sample_fn, settings, flags["sr_timestep_respacing"], config.clip_denoised],
-        "sr_use_fp16": sr_half(flags),
+        "sr_sampler": [config.sr_sample_fn, settings, config.clip_denoised],
+        "sr_process": process,
+        "sr_precision": precision,
         "sr_noise": checkpoint.fingerprint({"noise": noise}) if noise is not None else "",
         "sr_sizes": [model.small_size, model.large_size],
     }
     return upscale, description
+
+
+def usual_respacing(steps: int) -> str:
+    """The steps that DDIM keeps in the upsampler unless told otherwise."""
+    return f"ddim{SR_DDIM_STEPS}" if steps % SR_DDIM_STEPS == 0 else str(min(SR_DDIM_STEPS, steps))
 
 
 def check_frames_fit(video_size: str, upsampler: Mapping[str, Any]) -> None:
@@ -145,8 +157,10 @@ def load_noise(path: str, size: int) -> th.Tensor:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"load_noise {path}: is no readable .npy file ({error})") from None
     if not isinstance(noise, np.ndarray) or noise.shape != (3, size, size) or noise.dtype.kind not in "fiu":
-        shape = list(getattr(noise, "shape", []))
-        raise ValueError(f"load_noise {path}: holds numbers of shape {shape}, need [3, {size}, {size}]")
+        found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, np.ndarray) else "several arrays"
+        raise ValueError(f"load_noise {path}: holds {found}, need numbers of shape [3, {size}, {size}]")
+    if not np.isfinite(noise).all():
+        raise ValueError(f"load_noise {path}: holds numbers that are not finite")
     return th.from_numpy(noise.astype(np.float32))
 
 
@@ -224,21 +238,26 @@ def draw_clips(
 
 
 def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:
-    """Note in sampling.json what the clips of this folder are, or ValueError where it holds other ones."""
+    """Note in sampling.json what the clips of this folder are, or ValueError where it holds other ones.
+
+    What says how large clips are made ("upsampler", "sr_...") must agree once there are large clips, the rest once
+    there are any.
+    """
     note = Path(folder, "sampling.json")
-    known: dict[str, Any] = {}
-    if note.exists():
-        known = json.loads(note.read_text())
-        different = [key for key in description if known.get(key, description[key]) != description[key]]
-        if different:
-            raise ValueError(
-                f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
-            )
-    elif any(Path(folder, "original").glob("*.mp4")):
+    known: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
+    wanted: dict[str, Any] = json.loads(json.dumps(description))
+    any_clips, any_large = (any(Path(folder, kind).glob("*.mp4")) for kind in ("original", "sr_mp4"))
+    if any_clips and not note.exists():
         raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
+    known = {key: v for key, v in known.items() if (any_large if key.startswith(("upsampler", SR)) else any_clips)}
+    different = [key for key in wanted if known.get(key, wanted[key]) != wanted[key]]
+    if different:
+        raise ValueError(
+            f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
+        )
     note.parent.mkdir(parents=True, exist_ok=True)
     temporary = note.with_suffix(".partial")
-    temporary.write_text(json.dumps(known | description, indent=1, sort_keys=True))
+    temporary.write_text(json.dumps(known | wanted, indent=1, sort_keys=True))
     os.replace(temporary, note)
 
 
@@ -300,6 +319,7 @@ def make_preview(
                 media.write_wav(path, audio, data.audio_fps)
             else:
                 media.write_clip(path, video, data.video_fps, audio, data.audio_fps)
+            logger.log_clip(f"clip {k}", video, data.video_fps, audio, data.audio_fps, step)
 
     return preview
 
@@ -310,29 +330,31 @@ def psnr(images: th.Tensor, true: th.Tensor) -> float:
 
 
 def make_sr_preview(
-    flags: Mapping[str, Any], sample_fn: str, pictures: tuple[th.Tensor, th.Tensor] | None, folder: str, world: World
-) -> Callable[[nn.Module, int], None] | None:
-    """A function `(model, step)` that upsamples the low-res ones of `pictures` into `folder`/samples/NNNNNN.
+    flags: Mapping[str, Any],
+    sample_fn: str,
+    pictures: Callable[[], tuple[th.Tensor, th.Tensor]],
+    folder: str,
+    world: World,
+) -> Callable[[nn.Module, int], None]:
+    """A function `(model, step)` that upsamples the low-res ones of `pictures()` into `folder`/samples/NNNNNN.
 
-    pictures: true [B, 3, H, W] and low-res [B, 3, h, w]; None: no previews. A row of the contact sheet shows one:
+    pictures: -> true [B, 3, H, W] and low-res [B, 3, h, w], always the same. A row of the contact sheet shows one:
     low-res, upsampled, bicubic, true.
     """
     process = sr_process(flags)
-    if sample_fn in ("ddpm", "ddim"):
-        process = dataclasses.replace(process, timestep_respacing=str(min(SR_PREVIEW_STEPS, process.diffusion_steps)))
+    respacing = usual_respacing(process.diffusion_steps) if sample_fn in ("ddpm", "ddim") else ""
+    process = dataclasses.replace(process, timestep_respacing=respacing)
     sampler = make_sampler(sample_fn, create_diffusion(process), **SR_SETTINGS.get(sample_fn, {}))
-    if pictures is None:
-        return None
-    true, small = pictures
-    size = true.shape[-2:]
 
-    def upscale(model: nn.Module, k: int, progress: Callable[[float], None]) -> th.Tensor:
+    def upscale(model: nn.Module, small: th.Tensor, k: int, progress: Callable[[float], None]) -> th.Tensor:
         part = part_of(progress, k / len(small), (k + 1) / len(small))
         return upscale_video(model, sampler, small[k : k + 1], 0, k, device=world.device, progress=part)
 
     def preview(model: nn.Module, step: int) -> None:
+        true, small = pictures()
+        size = true.shape[-2:]
         with preview_bar(world) as progress:
-            upsampled = th.cat([upscale(model, k, progress) for k in range(len(small))])
+            upsampled = th.cat([upscale(model, small, k, progress) for k in range(len(small))])
         bicubic = F.interpolate(small, size, mode="bicubic").clamp(-1, 1)
         columns = [F.interpolate(small, size, mode="nearest"), upsampled, bicubic, true]
         logger.log(
@@ -340,5 +362,8 @@ def make_sr_preview(
         )
         path = Path(folder, "samples", f"{step:06d}", f"upsampled_{step}_0_{world.rank:05d}.png")
         media.save_contact_sheet(path, th.stack(columns, dim=1))
+        logger.log_image(
+            "upsampled", th.cat([th.cat(list(row), dim=-1) for row in zip(*columns, strict=True)], dim=1), step
+        )
 
     return preview

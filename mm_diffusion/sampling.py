@@ -22,7 +22,13 @@ DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddpm": {},
     "ddim": {},
-    "dpm_solver": {"steps": 20, "order": 3, "method": "singlestep", "skip_type": "logSNR"},
+    "dpm_solver": {
+        "steps": 20,
+        "order": 3,
+        "method": "singlestep",
+        "skip_type": "logSNR",
+        "step_control": "sample",
+    },
     "dpm_solver++": {
         "predict_x0": True,
         "thresholding": True,
@@ -81,9 +87,10 @@ def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
 class Prepared(nn.Module):
     """A model as the samplers run it: evaluation mode, weights in the working precision, float32 in and out."""
 
-    def __init__(self, model: nn.Module, dtype: th.dtype) -> None:
+    def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).requires_grad_(False).to(dtype).eval()
+        self.model = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
+        self.precision = precision
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.model(*args, **kwargs)
@@ -97,7 +104,7 @@ def prepare(model: nn.Module, precision: str = "fp32") -> Prepared:
     """
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
-    return Prepared(model, DTYPES[precision])
+    return Prepared(model, precision)
 
 
 def make_sampler(

@@ -120,6 +120,7 @@ class FilesConfig:
     video_fps: int = flag(4, "frames per second to take from videos")
     random_flip: bool = flag(True, "mirror half of the data, pictures and stereo channels together")
     max_bad_share: float = flag(0.1, "refuse to start when more than this share of the files is unusable")
+    cache_dir: str = flag("", "local folder where what was decoded is kept; empty: decode every time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ WITHOUT_EFFECT = {
     "ref_path": "this version computes no metrics",
     "classifier_scale": "this version generates no modality from the other",
     **dict.fromkeys(_names(SRModelConfig, SRDiffusionConfig), "this script has no upsampler"),
-    **dict.fromkeys(("sr_model_path", "sr_sample_fn", "load_noise"), "this script has no upsampler"),
+    **dict.fromkeys(("sr_model_path", "sr_sample_fn", "load_noise"), "this script upsamples no clips"),
 }
 
 # ---------------------------------------------------------------- flags
@@ -326,7 +327,10 @@ def image_sr_model_and_diffusion_defaults() -> dict[str, Any]:
 def image_sr_create_model_and_diffusion(**flags: Any) -> tuple[ImageSuperResModel, SpacedDiffusion]:
     """Flags as on the command line, or without their "sr_" -> upsampler, diffusion; errors as of the joint model."""
     known = image_sr_model_and_diffusion_defaults()
-    flags = {name if name in known else SR + name: value for name, value in flags.items()}
+    renamed = {SR + name if name not in known and SR + name in known else name: v for name, v in flags.items()}
+    if len(renamed) < len(flags):
+        raise ValueError(f"{', '.join(sorted(n for n in flags if SR + n in flags))}: given with and without {SR}")
+    flags = renamed
     values = _typed(flags, SRModelConfig, SRDiffusionConfig)
     process = sr_process(values)
     try:

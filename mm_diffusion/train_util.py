@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from . import checkpoint, logger, rng, states
 from .checkpoint import CheckpointError
+from .datasets import prefetch_to_device
 from .dist_util import ALONE, World, all_sum, barrier, from_rank_0, max_of_ranks
 from .gaussian_diffusion import GaussianDiffusion
 from .resample import create_named_schedule_sampler
@@ -82,12 +83,16 @@ class TrainLoop:
         flags: dict[str, Any] | None = None,
         preview: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
-        _check(config)
+        check_train_config(config)
         self.model, self.diffusion, self.config, self.world = model.to(world.device), diffusion, config, world
         self.flags, self.preview = flags or {}, preview
         state = from_rank_0(lambda: find_state(config))
         if config.init_checkpoint and not state:
             start_from(config.init_checkpoint, self.model)
+        elif config.init_checkpoint:
+            logger.log(
+                f"note: --init_checkpoint {config.init_checkpoint} is not read: the run goes on from its own state"
+            )
         self.forward_model: nn.Module = self.model
         if world.size > 1:  # first of all: every rank gets the weights of rank 0
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -110,7 +115,8 @@ class TrainLoop:
         self.started = time.monotonic()
         if state:
             self._resume(*state)
-        self.data = data(self.samples)
+        logger.start_trackers(self.step, self.flags)
+        self.data: Iterator[Any] = prefetch_to_device(data(self.samples), world.device)
         self.writer = states.StateWriter(config.output_dir, config.keep_last, config.keep_every)
         self.host_copy = states.HostCopy()
         self.seen: dict[str, list[th.Tensor]] = {}  # what the next row of the log averages
@@ -460,7 +466,7 @@ def _fill(targets: list[Any], sources: list[Any]) -> None:
         target.copy_(source)
 
 
-def _check(config: TrainConfig) -> None:
+def check_train_config(config: TrainConfig) -> None:
     """ValueError, naming the flag, for numbers that make no sense."""
     for name in ("batch_size", "log_interval", "save_interval"):
         if getattr(config, name) < 1:

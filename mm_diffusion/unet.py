@@ -480,20 +480,20 @@ class MultimodalUNet(UNet):
 class UpsamplerConfig:
     """What an upsampler is like. Resolutions are downsample rates of the large picture."""
 
-    large_size: int = 256  # pixels
-    small_size: int = 64
-    num_channels: int = 192
-    num_res_blocks: int = 2
-    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
-    num_heads: int = 4
-    num_head_channels: int = -1
-    num_heads_upsample: int = -1
-    attention_resolutions: tuple[int, ...] = (8, 16, 32)
-    dropout: float = 0.0
-    use_checkpoint: bool = False
-    use_scale_shift_norm: bool = True
-    resblock_updown: bool = True
-    learn_sigma: bool = True
+    large_size: int  # pixels
+    small_size: int
+    num_channels: int
+    num_res_blocks: int
+    channel_mult: tuple[float, ...]
+    num_heads: int
+    num_head_channels: int
+    num_heads_upsample: int
+    attention_resolutions: tuple[int, ...]
+    dropout: float
+    use_checkpoint: bool
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    learn_sigma: bool
 
     def heads(self, channels: int, way: str) -> int:
         """Heads of the attention at this width, on the way "down" or "up"."""

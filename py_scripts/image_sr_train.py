@@ -4,7 +4,7 @@ import torch as th
 
 from mm_diffusion import drawing, logger
 from mm_diffusion.dist_util import friendly_errors, setup_dist
-from mm_diffusion.frames import load_frames
+from mm_diffusion.frames import FrameDataset, find_frames, load_frames
 from mm_diffusion.script_util import (
     SR_CARRIED_FLAGS,
     FilesConfig,
@@ -18,7 +18,7 @@ from mm_diffusion.script_util import (
     pick,
     sr_half,
 )
-from mm_diffusion.train_util import TrainLoop, flags_to_start_with
+from mm_diffusion.train_util import TrainLoop, check_train_config, flags_to_start_with
 
 CONFIGS = (SRModelConfig, SRDiffusionConfig, FilesConfig, TrainConfig)
 DEFAULTS = {"lr": 1e-4, "batch_size": 6, "sample_fn": "ddim", "preview_clips": 4}
@@ -26,35 +26,46 @@ DEFAULTS = {"lr": 1e-4, "batch_size": 6, "sample_fn": "ddim", "preview_clips": 4
 
 def main() -> None:
     flags, given = parse(__doc__, *CONFIGS, defaults=DEFAULTS)
+    check_train_config(pick(TrainConfig, flags))
     world = setup_dist(flags["devices"])
-    logger.configure(flags["output_dir"] or None, world.rank == 0, flags["use_db"], flags["use_tensorboard"])
+    logger.configure(flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"])
     flags = flags_to_start_with(flags, given, SR_CARRIED_FLAGS)
-    config = pick(TrainConfig, flags)
+    for note in notes_on(given, *CONFIGS):
+        logger.log(note)
+    config, files = pick(TrainConfig, flags), pick(FilesConfig, flags)
     th.manual_seed(config.seed)  # every rank starts from the same weights
     model, diffusion = image_sr_create_model_and_diffusion(
         **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
     )
-    for note in notes_on(given, *CONFIGS):
-        logger.log(note)
+    preview = drawing.make_sr_preview(flags, config.sample_fn, lambda: pictures(), config.output_dir, world)
+    index = find_frames(files.data_dir, max(1, files.num_workers), world.rank, files.max_bad_share)
+    sizes = (flags["large_size"], flags["small_size"], files.video_fps)
 
-    def data(start_sample: int, **changes):
-        options = {**vars(pick(FilesConfig, flags)), "batch_size": config.batch_size, "seed": config.seed, **changes}
+    def pictures() -> tuple[th.Tensor, th.Tensor]:
+        """The same few on every save, others on every rank."""
+        dataset, first = FrameDataset(index, *sizes, random_flip=False), world.rank * config.preview_clips
+        items = [dataset[k % len(dataset)] for k in range(first, first + config.preview_clips)]
+        return th.stack([large for large, _ in items]), th.stack([cond["low_res"] for _, cond in items])
+
+    def data(start_sample: int):
         return load_frames(
-            **options,
+            index=index,
+            batch_size=config.batch_size,
             large_size=flags["large_size"],
             small_size=flags["small_size"],
+            video_fps=files.video_fps,
+            random_flip=files.random_flip,
+            num_workers=files.num_workers,
+            seed=config.seed,
             rank=world.rank,
             world_size=world.size,
             start_sample=start_sample,
+            cache_dir=files.cache_dir,
         )
 
-    pictures = None
-    if config.preview_clips:
-        large, cond = next(data(0, batch_size=config.preview_clips, num_workers=0, random_flip=False))
-        pictures = large, cond["low_res"]
-    preview = drawing.make_sr_preview(flags, config.sample_fn, pictures, config.output_dir, world)
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}")
-    TrainLoop(model, diffusion, data, config, world, use_fp16=sr_half(flags), flags=flags, preview=preview).run_loop()
+    previews = preview if config.preview_clips else None
+    TrainLoop(model, diffusion, data, config, world, use_fp16=sr_half(flags), flags=flags, preview=previews).run_loop()
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from mm_diffusion.script_util import (
 )
 
 CONFIGS = (ModelConfig, DiffusionConfig, SRModelConfig, SRDiffusionConfig, DataConfig, SampleConfig)
+DEFAULTS = {"sr_diffusion_steps": 1100}  # as published, for upsamplers that do not carry their flags
 
 
 def main() -> None:
-    flags, given = parse(__doc__, *CONFIGS)
+    flags, given = parse(__doc__, *CONFIGS, defaults=DEFAULTS)
     config = pick(SampleConfig, flags)
     drawing.check_sample_config(config)
     world = setup_dist(config.devices)
@@ -48,16 +49,17 @@ def sample_from(
     flags = merge_checkpoint_flags(flags, given, trained, path)
     upscale, upsampler_description = upsampler
     drawing.check_frames_fit(flags["video_size"], upsampler_description)
-    model, diffusion = drawing.load_model(path, weights, flags, config.is_strict, world.device)
+    model, diffusion = drawing.load_model(path, weights, flags, config, world.device)
     settings = drawing.solver_settings(config)
     sampler = make_sampler(config.sample_fn, diffusion, config.clip_denoised, **settings)
     stem = f"{config.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
     rates = [flags["video_fps"], flags["audio_fps"]]
     description = {
         "checkpoint": checkpoint.fingerprint(weights),
-        "sampler": [config.sample_fn, settings, flags["timestep_respacing"], config.clip_denoised],
+        "sampler": [config.sample_fn, settings, config.clip_denoised],
+        "process": vars(pick(DiffusionConfig, flags)),
         "seed": config.seed,
-        "use_fp16": flags["use_fp16"],
+        "precision": model.precision,
         "rates": rates,
         **upsampler_description,
     }

@@ -16,15 +16,16 @@ from mm_diffusion.script_util import (
     parse,
     pick,
 )
-from mm_diffusion.train_util import TrainLoop, flags_to_start_with
+from mm_diffusion.train_util import TrainLoop, check_train_config, flags_to_start_with
 
 CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
 
 
 def main() -> None:
     flags, given = parse(__doc__, *CONFIGS)
+    check_train_config(pick(TrainConfig, flags))
     world = setup_dist(flags["devices"])
-    logger.configure(flags["output_dir"] or None, world.rank == 0, flags["use_db"], flags["use_tensorboard"])
+    logger.configure(flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"])
     flags = flags_to_start_with(flags, given)
     config, data_config = pick(TrainConfig, flags), pick(DataConfig, flags)
     th.manual_seed(config.seed)  # every rank starts from the same weights

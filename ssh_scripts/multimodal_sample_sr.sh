@@ -17,8 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 : "${USE_FP16:=True}"
 
 # Upsampler
-: "${SR_SAMPLE_FN:=ddim}"
-: "${SR_DIFFUSION_STEPS=1100}"  # empty: what the checkpoint says
+: "${SR_SAMPLE_FN:=ddim}"  # on the diffusion steps that the checkpoint tells, 1100 where it tells none
 : "${SR_TIMESTEP_RESPACING=ddim25}"  # set it empty for dpm_solver
 : "${SR_BATCH_SIZE:=0}"  # frames per rank at a time; 0: what fits in memory
 : "${SR_USE_FP16:=$USE_FP16}"
@@ -33,5 +32,4 @@ launch multimodal_sample_sr.py \
     --batch_size "$BATCH_SIZE" --sample_fn "$SAMPLE_FN" --seed "$SEED" --use_fp16 "$USE_FP16" \
     --sr_model_path "$SR_MODEL_PATH" --sr_sample_fn "$SR_SAMPLE_FN" --sr_timestep_respacing "$SR_TIMESTEP_RESPACING" \
     --sr_batch_size "$SR_BATCH_SIZE" --sr_use_fp16 "$SR_USE_FP16" --load_noise "$LOAD_NOISE" \
-    ${SR_DIFFUSION_STEPS:+--sr_diffusion_steps "$SR_DIFFUSION_STEPS"} \
     "$@"

@@ -1,7 +1,9 @@
 """Flags: published names and defaults, wrong values, and flags that a checkpoint carries."""
 
 import dataclasses
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -10,11 +12,6 @@ from mm_diffusion.checkpoint import published_state_dict
 from mm_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from mm_diffusion.script_util import (
     TRAINED_FLAGS,
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    SampleConfig,
-    TrainConfig,
     channel_multipliers,
     create_model_and_diffusion,
     merge_checkpoint_flags,
@@ -94,9 +91,34 @@ SAMPLE = {
     "output_dir": "",
     "devices": "",
 }
-CONFIGS = {"train": (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)}
-CONFIGS["sample"] = (ModelConfig, DiffusionConfig, DataConfig, SampleConfig)
-PUBLISHED = {"train": {**MODEL, **DATA, **TRAIN}, "sample": {**MODEL, **DATA, **SAMPLE}}
+UPSAMPLER = {
+    "large_size": 256,
+    "small_size": 64,
+    "sr_num_channels": 192,
+    "sr_num_res_blocks": 2,
+    "sr_num_heads": 4,
+    "sr_num_head_channels": -1,
+    "sr_num_heads_upsample": -1,
+    "sr_attention_resolutions": "8,16,32",
+    "sr_dropout": 0.0,
+    "sr_class_cond": False,
+    "sr_use_scale_shift_norm": True,
+    "sr_resblock_updown": True,
+    "sr_learn_sigma": True,
+    "sr_diffusion_steps": 1000,
+    "sr_timestep_respacing": "",
+}
+UPSAMPLING = {"sr_model_path": "", "sr_sample_fn": "ddim", "load_noise": "", "sr_diffusion_steps": 1100}
+FRAMES = {name: DATA[name] for name in ("data_dir", "num_workers", "video_fps", "random_flip")}
+SCRIPTS = {"train": "multimodal_train", "sr_train": "image_sr_train", "sample": "multimodal_sample_sr"}
+FOLDER = Path(__file__).resolve().parents[1] / "py_scripts"
+LOADED = {script: runpy.run_path(str(FOLDER / f"{name}.py")) for script, name in SCRIPTS.items()}
+CONFIGS = {script: names["CONFIGS"] for script, names in LOADED.items()}
+PUBLISHED = {
+    "train": {**MODEL, **DATA, **TRAIN},
+    "sr_train": {**UPSAMPLER, **FRAMES, **TRAIN, "lr": 1e-4, "batch_size": 6, "sample_fn": "ddim", "use_fp16": False},
+    "sample": {**MODEL, **UPSAMPLER, **DATA, **SAMPLE, **UPSAMPLING},
+}
 
 
 @pytest.fixture
@@ -105,7 +127,7 @@ def command(monkeypatch):
 
     def run(line, script="train"):
         monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
-        return parse("A script.", *CONFIGS[script])
+        return parse("A script.", *CONFIGS[script], defaults=LOADED[script].get("DEFAULTS"))
 
     return run
 

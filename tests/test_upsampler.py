@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 import tiny
 import torch as th
-from torchvision.io import read_image
+from torchvision.io import read_image, write_png
 
 from mm_diffusion import checkpoint, drawing
 from mm_diffusion.checkpoint import CheckpointError, load_weights, published_names, published_state_dict
 from mm_diffusion.dist_util import ALONE
 from mm_diffusion.media import probe, read_window
-from mm_diffusion.sampling import SAMPLERS, SR_SETTINGS, bind, frames_that_fit, make_sampler, prepare, upscale_video
+from mm_diffusion.sampling import (
+    SAMPLERS,
+    SR_SETTINGS,
+    bind,
+    frames_that_fit,
+    make_sampler,
+    prepare,
+    sample_joint,
+    upscale_video,
+)
 from mm_diffusion.script_util import (
     SR_CARRIED_FLAGS,
     SampleConfig,
@@ -165,7 +174,8 @@ def test_the_low_res_picture_matters_and_learned_sigma_doubles_the_channels(lear
         ({"sr_num_res_blocks": 0}, "sr_num_res_blocks"),
         ({"sr_diffusion_steps": 0}, "diffusion_steps"),
         ({"sr_timestep_respacing": "ddim77"}, "timestep_respacing"),
-        ({"sr_wide": 1}, "sr_wide"),
+        ({"sr_wide": 1}, "unknown flag 'sr_wide'"),
+        ({"num_channels": 64}, "num_channels: given with and without sr_"),
     ],
 )
 def test_an_impossible_upsampler_is_refused_with_the_flag_named(flags, culprit):
@@ -185,9 +195,10 @@ def test_half_precision_of_the_upsampler_follows_the_base_unless_it_is_set():
 # Sampling
 
 
-def upsampler(name="ddim", **flags):
+def upsampler(name="ddim", method=None, **flags):
     model, diffusion = tiny.build_upsampler(sr_timestep_respacing=RESPACED[name], **flags)
     settings = SR_SETTINGS.get(name, {}) | ({"steps": 5} if name.startswith("dpm") else {})
+    settings |= {"method": method} if method else {}
     return prepare(model), make_sampler(name, diffusion, prefix="sr_", **settings)
 
 
@@ -195,9 +206,11 @@ def frames(count=5):
     return (0.4 * golden_data.noise("frames", (count, 3, 8, 8))).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [*SAMPLERS, "dpm_solver adaptive"])
 def test_a_frame_does_not_depend_on_the_chunk_it_is_in(name):
-    model, sampler = upsampler(name)
+    """Adaptive steps, too, are each frame's own."""
+    name, *method = name.split()
+    model, sampler = upsampler(name, method=method[0] if method else None)
     whole = upscale_video(model, sampler, frames(), 3, 7, frames_at_once=5)
     assert whole.shape == (5, 3, 32, 32)
     assert whole.isfinite().all()  # fault: alphas in float16 made the upsampler's solver give NaN
@@ -367,7 +380,7 @@ def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_pat
     model, _ = tiny.build_upsampler()
     flags = image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS
     large, cond = next(pairs())
-    preview = drawing.make_sr_preview(flags, "ddim", (large, cond["low_res"]), str(tmp_path), ALONE)
+    preview = drawing.make_sr_preview(flags, "ddim", lambda: (large, cond["low_res"]), str(tmp_path), ALONE)
     preview(model, 12)
     (path,) = (tmp_path / "samples/000012").glob("*.png")
     picture = read_image(str(path)).float() / 127.5 - 1
@@ -432,8 +445,102 @@ def test_a_folder_without_large_clips_is_completed_and_what_is_there_is_kept(tmp
     sample(out, monkeypatch, *flags_for(base, sr, out))
     kept = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns == stamp}
     assert kept == {path for path in stamps if path.name != gone.name}
-    with pytest.raises(ValueError, match="sr_sampler"):
-        sample(out, monkeypatch, *flags_for(base, sr, out)[:-1], "ddim10")
+    with pytest.raises(ValueError, match="sr_process"):
+        sample(out, monkeypatch, *flags_for(base, sr, out)[:-1], "10")
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_large_clip_k_is_that_of_seed_and_k_or_of_the_given_noise_in_any_batch(tmp_path, monkeypatch, noise):
+    base, sr = saved(tmp_path)
+    more = ["--seed", "9"]
+    if noise:
+        np.save(tmp_path / "noise.npy", golden_data.noise("start", (3, 32, 32)).numpy())
+        more += ["--load_noise", str(tmp_path / "noise.npy")]
+    written = {}
+    monkeypatch.setattr(drawing, "write_sample", lambda folder, name, *clip: written.update({folder + name: clip[-1]}))
+    for size in "13":
+        sample(tmp_path / size, monkeypatch, *flags_for(base, sr, tmp_path / size, *more, "--batch_size", size))
+    joint, diffusion = tiny.build(timestep_respacing="ddim5")
+    clips = sample_joint(prepare(joint), make_sampler("ddim", diffusion), range(3), seed=9)
+    model, sampler = upsampler("ddim")
+    start = golden_data.noise("start", (3, 32, 32)) if noise else None
+    for k in range(3):
+        wanted = upscale_video(model, sampler, clips["video"][k], 9, k, noise=start)
+        for size in "13":
+            large = written[f"{tmp_path / size}ddim_samples_1_9_{k:05d}"]
+            th.testing.assert_close(large, wanted, rtol=0, atol=3e-3)
+
+
+def loaded_upsampler(tmp_path, monkeypatch, **options):
+    """What `load_upsampler` makes of flags: (settings of the solver, precision, strictness, clip_denoised)."""
+    _, sr = saved(tmp_path)
+    seen = {}
+
+    def filled(model, path, weights, strict, precision, device):
+        seen.update(strict=strict, precision=precision)
+        return model
+
+    def made(name, diffusion, clip_denoised, prefix, **settings):
+        seen.update(clip_denoised=clip_denoised, settings=settings, steps=diffusion.num_timesteps)
+
+    monkeypatch.setattr(drawing, "_filled", filled)
+    monkeypatch.setattr(drawing, "make_sampler", made)
+    flags = image_sr_model_and_diffusion_defaults() | {"use_fp16": False}
+    fields = SampleConfig.__dataclass_fields__
+    config = SampleConfig(sr_model_path=sr, **{k: v for k, v in options.items() if k in fields})
+    others = {k: v for k, v in options.items() if k not in fields}
+    drawing.load_upsampler(config, flags | others, set(others), th.device("cpu"))
+    return seen
+
+
+def test_flags_of_the_upsampler_reach_its_sampler_and_weights(tmp_path, monkeypatch):
+    """Fault: use_fp16 was set twice for two models, and the last value won."""
+    usual = loaded_upsampler(tmp_path, monkeypatch)
+    assert usual == {"strict": True, "precision": "fp32", "clip_denoised": True, "settings": {}, "steps": 25}
+    assert loaded_upsampler(tmp_path, monkeypatch, use_fp16=True)["precision"] == "bf16"
+    assert loaded_upsampler(tmp_path, monkeypatch, use_fp16=True, sr_use_fp16=False)["precision"] == "fp32"
+    assert loaded_upsampler(tmp_path, monkeypatch, sr_use_fp16=True)["precision"] == "bf16"
+    assert loaded_upsampler(tmp_path, monkeypatch, precision="bf16")["precision"] == "bf16"
+    assert loaded_upsampler(tmp_path, monkeypatch, precision="bf16", sr_use_fp16=False)["precision"] == "fp32"
+    assert not loaded_upsampler(tmp_path, monkeypatch, is_strict=False)["strict"]
+    assert not loaded_upsampler(tmp_path, monkeypatch, clip_denoised=False)["clip_denoised"]
+    solver = loaded_upsampler(tmp_path, monkeypatch, sr_sample_fn="dpm_solver", sr_sample_steps=7)
+    assert solver["settings"] == SR_SETTINGS["dpm_solver"] | {"steps": 7}
+    assert solver["steps"] == 100
+
+
+def test_clips_of_another_process_are_refused_and_an_empty_folder_is_free(tmp_path, monkeypatch):
+    base, sr = saved(tmp_path)
+    large, _ = checkpoint.load_state(sr)
+    th.save(large, tmp_path / "published.pt")  # without flags
+    sizes = [text for name, value in tiny.SR_FLAGS.items() for text in (f"--{name}", str(value))]
+    line = flags_for(base, str(tmp_path / "published.pt"), tmp_path / "out", *sizes)
+    drawing.claim_folder(tmp_path / "out", {"upsampler": "of a run that drew nothing", "seed": 3})
+    sample(tmp_path / "out", monkeypatch, *line)
+    with pytest.raises(ValueError, match="sr_process"):
+        sample(tmp_path / "out", monkeypatch, *line, "--sr_noise_schedule", "cosine")
+    with pytest.raises(ValueError, match="process"):
+        sample(tmp_path / "out", monkeypatch, *line, "--timestep_respacing", "ddim10")
+
+
+def test_the_training_script_trains_previews_and_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pictures").mkdir()
+    for k in range(3):
+        picture = (127 + 60 * golden_data.noise(f"picture {k}", (3, 40, 50))).clamp(0, 255).to(th.uint8)
+        write_png(picture, str(tmp_path / f"pictures/{k}.png"))
+    flags = [text for name, value in tiny.SR_FLAGS.items() for text in (f"--{name}", str(value))]
+    line = ["--data_dir", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
+    line += ["--batch_size", "2", "--save_interval", "1", "--log_interval", "1", "--preview_clips", "2", *flags]
+    for steps in ("1", "2"):
+        monkeypatch.setattr(sys, "argv", ["image_sr_train.py", *line, "--max_steps", steps])
+        runpy.run_path(str(SCRIPT.with_name("image_sr_train.py")))["main"]()
+    told = capsys.readouterr().out
+    assert told.count("3 images") == 2
+    assert "resumed from" in told
+    assert "PSNR" in told
+    assert (tmp_path / "run/model000002.pt").exists()
+    assert len(list((tmp_path / "run/samples").glob("*/*.png"))) == 2
+    assert checkpoint.load_state(str(tmp_path / "run/model000002.pt"))[1]["large_size"] == 32
 
 
 @pytest.mark.parametrize(
@@ -483,7 +590,7 @@ def test_an_upsampler_of_another_size_is_refused(tmp_path, monkeypatch):
 def test_a_joint_checkpoint_is_no_upsampler_and_the_misfit_is_told(tmp_path):
     base, _ = saved(tmp_path)
     weights, _ = checkpoint.load_state(base)
-    with pytest.raises(CheckpointError, match=r"does not fit the model|not one of its tensors"):
+    with pytest.raises(CheckpointError, match=r"probably wrong: the path \(one is the joint model"):
         load_weights(tiny.build_upsampler()[0], weights)
 
 
