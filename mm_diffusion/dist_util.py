@@ -54,7 +54,7 @@ def setup_dist(devices: str = "") -> World:
     """Join the ranks that were started together; a lone process forms no group.
 
     `devices`: "" (what is visible), "G8" (8 GPUs a host) or a list of GPU numbers such as "0,1". Reads RANK,
-    WORLD_SIZE and LOCAL_RANK, else asks MPI where mpiexec started us, else reads SLURM_*. NCCL on GPUs, gloo else.
+    WORLD_SIZE and LOCAL_RANK, else asks MPI where mpiexec started us, else reads SLURM_*. NCCL between GPUs, gloo else.
     MASTER_ADDR and MASTER_PORT, where the ranks meet, are found out unless they are set.
     """
     rank, size, local_rank = _who_am_i()
@@ -97,11 +97,16 @@ def _who_am_i() -> tuple[int, int, int]:
 
 
 def _mpi() -> Any:
-    """The MPI module; importing it starts MPI."""
+    """The MPI module; importing it starts MPI. ValueError where there is no MPI library for it."""
     if "OMPI_COMM_WORLD_RANK" in os.environ:  # else mpi4py takes the MPICH that is installed beside it
         os.environ.setdefault("MPI4PY_LIBMPI", "libmpi.so.40")
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"mpiexec started this process, but there is no MPI to ask ({_one_line(error)}); use the mpiexec that came"
+            " with this Python environment, or torchrun"
+        ) from error
     return MPI
 
 
@@ -233,12 +238,12 @@ def _join(rank: int, size: int, device: th.device) -> None:
         ) from error
     if device.type == "cuda":
         _check_gpus(device, rank, size, store)
-    elif "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo takes what the host's name means: nothing, or loopback, often
+    if "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo takes what the host's name means: nothing, or loopback, often
         interface = _interfaces().get(_address_among_ranks(rank, size, store))
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     store.set_timeout(TIMEOUT)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
@@ -362,10 +367,13 @@ def end_job(message: str, status: int = 1, patience: float = 2) -> NoReturn:
 
 def _who_fails() -> tuple[int, int, Any]:
     """Rank, number of ranks and MPI if it started us, found out without waiting for the others, who may be anywhere."""
-    if _launcher() == "mpi":
+    if _launcher() != "mpi":
+        return *_who_am_i()[:2], None
+    try:
         mpi = _mpi()
-        return mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), mpi
-    return *_who_am_i()[:2], None
+    except ValueError:
+        return 0, 1, None
+    return mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), mpi
 
 
 def _tell_torchrun(message: str) -> None:

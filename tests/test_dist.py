@@ -163,6 +163,20 @@ class FakeStore(dict):
         return [str(self[name]).encode() for name in names]
 
 
+def test_ranks_on_gpus_speak_also_from_host_to_host(environment, monkeypatch):
+    """What they agree on before a step must not wait for the devices."""
+    environment(MASTER_ADDR="127.0.0.1")
+    store, joined = FakeStore(), []
+    store.set_timeout = lambda timeout: None
+    monkeypatch.setattr(th.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device.index))
+    monkeypatch.setattr(th.distributed, "rendezvous", lambda *args, **options: iter([(store, 0, 1)]))
+    monkeypatch.setattr(th.distributed, "init_process_group", lambda backend, **options: joined.append(backend))
+    for device in (th.device("cuda", 0), th.device("cpu")):
+        dist_util._join(0, 1, device)
+    assert joined == ["cpu:gloo,cuda:nccl", "gloo"]
+    assert os.environ["GLOO_SOCKET_IFNAME"] == dist_util._interfaces()["127.0.0.1"]
+
+
 @pytest.mark.parametrize(("ids", "clash"), [("abcd", False), ("abcb", True)])
 def test_two_ranks_on_one_gpu_are_refused_by_rank_0(monkeypatch, ids, clash):
     monkeypatch.setattr(th.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=ids[device.index]))
