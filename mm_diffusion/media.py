@@ -44,6 +44,7 @@ MAX_MISSING_SECONDS = 1.0  # a file whose streams all end earlier than it announ
 MAX_RESAMPLING_KERNEL = 8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
 RESAMPLING_CONTEXT = 64  # samples of the lower rate on either side of a window: more than the filter reaches
 DECODER = {module.__name__: module.__version__ for module in (av, PIL, th, torchaudio, torchvision)}  # may decide bits
+MIN_BYTES_PER_SECOND = 16  # a file that lasts longer has damaged time stamps: pictures of any codec take more
 LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of a whole image file
 
 
@@ -196,6 +197,8 @@ def _last_instant(path: str, stream, announced: Fraction) -> Fraction:
 
 
 def read_window(
+    if 0 < container.size < MIN_BYTES_PER_SECOND * (lasts := max(ends) - _start(streams[0])):
+        raise MediaError(f"{path}: has damaged times (its {container.size} bytes would last {float(lasts):.0f} s)")
     path: str | os.PathLike,
     start_seconds: float | Fraction,
     num_frames: int,
@@ -212,7 +215,8 @@ def read_window(
     Frames are fitted into H x W (bicubic, aspect kept) and padded with black; past the picture's end its last frame
     repeats, and where there is no sound there are zeros. Mono becomes two equal channels, more than two are downmixed
     (libav's matrix). The window starts on the grid of output samples: at sample round(start * rate) of the resampled
-    whole. MediaError where the file cannot be decoded.
+    whole; what lies outside [-1, 1], as lossy codecs may have it, is clipped. MediaError where the file cannot be
+    decoded, or its sound is not numbers.
     """
     path = os.fspath(path)
     with _opened(path) as container:
@@ -226,7 +230,9 @@ def read_window(
     def cut(begin: int, end: int) -> th.Tensor:
         return _cut_sound(path, sound_index, zero, in_rate, begin, end)
 
-    audio = _resampled(cut, in_rate, sample_rate, round(start * sample_rate), num_samples)
+    audio = _resampled(cut, in_rate, sample_rate, round(start * sample_rate), num_samples).clamp_(-1, 1)
+    if audio.isnan().any():
+        raise MediaError(f"{path}: its sound holds what is no number, from {float(start):.2f} s on")
     converter = av.video.reformatter.VideoReformatter()  # one for all: setting it up costs more than a small frame
     fitted = {id(frame): fit_picture(_to_rgb(frame, converter), height, width) for frame in frames}
     return th.stack([fitted[id(frame)] for frame in frames]).permute(0, 2, 3, 1).contiguous(), audio

@@ -1,5 +1,8 @@
 """Makes clips of any kind for the tests, and finds the two real ones."""
 
+import io
+import zipfile
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -82,3 +85,164 @@ def noise(count, channels=2, seed=0):
     """[C, count] smooth noise, well inside [-1, 1]."""
     white = np.random.default_rng(seed).normal(size=(channels, count + 8))
     return np.stack([np.convolve(row, np.ones(9) / 9, "valid") for row in white]).astype(np.float32) * 0.4
+
+
+# ---------------------------------------------------------------- damaged films
+
+GOOD_CODECS = [(".mp4", "aac"), (".mkv", "flac"), (".webm", "libopus"), (".avi", "pcm_s16le"), (".mov", "aac")]
+GOOD_CODECS += [(".mp4", "flac"), (".mkv", "vorbis"), (".mkv", "pcm_f32le")]
+
+
+def moving_frames(count, seed):
+    """[F, 32, 48, 3] uint8: a soft pattern that drifts."""
+    coarse = np.random.default_rng(seed).integers(20, 236, (4, 6, 3), np.uint8)
+    picture = np.asarray(Image.fromarray(coarse).resize((48, 32), Image.Resampling.BICUBIC))
+    return np.stack([np.roll(picture, (k, 2 * k), (0, 1)) for k in range(count)])
+
+
+def small_clip(path, codec=None, frames=20, fps=10, rate=16000, samples=None, seed=0):
+    samples = 2 * rate if samples is None else samples
+    return make_clip(path, moving_frames(frames, seed), fps, noise(samples, seed=seed), rate, codec)
+
+
+def _cut(data, generator):
+    return data[: generator.integers(1, len(data))]
+
+
+def _flip_bits(first, last):
+    """A function that flips a few bits between these shares of a file."""
+
+    def flip(data, generator):
+        data = bytearray(data)
+        for at in generator.integers(int(first * len(data)), max(1, int(last * len(data))), generator.integers(1, 20)):
+            data[at] ^= 1 << int(generator.integers(8))
+        return bytes(data)
+
+    return flip
+
+
+def _overwrite(fill):
+    """A function that puts something else in the place of a stretch of a file."""
+
+    def overwrite(data, generator):
+        first, last = sorted(generator.integers(0, len(data), 2))
+        return data[:first] + fill(generator, last - first) + data[last:]
+
+    return overwrite
+
+
+def _claim_hours(data, generator):
+    """Durations of mp4 and mov, and the sizes around them, replaced by huge numbers."""
+    data = bytearray(data)
+    for box, offset in {b"mvhd": 20, b"tkhd": 24, b"mdhd": 20}.items():
+        at = data.find(box)
+        while at >= 0 and generator.random() < 0.8:
+            data[at + offset : at + offset + 4] = int(generator.integers(2**24, 2**32)).to_bytes(4, "big")
+            at = data.find(box, at + 1)
+    at = data.find(b"\x44\x89\x88")  # Duration of Matroska, a double
+    if at >= 0:
+        data[at + 3 : at + 11] = np.array(10.0 ** generator.integers(7, 30), ">f8").tobytes()
+    return bytes(data)
+
+
+def _stretch_time(data, generator):
+    """Lengths of mp4's and mov's frames replaced: some last for hours, or years, or no time at all."""
+    data = bytearray(data)
+    at = data.find(b"stts")
+    while at >= 0:
+        entries = int.from_bytes(data[at + 8 : at + 12], "big")
+        last = at + 16 + 8 * int(generator.integers(entries))
+        data[last : last + 4] = int(2 ** generator.uniform(0, 32)).to_bytes(4, "big")
+        at = data.find(b"stts", at + 1) if generator.random() < 0.5 else -1
+    return bytes(data)
+
+
+DAMAGES: dict[str, Callable] = {
+    "cut": _cut,
+    "header": _flip_bits(0, 0.05),
+    "middle": _flip_bits(0.05, 0.9),
+    "end": _flip_bits(0.9, 1),
+    "everywhere": _flip_bits(0, 1),
+    "zeros": _overwrite(lambda generator, count: bytes(count)),
+    "garbage": _overwrite(lambda generator, count: generator.bytes(count)),
+    "doubled": lambda data, generator: data + data[generator.integers(len(data)) :],
+    "hours": _claim_hours,
+    "stretched": _stretch_time,
+}
+
+
+def _zipped():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.txt", "no film\n" * 100)
+    return file.getvalue()
+
+
+def _pictured(kind):
+    file = io.BytesIO()
+    Image.fromarray(moving_frames(1, 0)[0]).save(file, kind)
+    return file.getvalue()
+
+
+NO_FILMS = {
+    "empty.mp4": b"",
+    "one.mkv": b"\0",
+    "text.mp4": b"no film\n" * 200,
+    "subtitles.mp4": b"1\n00:00:01,000 --> 00:10:00,000\nHello\n\n" * 20,
+    "playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/passwd\n",
+    "concat.mp4": b"ffconcat version 1.0\nfile /etc/hostname\n",
+    "jpeg.mp4": _pictured("JPEG"),
+    "png.mov": _pictured("PNG"),
+    "gif.mp4": _pictured("GIF"),
+    "zip.mp4": _zipped(),
+    "noise.webm": np.random.default_rng(0).bytes(5000),
+    "html.avi": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+}
+ODD_FILMS = {
+    "fps7.mp4": {"fps": 7},
+    "fps_ntsc.mov": {"fps": Fraction(30000, 1001)},
+    "fps120.mkv": {"fps": 120, "frames": 60},
+    "rate_11025.mp4": {"rate": 11025},
+    "rate_96000.mkv": {"rate": 96000},
+    "rate_8000.avi": {"rate": 8000},
+    "one_sample.mkv": {"samples": 1},
+    "one_frame.mp4": {"frames": 1},
+    "both.mkv": {"frames": 1, "samples": 1},
+}
+
+
+def damaged_clips(folder, count):
+    """Write `count` damaged films, always the same, beside whole, misnamed and silent ones, NO_FILMS and ODD_FILMS."""
+    folder.mkdir(parents=True)
+    for name, data in NO_FILMS.items():
+        (folder / name).write_bytes(data)
+    for name, options in ODD_FILMS.items():
+        small_clip(folder / name, **options)
+    make_clip(folder / "silent.mp4", moving_frames(10, 0))
+    wholes = []
+    for number, (suffix, codec) in enumerate(GOOD_CODECS):
+        path = small_clip(folder / f"whole_{codec}{suffix}", codec, seed=number)
+        wholes.append(path)
+        other_suffix = GOOD_CODECS[(number + 1) % len(GOOD_CODECS)][0]
+        (folder / f"misnamed_{suffix[1:]}_{codec}{other_suffix}").write_bytes(path.read_bytes())
+    _damage_all(wholes, folder, count)
+
+
+def damaged_pictures(folder, count):
+    """Write `count` damaged images, always the same, beside two whole ones and four that are none."""
+    folder.mkdir(parents=True)
+    wholes = [folder / "whole.jpg", folder / "whole.png"]
+    for path, kind in zip(wholes, ("JPEG", "PNG"), strict=True):
+        path.write_bytes(_pictured(kind))
+    for name in ("empty.mp4", "text.mp4", "zip.mp4", "gif.mp4"):
+        (folder / f"{name[:-4]}.jpg").write_bytes(NO_FILMS[name])
+    _damage_all(wholes, folder, count)
+
+
+def _damage_all(wholes, folder, count):
+    """Every kind of damage to every whole file in turn, as number_kind_name."""
+    kinds = list(DAMAGES)
+    for number in range(count):
+        path, kind = wholes[(number + number // len(kinds)) % len(wholes)], kinds[number % len(kinds)]
+        damaged = DAMAGES[kind](path.read_bytes(), np.random.default_rng(number))
+        (folder / f"{number:04d}_{kind}_{path.name}").write_bytes(damaged)

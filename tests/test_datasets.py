@@ -86,6 +86,13 @@ def test_a_gif_counts_as_a_clip_without_sound(tmp_path):
         build_index(str(tmp_path))
 
 
+def test_a_link_to_nowhere_is_a_bad_file(tmp_path):
+    good(tmp_path / "good.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "gone.mp4")
+    (reason,) = build_index(str(tmp_path), max_bad_share=1).bad.values()
+    assert reason == f"{tmp_path}/link.mp4: cannot be found (No such file or directory)"
+
+
 def test_training_refuses_a_folder_with_too_many_bad_files(tmp_path):
     for k in range(3):
         good(tmp_path / f"good{k}.mp4")

@@ -92,6 +92,27 @@ def test_sound_that_starts_late_is_preceded_by_silence_and_followed_by_it(tmp_pa
     assert (sounding[0], sounding[-1]) == (8000, 23999)
 
 
+def test_sound_that_is_too_loud_is_clipped_and_what_is_no_number_is_told(tmp_path):
+    loud = noise(32000) * 8
+    path = make_clip(tmp_path / "a.mkv", grey_frames(RAMP[:20]), audio=loud, codec="pcm_f32le")
+    _, audio = media.read_window(path, 0, 1, 4, 8, 8, 16000, 32000)
+    np.testing.assert_array_equal(audio.numpy(), loud.clip(-1, 1))
+    data, sample = path.read_bytes(), loud[0, 100].tobytes()
+    path.write_bytes(data.replace(sample, np.float32(np.nan).tobytes()))
+    with pytest.raises(MediaError, match=r"a\.mkv: its sound holds what is no number, from 0\.00 s on"):
+        media.read_window(path, 0, 1, 4, 8, 8, 16000, 32000)
+
+
+def test_a_film_of_few_bytes_that_would_last_for_days_is_told(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", grey_frames(RAMP[:20]), audio=noise(32000), codec="flac")
+    data = bytearray(path.read_bytes())
+    length = data.index(b"stts") + 16  # of a frame, in ticks of 1/10240 s; the first is all that is shown
+    data[length : length + 4] = (10240 * 86400).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(MediaError, match=r"a\.mp4: has damaged times \(its \d+ bytes would last 86400 s\)"):
+        media.picture_seconds(path)
+
+
 def test_short_clips_repeat_their_last_frame(tmp_path):
     path = make_clip(tmp_path / "a.mkv", grey_frames([40, 80, 120]), fps=4, audio=noise(12000))
     frames, audio = media.read_window(path, 0, 8, 4, 32, 48, 16000, 32000)

@@ -1,0 +1,149 @@
+"""Damaged, odd and false films and pictures: each is left out with a reason, or gives tensors that can be trained on.
+
+They are read in a process of its own, which none may end, hold up or make noisy.
+"""
+
+import faulthandler
+import functools
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch as th
+from media_files import NO_FILMS, ODD_FILMS, damaged_clips, damaged_pictures
+
+from mm_diffusion import clip_index, logger, media
+from mm_diffusion.clip_index import build_index
+from mm_diffusion.datasets import ClipDataset
+from mm_diffusion.frames import FrameDataset, find_images
+from mm_diffusion.media import MediaError
+
+FILE_SECONDS = 20  # a file may take; then the process ends with a traceback
+MAX_BYTES = 3 * 2**30  # that the process may need
+CLIP_SHAPES = [(4, 3, 16, 24), (2, 16000)]
+PICTURE_SHAPES = [(3, 16, 16), (3, 8, 8)]
+
+
+# ---------------------------------------------------------------- in the process that reads
+
+
+def in_time(function: Callable) -> Callable:
+    """The function, each of whose calls may take FILE_SECONDS."""
+
+    @functools.wraps(function)
+    def limited(*args):
+        faulthandler.dump_traceback_later(FILE_SECONDS, exit=True)
+        return function(*args)
+
+    return limited
+
+
+def read_clips(folder: str) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of every clip; "" where all is well."""
+    media.probe = in_time(media.probe)
+    index = build_index(folder, max_bad_share=1, num_workers=1)
+    dataset = ClipDataset(index, "4,3,16,24", "2,16000", cache_bytes=0)
+    return itertools.chain(index.bad.items(), try_all(dataset, index.clips, CLIP_SHAPES))
+
+
+def read_pictures(folder: str) -> Iterator[tuple[str, str]]:
+    """The same of every image, and of every film as pictures."""
+    media.check_image, media.picture_seconds = in_time(media.check_image), in_time(media.picture_seconds)
+    index = find_images(folder, num_workers=1)
+    return itertools.chain(index.bad.items(), try_all(FrameDataset(index, 16, 8), index.clips, PICTURE_SHAPES))
+
+
+def try_all(dataset, files: list, shapes: list) -> Iterator[tuple[str, str]]:
+    """(path, why the first, the middle or the last item of each file is not what it should be)."""
+    for (path, _), first, end in zip(files, [0, *dataset.first_after], dataset.first_after, strict=False):
+        told = (try_item(dataset, item, shapes) for item in sorted({first, (first + end) // 2, end - 1}))
+        yield path, next(filter(None, told), "")
+
+
+def try_item(dataset, item: int, shapes: list) -> str:
+    try:
+        sample = in_time(dataset.__getitem__)(item)
+    except MediaError as error:
+        return str(error)
+    parts = [*sample.values()] if isinstance(sample, dict) else [sample[0], sample[1]["low_res"]]
+    assert [part.shape for part in parts] == shapes
+    assert all(part.isfinite().all() and part.abs().max() <= 1 for part in parts)
+    return ""
+
+
+def main(*folders: str) -> None:
+    """Print what is wrong with each file below "clips:folder" or "pictures:folder", and the peak of memory in bytes."""
+    th.set_num_threads(1)
+    logger.configure(enabled=False)
+    clip_index.tqdm = lambda items, *_, **__: items
+    told: dict[str, str] = {}
+    for what, folder in (argument.split(":", 1) for argument in folders):
+        told |= dict({"clips": read_clips, "pictures": read_pictures}[what](folder))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    json.dump({"told": told, "peak": peak}, sys.stdout)
+
+
+# ---------------------------------------------------------------- in the process that tests
+
+
+def read_apart(cache: Path, **folders: Path) -> dict[str, dict[str, str]]:
+    """Folder's name -> file's name -> what is wrong with it; the process that finds out is well, quiet and small."""
+    environment = os.environ | {"MM_DIFFUSION_CACHE": str(cache)}
+    command = [sys.executable, __file__, *(f"{what}:{folder}" for what, folder in folders.items())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["peak"] < MAX_BYTES
+    for path, reason in found["told"].items():
+        assert "\n" not in reason
+        assert not reason or reason.startswith(f"{path}: ")
+    assert sorted(found["told"]) == sorted(str(path) for folder in folders.values() for path in folder.iterdir())
+    return {
+        what: {path.name: found["told"][str(path)] for path in sorted(folder.iterdir())}
+        for what, folder in folders.items()
+    }
+
+
+def check_clips(told: dict[str, str], count: int) -> None:
+    assert all(told[name] for name in [*NO_FILMS, "silent.mp4"])
+    assert not any(told[name] for name in told if name in ODD_FILMS or name.startswith(("whole", "misnamed")))
+    damaged = [bool(reason) for name, reason in told.items() if name[0].isdigit()]
+    assert len(damaged) == count
+    assert count / 8 < sum(damaged) < count * 7 / 8  # else the damage is not worth the name, or too much of it
+
+
+def check_images(told: dict[str, str]) -> None:
+    assert not any(told[f"whole{suffix}"] for suffix in (".jpg", ".png"))
+    assert all(told[f"{name}.jpg"] for name in ("empty", "text", "zip", "gif"))
+    assert any(reason for name, reason in told.items() if name[0].isdigit())
+
+
+def test_damaged_odd_and_false_files_are_left_out_with_a_reason_or_give_sane_tensors(tmp_path):
+    damaged_clips(tmp_path / "clips", 40)
+    damaged_pictures(tmp_path / "images", 60)
+    told = read_apart(tmp_path / "index", clips=tmp_path / "clips", pictures=tmp_path / "images")
+    check_clips(told["clips"], 40)
+    check_images(told["pictures"])
+
+
+@pytest.mark.slow
+def test_two_hundred_damaged_films_are_left_out_with_a_reason_or_give_sane_clips(tmp_path):
+    damaged_clips(tmp_path / "clips", 200)
+    check_clips(read_apart(tmp_path / "index", clips=tmp_path / "clips")["clips"], 200)
+
+
+@pytest.mark.slow
+def test_damaged_films_are_left_out_with_a_reason_or_give_sane_pictures_whatever_their_sound(tmp_path):
+    damaged_clips(tmp_path / "clips", 200)
+    told = read_apart(tmp_path / "index", pictures=tmp_path / "clips")["pictures"]
+    assert not any(told[name] for name in told if name in [*ODD_FILMS, "silent.mp4"] or name.startswith("whole"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
