@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 import torch as th
 import torch.nn.functional as F
@@ -313,8 +314,7 @@ def make_preview(
         with preview_bar(world) as progress:
             sample = sample_joint(model, sampler, indices, 0, world.device, progress)
         for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True):
-            path = Path(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = bf.join(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
             if save_type == "wav":
                 media.write_wav(path, audio, data.audio_fps)
             else:
@@ -360,7 +360,7 @@ def make_sr_preview(
         logger.log(
             f"upsampled {psnr(upsampled, true):.1f} dB, bicubic {psnr(bicubic, true):.1f} dB (PSNR) in the preview"
         )
-        path = Path(folder, "samples", f"{step:06d}", f"upsampled_{step}_0_{world.rank:05d}.png")
+        path = bf.join(folder, "samples", f"{step:06d}", f"upsampled_{step}_0_{world.rank:05d}.png")
         media.save_contact_sheet(path, th.stack(columns, dim=1))
         logger.log_image(
             "upsampled", th.cat([th.cat(list(row), dim=-1) for row in zip(*columns, strict=True)], dim=1), step

@@ -9,11 +9,13 @@ import csv
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import blobfile as bf
 import torch as th
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from . import trackers
 class _Logger:
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.remote = ""  # where the table is copied
         self.enabled = True
         self.values: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
@@ -48,7 +51,13 @@ def configure(
     if not enabled:
         return
     if folder is not None:
-        _current.folder = Path(folder)
+        if "://" in str(folder):  # kept here, and copied there after every row
+            _current.remote = bf.join(str(folder), "progress.csv")
+            _current.folder = Path(tempfile.mkdtemp())
+            if bf.exists(_current.remote):
+                bf.copy(_current.remote, str(_table_path()), overwrite=True)
+        else:
+            _current.folder = Path(folder)
         _current.folder.mkdir(parents=True, exist_ok=True)
         if _table_path().exists():
             with _table_path().open(newline="") as file:
@@ -155,6 +164,8 @@ def _append_row(row: dict[str, str]) -> None:
     if fresh:
         os.replace(target, path)
         _current.stale = False
+    if _current.remote:
+        bf.copy(str(path), _current.remote, overwrite=True)
 
 
 def _cell(value: float) -> str:

@@ -333,7 +333,7 @@ class TrainLoop:
     def _files(self) -> tuple[dict[str, states.Save], dict[str, Any]]:
         """Names of the state's files -> how to save them, and the facts of the manifest."""
         train = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
-        rest: dict[str, Any] = {"skipped": self.skipped, "samples": self.samples}
+        rest: dict[str, Any] = {"skipped": self.skipped, "samples": self.samples, "share": self._share}
         contents: dict[str, Any] = {f"ema_{rate}_": self._published(ema) for rate, ema in self.emas.items()}
         contents["opt"] = {**self.optimizer.state_dict(), "train": train | rest}
         contents["model"] = self._published(self.params)
@@ -343,8 +343,12 @@ class TrainLoop:
         files: dict[str, states.Save] = {
             f"{kind}{self.step:06d}.pt": partial(self._save_file, kind, copies[kind]) for kind in copies
         }
-        facts = {"samples": self.samples, "ranks": self.world.size, "batch_size": self.config.batch_size}
-        return files, facts
+        return files, {"samples": self.samples, "ranks": self._share[0], "batch_size": self._share[1]}
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Ranks, and samples that each takes in a step."""
+        return self.world.size, self.config.batch_size
 
     def _save_file(self, kind: str, content: Any, file: Any) -> None:
         th.save(content if kind == "opt" else checkpoint.with_flags(content, self.flags), file)
@@ -372,12 +376,15 @@ class TrainLoop:
         self.log_loss_scale += rest.get("log_loss_scale", self.log_loss_scale) - self.log_loss_scale
         self.skipped += rest.get("skipped", 0)
         self.step = self.saved_step = step
-        per_step = self.config.batch_size * self.world.size
-        self.samples = rest.get("samples", step * per_step)
+        ranks, size = self._share
+        self.samples = rest.get("samples", step * ranks * size)
         logger.drop_rows_from(self.step)
         logger.log(f"resumed from {model_path(folder, step)} after {self.step} steps")
-        if self.samples != step * per_step:
-            logger.log(f"note: so far {self.samples / max(step, 1):g} samples a step on average, now {per_step}")
+        before = tuple(rest.get("share", self._share))
+        if before != self._share:
+            logger.log(
+                f"note: {before[0]} ranks of {before[1]} samples before, now {ranks} of {size}; data goes on in order"
+            )
 
 
 def find_state(config: TrainConfig) -> tuple[str, int] | None:

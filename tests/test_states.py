@@ -10,12 +10,12 @@ import time
 import blobfile as bf
 import pytest
 import torch as th
-from test_train import everything, loop, save, trained
+from test_train import everything, loop, rows, save, trained
 
 from mm_diffusion import checkpoint, states
 from mm_diffusion.checkpoint import CheckpointError
 from mm_diffusion.script_util import TrainConfig
-from mm_diffusion.states import HostCopy, StateError, StateWriter, newest_intact, states_in
+from mm_diffusion.states import HostCopy, StateError, newest_intact, states_in
 from mm_diffusion.train_util import find_state
 
 FLIP = {"schedule_sampler": "loss-second-moment", "flags": {"dropout": 0.2}, "ema_rate": "0.9999,0.9"}
@@ -166,21 +166,36 @@ def test_copies_use_their_memory_again_and_keep_types():
     assert second["b"][1] == "x"
 
 
-def test_states_go_to_remote_folders_through_blobfile(tmp_path, monkeypatch):
-    """gs:// stands for a folder here."""
-    names = ("BlobFile", "exists", "isdir", "listdir", "makedirs", "remove", "stat")
-    for name in names:
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that blobfile finds under gs://bucket."""
+
+    def here(value):
+        return value.replace("gs://", f"{tmp_path}/") if isinstance(value, str) else value
+
+    for name in ("BlobFile", "copy", "exists", "isdir", "listdir", "makedirs", "remove", "stat"):
         whole = getattr(bf, name)
-        local = lambda path, *a, f=whole, **k: f(path.replace("gs:/", str(tmp_path)), *a, **k)  # noqa: E731
-        monkeypatch.setattr(bf, name, local)
-    folder = "gs://bucket/run"
-    writer = StateWriter(folder, keep_last=1)
-    for step in (1, 2):
-        files = {f"{kind}{step:06d}.pt": lambda file: th.save({"x": th.ones(2)}, file) for kind in ("opt", "model")}
-        writer.write(step, files, {}, lambda: None)
-    writer.wait()
-    assert newest_intact(folder, pytest.fail).step == 2
-    assert sorted(os.listdir(tmp_path / "bucket/run")) == ["model000002.pt", "opt000002.pt", "state000002.json"]
+        monkeypatch.setattr(bf, name, lambda *args, f=whole, **kwargs: f(*map(here, args), **kwargs))
+    (tmp_path / "bucket").mkdir()
+    return tmp_path / "bucket"
+
+
+def test_a_run_lives_in_a_remote_folder(bucket, tmp_path):
+    options = {"lr_anneal_steps": 4, "keep_last": 1, **FLIP}
+    straight = loop(tmp_path / "straight", **options)
+    straight.run_loop()
+    for steps in (2, 4):
+        part = loop("gs://bucket/run", max_steps=steps, **options)
+        part.run_loop()
+    assert same(part, straight)
+    names = ["ema_0.9999_000004.pt", "ema_0.9_000004.pt", "model000004.pt", "opt000004.pt", "progress.csv"]
+    assert sorted(os.listdir(bucket / "run")) == [*names, "state000004.json"]
+    assert [row["step"] for row in rows(bucket / "run")] == ["1", "2", "3", "4"]
+    path = "gs://bucket/run/ema_0.9_000004.pt"
+    assert checkpoint.load_state(path)[1]["num_channels"] == 32
+    flip_bit(bucket / "run/ema_0.9_000004.pt")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load_state(path)
 
 
 # Which state a run goes on from
@@ -242,7 +257,7 @@ def test_another_batch_size_goes_on_with_the_next_samples_and_a_note(tmp_path, c
     resumed = loop(tmp_path, batch_size=4, data=data)
     assert starts == [6]
     assert (resumed.step, resumed.samples) == (3, 6)
-    assert "note: so far 2 samples a step on average, now 4" in capsys.readouterr().out
+    assert "note: 1 ranks of 2 samples before, now 1 of 4" in capsys.readouterr().out
 
 
 # Stopping
