@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +19,8 @@ from . import dist_util, media
 from .media import ClipInfo, MediaError
 
 EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
-FORMAT = 2  # of the cached index; raised whenever what is told of a file changes
+FORMAT = 3  # of the cached index; raised whenever what is told of a file changes
+FINGERPRINT_BYTES = 2**20  # at either end of a file
 MAX_EXAMPLES = 3  # bad files named in an error
 Info = TypeVar("Info")
 
@@ -154,11 +156,25 @@ def absolute(path: str) -> str:
 
 def identity(path: str) -> dict[str, float]:
     """What tells a changed file from an unchanged one; MediaError where it is gone."""
-    try:
+    with _found(path):
         stat = blobfile.stat(path)
+    return {"size": stat.size, "mtime": stat.mtime}
+
+
+def fingerprint(path: str) -> str:
+    """What tells films of one size apart, wherever they are: sha256 of the first and last MiB; MediaError as above."""
+    with _found(path), blobfile.BlobFile(path, "rb") as file:
+        first = file.read(FINGERPRINT_BYTES)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - FINGERPRINT_BYTES))
+        return hashlib.sha256(first + file.read()).hexdigest()
+
+
+@contextmanager
+def _found(path: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, blobfile.Error) as error:
         raise MediaError(f"{path}: cannot be found ({getattr(error, 'strerror', None) or error})") from error
-    return {"size": stat.size, "mtime": stat.mtime}
 
 
 def _look_up_changed(

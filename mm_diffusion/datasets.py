@@ -76,10 +76,10 @@ def locate(item: int, first_after: Sequence[int]) -> tuple[int, int]:
 
 
 def require_positive(**flags: float) -> None:
-    """ValueError that names the first flag below or at 0."""
+    """ValueError that names the first flag that is not above 0 and finite."""
     for flag, value in flags.items():
-        if value <= 0:
-            raise ValueError(f"--{flag} {value}: must be positive")
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{flag} {value}: must be positive and finite")
 
 
 class DiskCache:

@@ -12,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
+import blobfile
 from tqdm import tqdm
 
 from . import clip_index, media
@@ -22,7 +24,7 @@ from .media import MediaError
 
 FORMATS = ("png", "jpg")
 RECORD = "extracted.jsonl"  # first line: the settings; then one for each clip that is complete
-FRAME_NAME = re.compile(r"image_(.+)_\d+\.(?:png|jpg)")
+FRAME_NAME = re.compile(r"\.?image_(.+)_\d+\.(?:png|jpg)")  # hidden until the clip is complete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,11 @@ class ExtractSettings:
         if self.format not in FORMATS or self.quality > 100 or self.size < 0:
             raise ValueError("--format is png or jpg, --quality 1 to 100, --size pixels (0: as the video has them)")
 
+    def told(self) -> dict[str, Any]:
+        """What decides the frames."""
+        settings = dataclasses.asdict(self)
+        return settings if self.format == "jpg" else {name: settings[name] for name in settings if name != "quality"}
+
 
 def extract_videos(
     sources: Sequence[str], target: str, settings: ExtractSettings, num_workers: int = 4
@@ -46,7 +53,8 @@ def extract_videos(
     """Write the frames of all films (files, or below folders) as `target`/image_<clip>_<n>.<format>, clips in parallel.
 
     -> (clip -> frames it has, path -> why it has none). What is complete already is kept, other clips are done anew.
-    DataError, before anything is written, where that would mix two sources or settings.
+    DataError, before anything is written, where that would mix two sources or settings. Frames of a clip appear when
+    all of them are there.
     """
     require_positive(num_workers=num_workers)
     films, folder = films_by_name(sources), Path(target)
@@ -74,8 +82,11 @@ def extract_videos(
 
 def films_by_name(sources: Sequence[str]) -> dict[str, str]:
     """Clip name (the file's, without its suffix) -> path; DataError where two files share one, or there is none."""
+    sources = [os.path.expanduser(source) for source in sources]
     paths = {os.path.abspath(source) for source in sources if os.path.isfile(source)}
     if folders := [source for source in sources if not os.path.isfile(source)]:
+        if missing := [folder for folder in folders if not blobfile.isdir(folder)]:
+            raise DataError(f"{missing[0]}: no such file or folder; check -s")
         found = clip_index.find_files(folders, clip_index.EXTENSIONS, "videos", "check -s")
         paths |= {clip_index.absolute(path) for path in found}
     films: dict[str, str] = {}
@@ -92,7 +103,7 @@ def _refuse_two(one: str, other: str) -> None:
 
 def _claim(folder: Path, settings: ExtractSettings) -> dict[str, dict]:
     """Clip -> what the folder's record says of it. Begins the record; DataError if it holds other frames."""
-    wanted, record = dataclasses.asdict(settings), folder / RECORD
+    wanted, record = settings.told(), folder / RECORD
     lines = []
     for line in record.read_text().splitlines() if record.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # one that was cut short; its clip is done anew
@@ -102,7 +113,7 @@ def _claim(folder: Path, settings: ExtractSettings) -> dict[str, dict]:
     if not lines:
         folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(wanted))
-    elif lines[0] != wanted:
+    elif not lines[0].items() >= wanted.items():
         flags = " ".join(f"--{name} {value}" for name, value in lines[0].items())
         raise DataError(f"{folder}: its frames were extracted with {flags}; use these, or another folder (-t)")
     return {entry["clip"]: entry for entry in lines[1:]}
@@ -122,29 +133,39 @@ def _is_complete(path: str, entry: dict | None, names: list[str]) -> bool:
     """Whether a film's frames are all there; DataError if they are another film's."""
     if entry is None:
         return False
-    is_same = entry.items() >= clip_index.identity(path).items()
+    is_same = _is_same(path, entry)
     if not is_same:
         _refuse_two(entry["path"], path)
     return is_same and len(names) == entry["frames"]
+
+
+def _is_same(path: str, entry: dict) -> bool:
+    """Whether a film is the one recorded, be it elsewhere or copied."""
+    now = clip_index.identity(path)
+    if entry.items() >= now.items():
+        return True
+    return entry["size"] == now["size"] and entry.get("fingerprint") == clip_index.fingerprint(path)
 
 
 def _extract(
     path: str, clip: str, folder: Path, settings: ExtractSettings, leftovers: list[str], stop: threading.Event
 ) -> int:
     """Write and record all frames of a film; how many. MediaError if not all can be decoded: then none stays."""
-    entry = {"clip": clip, "path": path, **clip_index.identity(path)}
-    written = [folder / name for name in leftovers]
+    entry = {"clip": clip, "path": path, **clip_index.identity(path), "fingerprint": clip_index.fingerprint(path)}
+    _remove([folder / name for name in leftovers])
+    hidden: list[Path] = []
     try:
-        _remove(written)
         count = count_frames(media.picture_seconds(path), settings.fps)
         for number, frame in enumerate(media.read_frames(path, 0, count, settings.fps)):
             if stop.is_set():
                 raise InterruptedError(path)
-            written.append(folder / f"image_{clip}_{number:06d}.{settings.format}")
+            hidden.append(folder / f".image_{clip}_{number:06d}.{settings.format}")
             frame = media.fit_picture(frame, settings.size, settings.size) if settings.size else frame
-            media.write_image(written[-1], frame, settings.quality)
-    except MediaError:
-        _remove(written)
+            media.write_image(hidden[-1], frame, settings.quality)
+        for place in hidden:
+            place.rename(place.with_name(place.name[1:]))
+    except BaseException:
+        _remove(hidden)
         raise
     with open(folder / RECORD, "a") as record:  # one write, so that lines of threads do not mix
         record.write("\n" + json.dumps(entry | {"frames": count}))

@@ -13,7 +13,9 @@ import functools
 import itertools
 import math
 import os
+import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
@@ -30,22 +32,33 @@ import soundfile
 import torch as th
 import torchaudio
 import torchvision.io
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as picture_functional
 from torchvision.utils import make_grid, save_image
 
 av.logging.set_level(av.logging.PANIC)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and large pictures, once for each file
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
 PREROLL_SECONDS = 0.5  # decoding starts at least this long before a window, for codecs whose frames overlap
 SOUND_FRAMES_TO_SETTLE = 2  # after a seek the first sound frames may be damaged or misplaced
 MAX_MISSING_SECONDS = 1.0  # a file whose streams all end earlier than it announces by more than this is truncated
+MIN_BYTES_PER_SECOND = 16  # a file that lasts longer has damaged time stamps: pictures of any codec take more
 MAX_RESAMPLING_KERNEL = 8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
 RESAMPLING_CONTEXT = 64  # samples of the lower rate on either side of a window: more than the filter reaches
 DECODER = {module.__name__: module.__version__ for module in (av, PIL, th, torchaudio, torchvision)}  # may decide bits
-MIN_BYTES_PER_SECOND = 16  # a file that lasts longer has damaged time stamps: pictures of any codec take more
-LAST_BYTES = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of a whole image file
+END_OF_JPEG = b"\xff\xd9"
+EXIF_ORIENTATION = 0x0112
+TRANSPOSITIONS = {  # that make a picture of this orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class MediaError(ValueError):
@@ -85,15 +98,15 @@ def _opened(path: str) -> Iterator[Any]:
 
 def _choose_stream(path: str, container, kind: str, index: int | None) -> Any:
     """The stream of that index in the file, or the best of its kind ("video" or "audio")."""
-    streams = list(container.streams)
-    if index is not None:
-        if not 0 <= index < len(streams) or streams[index].type != kind:
-            found = [stream.index for stream in streams if stream.type == kind]
-            raise MediaError(f"{path}: stream {index} is not {kind} (its {kind} streams: {found})")
-        return streams[index]
-    stream = container.streams.best(kind)
+    streams, name = list(container.streams), "sound track" if kind == "audio" else "video stream"
+    if index is not None and (not 0 <= index < len(streams) or streams[index].type != kind):
+        found = [stream.index for stream in streams if stream.type == kind]
+        raise MediaError(f"{path}: stream {index} is not {kind} (its {kind} streams: {found})")
+    stream = container.streams.best(kind) if index is None else streams[index]
     if stream is None:
-        raise MediaError(f"{path}: has no {'sound track' if kind == 'audio' else 'video stream'}")
+        raise MediaError(f"{path}: has no {name}")
+    if stream.codec_context is None:
+        raise MediaError(f"{path}: its {name} has an unknown codec")
     return stream
 
 
@@ -172,7 +185,8 @@ def picture_seconds(path: str | os.PathLike) -> float:
     with _opened(path) as container:
         picture = _choose_stream(path, container, "video", None)
         sound = None if picture.duration else container.streams.best("audio")  # what is announced may be its end
-        return float(_ends(path, container, [picture, sound] if sound else [picture])[0] - _start(picture))
+        streams = [picture, sound] if sound and sound.codec_context else [picture]
+        return float(_ends(path, container, streams)[0] - _start(picture))
 
 
 def _ends(path: str, container, streams: list) -> list[Fraction]:
@@ -183,6 +197,8 @@ def _ends(path: str, container, streams: list) -> list[Fraction]:
     if max(ends) < max(announced) - Fraction(MAX_MISSING_SECONDS):
         held, promised = float(max(ends)), float(max(announced))
         raise MediaError(f"{path}: is truncated (ends at {held:.1f} s, should reach {promised:.1f} s)")
+    if 0 < container.size < MIN_BYTES_PER_SECOND * (lasts := max(ends) - _start(streams[0])):
+        raise MediaError(f"{path}: has damaged times (its {container.size} bytes would last {float(lasts):.0f} s)")
     return ends
 
 
@@ -197,8 +213,6 @@ def _last_instant(path: str, stream, announced: Fraction) -> Fraction:
 
 
 def read_window(
-    if 0 < container.size < MIN_BYTES_PER_SECOND * (lasts := max(ends) - _start(streams[0])):
-        raise MediaError(f"{path}: has damaged times (its {container.size} bytes would last {float(lasts):.0f} s)")
     path: str | os.PathLike,
     start_seconds: float | Fraction,
     num_frames: int,
@@ -238,16 +252,14 @@ def read_window(
     return th.stack([fitted[id(frame)] for frame in frames]).permute(0, 2, 3, 1).contiguous(), audio
 
 
-def read_frames(
-    path: str | os.PathLike, first: int, count: int, fps: float | Fraction, video_stream: int | None = None
-) -> Iterator[th.Tensor]:
+def read_frames(path: str | os.PathLike, first: int, count: int, fps: float | Fraction) -> Iterator[th.Tensor]:
     """The pictures [3, h, w] uint8 shown at (first + i) / fps seconds, i < count, one by one; no sound is needed.
 
     Upright RGB; past the end the last one repeats. MediaError where the file cannot be decoded.
     """
     path = os.fspath(path)
     with _opened(path) as container:
-        picture = _choose_stream(path, container, "video", video_stream)
+        picture = _choose_stream(path, container, "video", None)
         shown = _shown_frames(path, picture, first / Fraction(fps), count, fps)
     converter, last = av.video.reformatter.VideoReformatter(), None
     for frame in shown:
@@ -311,11 +323,17 @@ def _opened_image(path: str | os.PathLike) -> Iterator[tuple[Any, Image.Image]]:
 
 
 def check_image(path: str | os.PathLike) -> None:
-    """MediaError unless the file has the header and the end of an image; decodes only what ends in something else."""
+    """MediaError for a PNG with a wrong checksum, or a JPEG without its header or end: damage between stays unseen.
+
+    Decodes only a JPEG that ends in something else.
+    """
     with _opened_image(path) as (file, image):
+        if image.format == "PNG":
+            image.verify()
+            return
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 64))
-        whole = file.read().rstrip(b"\0").endswith(LAST_BYTES[image.format or ""])
+        whole = file.read().rstrip(b"\0").endswith(END_OF_JPEG)
         file.seek(0)
         if not whole:
             image.load()
@@ -327,8 +345,18 @@ def read_image(path: str | os.PathLike) -> th.Tensor:
     MediaError where it cannot be read to its end.
     """
     with _opened_image(path) as (_, image):
-        ImageOps.exif_transpose(image, in_place=True)
-        return _from_pil(_flat_rgb(image))
+        image.load()
+        upright = TRANSPOSITIONS.get(_orientation(image))
+        flat = _flat_rgb(image)
+        return _from_pil(flat if upright is None else flat.transpose(upright))
+
+
+def _orientation(image: Image.Image) -> Any:
+    """What the EXIF of a loaded image says of it; None where there is none, or it cannot be read."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # PIL's parser raises whatever it stumbles over; the picture is good all the same
+        return None
 
 
 def _flat_rgb(image: Image.Image) -> Image.Image:
@@ -481,13 +509,17 @@ def _to_float(array: np.ndarray) -> np.ndarray:
 
 
 def atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Run `write` on a temporary file beside `path` and rename it: a file that exists is complete."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
+    """Run `write` on a temporary file and rename it (or, to a remote path, copy it): a file that exists is complete."""
+    remote = "://" in os.fspath(path)
+    folder = Path(tempfile.gettempdir()) if remote else Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{uuid.uuid4().hex}{Path(path).suffix}"
     try:
         write(str(temporary))
-        os.replace(temporary, target)
+        if remote:
+            blobfile.copy(str(temporary), os.fspath(path), overwrite=True)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

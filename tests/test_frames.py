@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,8 @@ from media_files import MEDIA, grey_frames, make_clip, make_gif, noise, real_med
 from PIL import Image
 
 from mm_diffusion import clip_index, datasets, media
-from mm_diffusion.clip_index import ClipIndex, DataError
-from mm_diffusion.datasets import DiskCache
+from mm_diffusion.clip_index import FINGERPRINT_BYTES, ClipIndex, DataError
+from mm_diffusion.datasets import DiskCache, GlobalOrder
 from mm_diffusion.extraction import RECORD, ExtractSettings, extract_videos
 from mm_diffusion.frames import FrameDataset, degrade, find_frames, find_images, load_frames
 from mm_diffusion.media import MediaError
@@ -108,6 +110,56 @@ def test_images_are_upright_as_their_exif_asks(tmp_path, suffix):
     image = media.read_image(tmp_path / f"a{suffix}")
     assert image.shape == upright.shape
     assert (image.int() - upright.int()).abs().max() <= (8 if suffix == ".jpg" else 0)
+
+
+ODD_EXIF = {
+    "no TIFF": b"Exif\0\0no TIFF at all",
+    "empty": b"Exif\0\0",
+    "cut": b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01",
+    "far away": b"Exif\0\0II*\0\xff\xff\xff\x7f\x01\0",
+}
+quiet_exif = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # pytest undoes what media.py does
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("exif", ODD_EXIF.values(), ids=ODD_EXIF)
+@quiet_exif
+def test_exif_that_makes_no_sense_turns_nothing(tmp_path, suffix, exif):
+    image = smooth(1, 24, 40)
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(tmp_path / f"a{suffix}", exif=exif, quality=98)
+    assert not find_images(str(tmp_path)).bad
+    assert (media.read_image(tmp_path / f"a{suffix}").int() - image.int()).abs().float().mean() < 3
+
+
+@quiet_exif
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_pictures_are_upright_whatever_else_is_damaged_in_their_exif(tmp_path, suffix):
+    picture, exif, generator = Image.new("RGB", (16, 8)), Image.Exif(), np.random.default_rng(0)
+    exif.update({0x0112: 6, 0x011A: 72.0, 0x0132: "2020:01:01 00:00:00"})
+    after_orientation = len(b"Exif\0\0") + 8 + 2 + 12  # header, number of entries, first entry
+    for _ in range(300):
+        damaged = np.frombuffer(exif.tobytes(), np.uint8).copy()
+        damaged[generator.integers(after_orientation, len(damaged), 4)] = generator.integers(0, 256, 4)
+        picture.save(tmp_path / f"a{suffix}", exif=damaged.tobytes())
+        assert media.read_image(tmp_path / f"a{suffix}").shape == (3, 16, 8)
+
+
+def test_odd_exif_makes_no_noise(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=ODD_EXIF["cut"])
+    read = "import sys; from mm_diffusion import media; media.check_image(sys.argv[1]); media.read_image(sys.argv[1])"
+    told = subprocess.run([sys.executable, "-c", read, tmp_path / "a.jpg"], capture_output=True, text=True, check=True)
+    assert (told.stdout, told.stderr) == ("", "")
+
+
+def test_a_png_damaged_anywhere_is_left_out(tmp_path):
+    whole = (pictures(tmp_path, 1) / "0.png").read_bytes()
+    for k, where in enumerate(np.linspace(8, whole.index(b"IEND") - 5, 40).astype(int)):
+        damaged = bytearray(whole)
+        damaged[where] ^= 4
+        (tmp_path / f"damaged_{k}.png").write_bytes(damaged)
+    index = find_images(str(tmp_path))
+    assert [os.path.basename(path) for path, _ in index.clips] == ["0.png"]
+    assert len(index.bad) == 40
 
 
 def test_png_is_lossless_and_jpeg_nearly_and_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
@@ -315,6 +367,14 @@ def test_two_ranks_share_the_batch_of_one_and_a_restart_continues(tmp_path):
     assert {part.dtype for part in (batches[0][0], batches[0][1]["low_res"])} == {th.float32}
 
 
+def test_the_seed_of_the_stream_is_that_of_its_pairs(tmp_path):
+    index = find_frames(str(pictures(tmp_path, 5)))
+    large, cond = next(load_frames(index=index, batch_size=8, seed=7, **LOADING))
+    pairs = [(large[k], {"low_res": cond["low_res"][k]}) for k in range(8)]
+    dataset, order = FrameDataset(index, **SIZES, seed=7), GlobalOrder(5, 8, seed=7)
+    assert all(same(pair, dataset[key]) for pair, key in zip(pairs, next(iter(order)), strict=True))
+
+
 def test_worker_processes_give_the_same_batches(tmp_path):
     options = {"index": find_frames(str(pictures(tmp_path, 5))), "batch_size": 3, **SIZES}
     assert same(*(next(load_frames(num_workers=workers, **options)) for workers in (0, 1)))
@@ -408,8 +468,8 @@ def test_only_clips_that_are_incomplete_are_extracted_again(tmp_path, monkeypatc
     written, write = [], media.write_image
 
     def note(path, *rest, until=None):
-        written.append(path.name)
-        if path.name == until:
+        written.append(path.name.removeprefix("."))
+        if written[-1] == until:
             raise OSError("disk full")
         write(path, *rest)
 
@@ -439,6 +499,48 @@ def test_an_interrupted_clip_is_done_anew_though_its_record_was_cut_short(tmp_pa
         assert len(read) == expected  # the settings and the clip, once
 
 
+def test_other_clips_are_extracted_beside_one_of_a_codec_that_nobody_knows(tmp_path):
+    film(tmp_path / "films/good.mp4")
+    odd = film(tmp_path / "films/odd.mp4")
+    odd.write_bytes(odd.read_bytes().replace(b"avc1", b"zzzz"))
+    frames, bad = extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings())
+    assert (frames, bad) == ({"good": 8}, {str(odd): f"{odd}: its video stream has an unknown codec"})
+
+
+def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, monkeypatch):
+    for name in ("long", "bad"):
+        film(tmp_path / f"films/{name}.mp4", seconds=20)
+    written, long_began, write = [], threading.Event(), media.write_image
+
+    def slowly(path, *rest):
+        if "bad" in path.name:
+            assert long_began.wait(60)
+            raise OSError("disk full")
+        write(path, *rest)
+        written.append(path)
+        long_began.set()
+        time.sleep(0.05)
+
+    monkeypatch.setattr(media, "write_image", slowly)
+    with pytest.raises(OSError, match="disk full"):
+        extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings(fps=10), num_workers=2)
+    assert 1 <= len(written) < 200
+    assert not names_in(tmp_path / "frames")
+
+
+def test_frames_of_a_clip_that_was_killed_are_no_pictures_and_go_with_the_rerun(tmp_path):
+    kill = "import os, sys; from mm_diffusion import extraction, media; write = media.write_image\n"
+    kill += "media.write_image = lambda path, *rest: os._exit(9) if '005' in path.name else write(path, *rest)\n"
+    kill += "extraction.extract_videos([sys.argv[1]], sys.argv[2], extraction.ExtractSettings())"
+    source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
+    assert subprocess.run([sys.executable, "-c", kill, source, target], timeout=120, check=False).returncode == 9
+    assert len(names_in(target)) == 5
+    with pytest.raises(DataError, match="holds no images"):
+        find_images(target)
+    assert extract_videos([source], target, ExtractSettings()) == ({"a": 8}, {})
+    assert names_in(target) == [f"image_a_{k:06d}.png" for k in range(8)]
+
+
 def test_a_film_replaced_by_a_shorter_one_leaves_no_old_frames(tmp_path):
     arguments = [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings()
     film(tmp_path / "films/a.mp4")
@@ -459,22 +561,49 @@ def test_two_sources_of_one_name_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"a/x\.mp4 and .*b/x\.mkv: .* rename one"):
         extract_videos([str(other)], target, ExtractSettings())
     assert names_in(target) == before
-    one.rename(tmp_path / "moved.mp4").rename(tmp_path / "x.mp4")  # the same film from elsewhere is no second one
-    assert extract_videos([str(tmp_path / "x.mp4")], target, ExtractSettings()) == ({"x": 8}, {})
+
+
+@pytest.mark.parametrize("minutes_later", [0, 10])
+@pytest.mark.parametrize("pad_bytes", [0, 3 * FINGERPRINT_BYTES])
+def test_a_film_copied_elsewhere_is_the_same_film_but_not_one_of_its_size(
+    tmp_path, monkeypatch, minutes_later, pad_bytes
+):
+    here, there = film(tmp_path / "a/x.mp4"), tmp_path / "b/x.mp4"
+    data = here.read_bytes() + (pad_bytes.to_bytes(4, "big") + b"free").ljust(pad_bytes, b"\0")[:pad_bytes]
+    here.write_bytes(data)
+    arguments = str(tmp_path / "frames"), ExtractSettings()
+    extract_videos([str(here)], *arguments)
+    monkeypatch.setattr(media, "write_image", lambda *_: pytest.fail("written again"))
+    there.parent.mkdir()
+    there.write_bytes(data)
+    os.utime(there, (0, here.stat().st_mtime + 60 * minutes_later))
+    assert extract_videos([str(there)], *arguments) == ({"x": 8}, {})
+    for changed in (10, len(data) // 2, len(data) - 1):
+        there.write_bytes(data[:changed] + b"inserted" + data[changed + (8 if changed == 10 else 0) :])
+        with pytest.raises(DataError, match=r"a/x\.mp4 and .*b/x\.mp4: .* rename one"):
+            extract_videos([str(there)], *arguments)
 
 
 def test_one_folder_holds_frames_of_one_kind(tmp_path):
     source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
     extract_videos([source], target, ExtractSettings(fps=4))
     for other in ({"fps": 2}, {"format": "jpg"}, {"size": 16}):
-        with pytest.raises(DataError, match=r"extracted with --fps 4 --format png .*another folder"):
+        with pytest.raises(DataError, match=r"extracted with --fps 4 --format png --size 0; .*another folder"):
             extract_videos([source], target, ExtractSettings(**other))
+    assert extract_videos([source], target, ExtractSettings(quality=50)) == ({"a": 8}, {})  # png has no quality
+    extract_videos([source], f"{target}_jpg", ExtractSettings(format="jpg", quality=90))
+    with pytest.raises(DataError, match=r"extracted with .*--format jpg --quality 90 --size 0; "):
+        extract_videos([source], f"{target}_jpg", ExtractSettings(format="jpg"))
     (tmp_path / "frames" / RECORD).unlink()
     with pytest.raises(DataError, match=f"no record .{RECORD}. of their source"):
         extract_videos([source], target, ExtractSettings())
 
 
-@pytest.mark.parametrize("change", [{"fps": 0}, {"quality": 0}, {"quality": 101}, {"format": "gif"}, {"size": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"fps": 0}, {"fps": float("nan")}, {"fps": float("inf")}]
+    + [{"quality": 0}, {"quality": 101}, {"format": "gif"}, {"size": -1}],
+)
 def test_impossible_settings_are_refused_by_name(change):
     with pytest.raises(ValueError, match=f"--{next(iter(change))}"):
         ExtractSettings(**change)
@@ -503,7 +632,7 @@ def test_the_script_extracts_what_it_can_and_names_the_rest(tmp_path):
 def test_the_script_tells_a_missing_folder_in_one_line(tmp_path):
     told = run_extract_video("-s", tmp_path / "nowhere", "-t", tmp_path / "frames")
     assert told.returncode == 1
-    assert told.stderr.strip() == f"error: {tmp_path / 'nowhere'}: no such data folder; check -s"
+    assert told.stderr.strip() == f"error: {tmp_path / 'nowhere'}: no such file or folder; check -s"
 
 
 @real_media

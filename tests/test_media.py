@@ -231,6 +231,22 @@ def test_streams_can_be_chosen_and_a_wrong_choice_is_named(tmp_path):
         media.probe(path, audio_stream=0)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "known", "kind"),
+    [(".mp4", b"avc1", "video stream"), (".mkv", b"V_MPEG4", "video stream"), (".mkv", b"A_FLAC", "sound track")],
+)
+def test_a_codec_that_nobody_knows_is_told(tmp_path, suffix, known, kind):
+    path = make_clip(tmp_path / f"a{suffix}", grey_frames(RAMP[:10]), audio=noise(16000))
+    path.write_bytes(path.read_bytes().replace(known, known[:-4] + b"ZZZZ"))
+    reads = [media.probe, lambda path: media.read_window(path, 0, 1, 4, 8, 8, 16000, 16)]
+    seen = [media.picture_seconds, lambda path: next(media.read_frames(path, 0, 1, 4))]
+    for read in reads + seen if kind == "video stream" else reads:
+        with pytest.raises(MediaError, match=rf"a\{suffix}: its {kind} has an unknown codec$"):
+            read(path)
+    if kind == "sound track":  # which the picture alone does not need
+        assert media.picture_seconds(path) == pytest.approx(1, abs=0.01)
+
+
 @real_media
 def test_real_mp4_best_streams_and_windows():
     path = MEDIA / "nasa_13013.mp4"
