@@ -358,6 +358,7 @@ def end_job(message: str, status: int = 1, patience: float = 2) -> NoReturn:
     sys.stderr.flush()
     _tell_torchrun(message)
     if size > 1 and mpi:
+        time.sleep(0.5)  # mpiexec drops what it has not yet passed on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nothing after the message
         mpi.COMM_WORLD.Abort(status)
     if size > 1:
