@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -311,6 +312,7 @@ def endless_batches(
     dataset: Dataset, batch_size: int, num_workers: int, seed: int, rank: int, world_size: int, start_sample: int
 ) -> Iterator[Any]:
     """This rank's batches of items (epoch, index) in `GlobalOrder`, collated, made by worker processes if any."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
     loader = DataLoader(
         dataset,
         batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_sample),  # type: ignore[arg-type]
