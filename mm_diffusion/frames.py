@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from . import clip_index, dist_util, logger, media, rng
 from .clip_index import ClipIndex
 from .datasets import DiskCache, Parts, count_frames, endless_batches, is_mirrored, locate, require_positive
+from .unet import check_factor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 NOISE_SHARE, MAX_NOISE_SIGMA = 0.5, 20.0  # of the small pictures; on the scale 0..255
@@ -91,9 +92,8 @@ class FrameDataset(Dataset):
         seed: int = 42,
         disk: DiskCache | None = None,
     ) -> None:
-        require_positive(large_size=large_size, small_size=small_size, video_fps=video_fps)
-        if large_size % small_size:
-            raise ValueError(f"large_size {large_size} is not a multiple of small_size {small_size}")
+        require_positive(video_fps=video_fps)
+        check_factor(large_size, small_size)
         self.files, self.video_fps = index.clips, video_fps
         self.large_size, self.small_size, self.random_flip, self.seed = large_size, small_size, random_flip, seed
         self.parts: Parts = [((3, large_size, large_size), "uint8")]

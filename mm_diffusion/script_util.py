@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from . import gaussian_diffusion as gd
 from .dist_util import end_job
 from .respace import SpacedDiffusion, space_timesteps
-from .unet import AUDIO_TYPES, VIDEO_CONVS, ImageSuperResModel, MultimodalUNet
+from .unet import AUDIO_TYPES, VIDEO_CONVS, ImageSuperResModel, MultimodalUNet, check_factor
 
 Config = TypeVar("Config")
 
@@ -405,6 +405,7 @@ def create_upsampler(config: SRModelConfig, learn_sigma: bool = True) -> ImageSu
     """guided-diffusion's upsampler; ValueError, naming the flag, for what it cannot be."""
     if config.sr_class_cond:
         raise ValueError("sr_class_cond True: frames have no classes; leave it False")
+    check_factor(config.large_size, config.small_size)
     return ImageSuperResModel(
         large_size=config.large_size,
         small_size=config.small_size,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -182,6 +183,7 @@ class StateWriter:
     keep_every: int = 0
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "state writer"))
     _running: Future | None = None
+    _copying: threading.Event = field(default_factory=threading.Event)  # set once the copy is done
 
     def wait(self) -> None:
         """Until nothing is being written; StateError if that failed."""
@@ -189,21 +191,35 @@ class StateWriter:
         if running:
             running.result()
 
+    def wait_for_copy(self) -> None:
+        """Until what is being written may be changed."""
+        if self._running:
+            self._copying.wait()
+
     def check(self) -> None:
         """StateError if writing has failed meanwhile; does not wait."""
         if self._running and self._running.done():
             self.wait()
 
-    def write(self, step: int, files: Mapping[str, Save], facts: Mapping[str, Any], then: Callable[[], None]) -> None:
+    def write(
+        self, step: int, copy: Callable[[], Mapping[str, Save]], facts: Mapping[str, Any], then: Callable[[], None]
+    ) -> None:
         """Begin to write a state, after the one before; `then()` is called when it is complete.
 
-        The caller must not change what `files` save before `wait` returns.
+        `copy()` runs beside the training as well: until `wait_for_copy` returns, nothing that it copies may change.
         """
         self.wait()
-        self._running = self._pool.submit(self._write, step, files, facts, then)
+        self._copying.clear()
+        self._running = self._pool.submit(self._write, step, copy, facts, then)
 
-    def _write(self, step: int, files: Mapping[str, Save], facts: Mapping[str, Any], then: Callable[[], None]) -> None:
+    def _write(
+        self, step: int, copy: Callable[[], Mapping[str, Save]], facts: Mapping[str, Any], then: Callable[[], None]
+    ) -> None:
         checksums: dict[str, dict[str, Any]] = {}
+        try:
+            files = copy()
+        finally:
+            self._copying.set()
         try:
             bf.makedirs(self.folder)
             for name, save in files.items():

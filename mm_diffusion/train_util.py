@@ -227,6 +227,7 @@ class TrainLoop:
 
         Where that is not finite the weights stay as they are. All of it is decided on the device, without a wait.
         """
+        self.writer.wait_for_copy()  # of a save, which may take as long as forward and backward
         grads = [p.grad for p in self.params if p.grad is not None]
         if self.precision == "fp16":
             th._foreach_mul_(grads, (2.0**-self.log_loss_scale).float())
@@ -317,33 +318,34 @@ class TrainLoop:
         NNNNNN is the number of optimizer steps done.
         """
         if self.world.rank == 0:
-            self.writer.wait()
-            files, facts = self._files()
             folder, step = self.config.output_dir, self.step
+            facts = {"samples": self.samples, "ranks": self._share[0], "batch_size": self._share[1]}
             self.writer.write(
-                step, files, facts, lambda: logger.log(f"saved {folder}/model{step:06d}.pt and its state")
+                step, self._copy(), facts, lambda: logger.log(f"saved {folder}/model{step:06d}.pt and its state")
             )
         self.saved_step = self.step
         if self.preview:
+            self.writer.wait_for_copy()
             barrier()
             with self.ema_weights() as model:
                 self.preview(model, self.step)
             barrier()
 
-    def _files(self) -> tuple[dict[str, states.Save], dict[str, Any]]:
-        """Names of the state's files -> how to save them, and the facts of the manifest."""
+    def _copy(self) -> Callable[[], dict[str, states.Save]]:
+        """A function that copies the state as it is now to the host -> names of its files and how to save them."""
         train = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
         rest: dict[str, Any] = {"skipped": self.skipped, "samples": self.samples, "share": self._share}
         contents: dict[str, Any] = {f"ema_{rate}_": self._published(ema) for rate, ema in self.emas.items()}
         contents["opt"] = {**self.optimizer.state_dict(), "train": train | rest}
         contents["model"] = self._published(self.params)
-        copies = self.host_copy.take("", contents)
-        if self.world.device.type == "cuda":
-            th.cuda.synchronize()
-        files: dict[str, states.Save] = {
-            f"{kind}{self.step:06d}.pt": partial(self._save_file, kind, copies[kind]) for kind in copies
-        }
-        return files, {"samples": self.samples, "ranks": self._share[0], "batch_size": self._share[1]}
+        number, ready = f"{self.step:06d}", device_event(self.world.device)
+
+        def copy() -> dict[str, states.Save]:
+            with after_event(ready, self.world.device):
+                copies = self.host_copy.take("", contents)
+            return {f"{kind}{number}.pt": partial(self._save_file, kind, copies[kind]) for kind in copies}
+
+        return copy
 
     @property
     def _share(self) -> tuple[int, int]:
@@ -418,6 +420,24 @@ def find_state(config: TrainConfig) -> tuple[str, int] | None:
 
 def model_path(folder: str, step: int) -> str:
     return bf.join(folder, f"model{step:06d}.pt")
+
+
+def device_event(device: th.device) -> th.cuda.Event | None:
+    """When what the device has been given so far is done; None on a CPU, where it is done already."""
+    return th.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def after_event(event: th.cuda.Event | None, device: th.device) -> Iterator[None]:
+    """Run copies after the event, beside what the device does, and wait for them."""
+    if event is None:
+        yield
+        return
+    side = th.cuda.Stream(device)
+    with th.cuda.stream(side):
+        side.wait_event(event)
+        yield
+    side.synchronize()
 
 
 @contextlib.contextmanager

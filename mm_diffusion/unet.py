@@ -594,19 +594,24 @@ def check_sizes(config: UNetConfig) -> None:
         )
 
 
+def check_factor(large_size: int, small_size: int) -> None:
+    """ValueError, naming the flag, unless the upsampler enlarges by a whole number."""
+    for name, size in (("large_size", large_size), ("small_size", small_size)):
+        if size < 1:
+            raise ValueError(f"{name} {size}: need at least 1")
+    if large_size % small_size:
+        raise ValueError(f"large_size {large_size} is not a multiple of small_size {small_size}")
+
+
 def check_upsampler_sizes(config: UpsamplerConfig) -> None:
     """ValueError, naming the flag, where the pictures do not fit the upsampler."""
-    for name in ("large_size", "small_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
+    check_factor(config.large_size, config.small_size)
     for name in ("num_channels", "num_res_blocks", "num_heads"):
         if getattr(config, name) < 1:
             raise ValueError(f"sr_{name} {getattr(config, name)}: need at least 1")
     for name in ("num_head_channels", "num_heads_upsample"):
         if getattr(config, name) < 1 and getattr(config, name) != -1:
             raise ValueError(f"sr_{name} {getattr(config, name)}: need at least 1, or -1 for sr_num_heads heads")
-    if config.large_size % config.small_size:
-        raise ValueError(f"large_size {config.large_size} is not a multiple of small_size {config.small_size}")
     deepest = len(config.channel_mult) - 1
     if config.large_size % 2**deepest:
         raise ValueError(

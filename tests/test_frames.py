@@ -239,8 +239,8 @@ def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"small_size": 12}, "large_size 32 is not a multiple of small_size 12"),
-        ({"large_size": 0}, "--large_size"),
-        ({"small_size": 0}, "--small_size"),
+        ({"large_size": 0}, "large_size"),
+        ({"small_size": 0}, "small_size"),
         ({"batch_size": 0}, "--batch_size"),
         ({"video_fps": 0}, "--video_fps"),
     ],

@@ -153,6 +153,24 @@ def test_training_goes_on_while_a_state_is_written_and_what_is_written_is_of_its
     assert all(th.equal(a, b) for a, b in zip(resumed.params, wanted, strict=True))
 
 
+def test_an_update_waits_for_the_copy_that_runs_beside_the_next_forward_and_backward(tmp_path, monkeypatch):
+    trainer, whole = loop(tmp_path), HostCopy.take
+
+    def slow(self, name, tree):
+        if not name:
+            time.sleep(1)
+        return whole(self, name, tree)
+
+    monkeypatch.setattr(HostCopy, "take", slow)
+    trainer.run_step(*next(trainer.data))
+    wanted = [x.detach().clone() for x in everything(trainer)]
+    trainer.save()
+    trainer.run_step(*next(trainer.data))
+    trainer.writer.wait()
+    resumed = loop(tmp_path)
+    assert all(th.equal(a, b) for a, b in zip(everything(resumed), wanted, strict=True))
+
+
 def test_copies_use_their_memory_again_and_keep_types():
     copy, tree = HostCopy(), {"a": [th.ones(3), 5], "b": (th.zeros(2, dtype=th.int64), "x")}
     first = copy.take("t", tree)
