@@ -245,7 +245,10 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
     there are any.
     """
     note = Path(folder, "sampling.json")
-    known: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
+    try:
+        known: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
+    except ValueError:
+        raise ValueError(f"{note} is damaged: choose another --output_dir") from None
     wanted: dict[str, Any] = json.loads(json.dumps(description))
     any_clips, any_large = (any(Path(folder, kind).glob("*.mp4")) for kind in ("original", "sr_mp4"))
     if any_clips and not note.exists():

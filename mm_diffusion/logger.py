@@ -51,6 +51,8 @@ def configure(
     if not enabled:
         return
     if folder is not None:
+        if "://" in str(folder) and use_tensorboard:
+            raise ValueError("use_tensorboard True needs a local --output_dir")
         if "://" in str(folder):  # kept here, and copied there after every row
             _current.remote = bf.join(str(folder), "progress.csv")
             _current.folder = Path(tempfile.mkdtemp())
@@ -139,7 +141,7 @@ def peak_memory() -> int:
 
 def drop_rows_from(step: int) -> None:
     """Forget rows of steps later than `step`, which a resumed run makes anew."""
-    kept = [row for row in _current.rows if float(row.get("step") or 0) <= step]
+    kept = [row for row in _current.rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
     _current.stale |= len(kept) < len(_current.rows)
     _current.rows = kept
 

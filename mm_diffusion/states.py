@@ -6,9 +6,11 @@ with the length and SHA-256 of each. Every file appears when it is complete. Fol
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -21,7 +23,10 @@ from typing import Any, BinaryIO
 import blobfile as bf
 import torch as th
 
+from . import logger
+
 MANIFEST, MODEL = re.compile(r"state(\d+)\.json"), re.compile(r"model(\d+)\.pt")
+NUMBERED = re.compile(r"(?:model|opt|ema_[\d.]+_|state)(\d+)\.(?:pt|json)")
 CHUNK_BYTES = 2**24
 
 Save = Callable[[Any], None]
@@ -42,6 +47,7 @@ class State:
     folder: str
     step: int
     files: Mapping[str, Mapping[str, Any]] | None
+    origin: str = ""  # the checkpoint or folder that its run was told to resume, if any
 
     def damage(self, only: str = "") -> str:
         """What is wrong with it, or with one of its files; "" if nothing is."""
@@ -64,19 +70,19 @@ def states_in(folder: str) -> list[State]:
     names = set(bf.listdir(folder)) if bf.isdir(folder) else set()
     steps = {int(match[1]) for name in names if (match := MODEL.fullmatch(name)) and f"opt{match[1]}.pt" in names}
     steps |= {int(match[1]) for name in names if (match := MANIFEST.fullmatch(name))}
-    return [State(folder, step, _manifest(folder, step)) for step in sorted(steps, reverse=True)]
+    return [State(folder, step, *_manifest(folder, step)) for step in sorted(steps, reverse=True)]
 
 
 def manifest_name(step: int) -> str:
     return f"state{step:06d}.json"
 
 
-def newest_intact(folder: str, warn: Callable[[str], None]) -> State | None:
-    """The newest state of the folder that is whole; each newer one that is not is told. None if there is no state.
+def newest_intact(folder: str, warn: Callable[[str], None], origin: str | None = None) -> State | None:
+    """The newest state of the folder (of that origin) that is whole; each newer one that is not is told.
 
-    CheckpointError where there are states and none is whole.
+    None if there is no state; CheckpointError where there are states and none is whole.
     """
-    states = states_in(folder)
+    states = [state for state in states_in(folder) if origin in (None, state.origin)]
     for state in states:
         reason = state.damage()
         if not reason:
@@ -87,6 +93,28 @@ def newest_intact(folder: str, warn: Callable[[str], None]) -> State | None:
     return None
 
 
+def set_aside(folder: str, after: int) -> str:
+    """Move the states of later steps into a folder of their own, so that none is overwritten -> that folder, or ""."""
+    later = [state.step for state in states_in(folder) if state.step > after]
+    if not later:
+        return ""
+    numbers = (k for k in itertools.count(1) if not bf.exists(bf.join(folder, f"abandoned_{k}")))
+    target = bf.join(folder, f"abandoned_{next(numbers)}")
+    bf.makedirs(target)
+    for name in bf.listdir(folder):
+        if (match := NUMBERED.fullmatch(name)) and int(match[1]) in later:
+            bf.copy(bf.join(folder, name), bf.join(target, name))
+            bf.remove(bf.join(folder, name))
+    return target
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what a save that was killed left under temporary names."""
+    for name in bf.listdir(folder) if bf.isdir(folder) else []:
+        if name.endswith(".partial") and NUMBERED.fullmatch(name.removesuffix(".partial")):
+            bf.remove(bf.join(folder, name))
+
+
 def refuse_damaged(path: str) -> None:
     """CheckpointError if a manifest beside this file says that it should be another; files without one pass."""
     folder, name = os.path.split(path)
@@ -95,15 +123,18 @@ def refuse_damaged(path: str) -> None:
             raise CheckpointError(f"{reason}; use another checkpoint")
 
 
-def _manifest(folder: str, step: int) -> Mapping[str, Mapping[str, Any]] | None:
+def _manifest(folder: str, step: int) -> tuple[Mapping[str, Mapping[str, Any]] | None, str]:
+    """What the manifest says of files and origin; {} without one, None where it cannot be read."""
     path = bf.join(folder, manifest_name(step))
     if not bf.exists(path):
-        return {}
+        return {}, ""
     try:
         with bf.BlobFile(path, "rb") as file:
-            return {str(name): dict(checksum) for name, checksum in json.loads(file.read())["files"].items()}
+            held = json.loads(file.read())
+        files = {str(name): dict(checksum) for name, checksum in held["files"].items()}
+        return files, str(held.get("origin", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return None, ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,11 +156,16 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.length = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.length += memoryview(data).nbytes
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -143,14 +179,11 @@ def write_file(path: str, save: Save) -> dict[str, Any]:
     """`save(file)` into a file that appears at `path` when it is complete and on the disk -> its checksum."""
     if "://" in path:
         with bf.BlobFile(path, "wb") as remote:  # appears when it is closed
-            hashing = _Hashing(remote)
-            save(hashing)
-        return hashing.checksum
+            return _saved(remote, save)
     temporary = f"{path}.partial"
     try:
         with open(temporary, "wb") as file:
-            hashing = _Hashing(file)
-            save(hashing)
+            checksum = _saved(file, save)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -159,6 +192,15 @@ def write_file(path: str, save: Save) -> dict[str, Any]:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+    return checksum
+
+
+def _saved(file: Any, save: Save) -> dict[str, Any]:
+    hashing = _Hashing(file)
+    try:
+        save(hashing)
+    except RuntimeError:  # what torch.save makes of an error of the file
+        raise hashing.error or OSError("torch.save failed") from None
     return hashing.checksum
 
 
@@ -190,6 +232,15 @@ class StateWriter:
         running, self._running = self._running, None
         if running:
             running.result()
+
+    def __enter__(self) -> StateWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        """A state in hand is finished whatever happens, but for an impatient Ctrl-C."""
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            if kind is not KeyboardInterrupt:
+                self.wait()
 
     def wait_for_copy(self) -> None:
         """Until what is being written may be changed."""
@@ -227,26 +278,30 @@ class StateWriter:
             manifest = {"step": step, "files": checksums, **facts}
             text = json.dumps(manifest, indent=1).encode()
             write_file(bf.join(self.folder, manifest_name(step)), lambda file: file.write(text))
-            self._thin_out()
-        except OSError as error:
-            for name in checksums:  # of no use without a manifest
-                bf.remove(bf.join(self.folder, name))
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk is full" if full else str(error)
-            safe = states_in(self.folder)[:1]
-            kept = f"the state of step {safe[0].step} is intact" if safe else "no state was saved before"
+        except (OSError, bf.Error) as error:
+            with contextlib.suppress(OSError, bf.Error):
+                for name in checksums:  # of no use without a manifest
+                    bf.remove(bf.join(self.folder, name))
+            full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else " ".join(str(error).split())
+            safe = next((state for state in states_in(self.folder) if not state.damage()), None)
+            kept = f"the state of step {safe.step} is intact" if safe else "no state was saved before"
             raise StateError(f"{self.folder}: cannot save step {step}: {reason}; {kept}") from None
         then()
+        try:
+            self._thin_out(step)
+        except (OSError, bf.Error) as error:
+            logger.warn(f"{self.folder}: old states stay ({' '.join(str(error).split())})")
 
-    def _thin_out(self) -> None:
-        """Remove what need not stay: the manifest first, so that no state is ever half there."""
+    def _thin_out(self, newest: int) -> None:
+        """Remove what need not stay of the states up to the newest; of each the manifest first, then the model."""
         if not self.keep_last:
             return
-        complete = [state for state in states_in(self.folder) if state.files]
+        complete = [state for state in states_in(self.folder) if state.files and state.step <= newest]
         for state in complete[self.keep_last :]:
             assert state.files
             if not (self.keep_every and state.step % self.keep_every == 0):
-                for name in (manifest_name(state.step), *state.files):
+                for name in (manifest_name(state.step), *sorted(state.files, reverse=True)):
                     if bf.exists(path := bf.join(self.folder, name)):
                         bf.remove(path)
 

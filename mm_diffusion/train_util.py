@@ -87,6 +87,7 @@ class TrainLoop:
         self.model, self.diffusion, self.config, self.world = model.to(world.device), diffusion, config, world
         self.flags, self.preview = flags or {}, preview
         state = from_rank_0(lambda: find_state(config))
+        self.origin = origin_of(config)
         if config.init_checkpoint and not state:
             start_from(config.init_checkpoint, self.model)
         elif config.init_checkpoint:
@@ -108,13 +109,20 @@ class TrainLoop:
         self.precision = choose_precision(config.precision, use_fp16, world.device)
         scale = INITIAL_LOG_LOSS_SCALE if self.precision == "fp16" else 0.0
         self.log_loss_scale = th.tensor(scale, dtype=th.float64, device=world.device)
-        self.skipped = th.zeros(2, device=world.device)  # steps with a gradient that is not finite: in all, in a row
+        self.skipped = th.zeros(
+            3, device=world.device
+        )  # not finite gradients: in all, in a row, most since the last row
         self.step = 0  # optimizer steps done
         self.samples = 0  # used by all ranks together
         self.saved_step = -1
         self.started = time.monotonic()
         if state:
             self._resume(*state)
+        if world.rank == 0:
+            states.remove_leftovers(config.output_dir)
+            if aside := states.set_aside(config.output_dir, after=self.step):
+                logger.warn(f"later states of another run were moved to {aside}")
+        logger.drop_rows_from(self.step)
         logger.start_trackers(self.step, self.flags)
         self.data: Iterator[Any] = prefetch_to_device(data(self.samples), world.device)
         self.writer = states.StateWriter(config.output_dir, config.keep_last, config.keep_every)
@@ -122,13 +130,13 @@ class TrainLoop:
         self.seen: dict[str, list[th.Tensor]] = {}  # what the next row of the log averages
         self.waited = 0.0  # for data, in seconds, since the last row
         self.row = self.samples, time.monotonic()  # at the last row
-        self.samples_per_second = 0.0
+        self.samples_per_second, self.longest_streak = 0.0, 0
 
     def run_loop(self) -> None:
         """Train until there is a reason to stop, saving on the way and at the end."""
         total = self.last_step
         bar = tqdm(total=total, initial=self.step, unit="step", disable=self.world.rank > 0, dynamic_ncols=True)
-        with bar, stop_signals() as received:
+        with bar, self.writer, stop_signals() as received:
             while total is None or self.step < total:
                 batch = self._next_batch(received)
                 if reason := self._reason_to_stop(received):
@@ -138,12 +146,12 @@ class TrainLoop:
                 bar.update()
                 if self.step % self.config.log_interval == 0 or self.step == total:
                     self._log()
+                    self._give_up_if_lost()
                     bar.set_postfix_str(f"{self.samples_per_second:.2f} samples/s", refresh=False)
                 if self.step % self.config.save_interval == 0:
                     self.save()
             if self.saved_step != self.step:
-                self.save()
-            self.writer.wait()
+                self.save(preview=not received)  # whoever sends a signal may not wait for pictures
 
     @property
     def last_step(self) -> int | None:
@@ -155,7 +163,7 @@ class TrainLoop:
         start = time.monotonic()
         try:
             return next(self.data)
-        except RuntimeError:
+        except (RuntimeError, OSError, EOFError):
             time.sleep(0.1)  # the loader may have noticed before us
             if received:
                 return {}, {}
@@ -237,7 +245,8 @@ class TrainLoop:
         self.optimizer.step()
         for rate, ema in self.emas.items():
             update_ema(ema, [p.detach() for p in self.params], warm_rate(float(rate), self.step))
-        self.skipped = th.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
+        in_a_row = (self.skipped[1] + bad) * bad
+        self.skipped = th.stack([self.skipped[0] + bad, in_a_row, th.maximum(self.skipped[2], in_a_row)])
         if self.precision == "fp16":
             self.log_loss_scale += th.where(bad > 0, -1.0, self.config.fp16_scale_growth)
         self.optimizer.zero_grad(set_to_none=True)
@@ -278,13 +287,18 @@ class TrainLoop:
         self._log_pace()
         if self.precision == "fp16":
             logger.logkv("log2_loss_scale", float(self.log_loss_scale))
-        in_all, in_a_row = (int(count) for count in self.skipped)
+        in_all, _, self.longest_streak = (int(count) for count in self.skipped)
+        self.skipped[2] = self.skipped[1]
         logger.logkv("skipped_steps", in_all)
         logger.dumpkvs()
-        if in_a_row > self.config.max_skipped_steps:
+
+    def _give_up_if_lost(self) -> None:
+        """ValueError, once the weights are saved, after too many gradients in a row that were not finite."""
+        if self.longest_streak > self.config.max_skipped_steps:
+            self.save(preview=False)
             raise ValueError(
-                f"the gradient was not finite {in_a_row} steps in a row (--max_skipped_steps); the weights are those of"
-                " before: resume with a lower --lr, --grad_clip 1, or --precision bf16 or fp32"
+                f"the gradient was not finite {self.longest_streak} steps in a row (--max_skipped_steps); the weights"
+                " of before are saved: resume with a lower --lr, --grad_clip 1, or --precision bf16 or fp32"
             )
 
     def _log_pace(self) -> None:
@@ -311,7 +325,7 @@ class TrainLoop:
             _fill(self.params, kept)
             self.model.train(training)
 
-    def save(self) -> None:
+    def save(self, preview: bool = True) -> None:
         """Copy the state and write it beside the training; then preview.
 
         modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt, and the manifest stateNNNNNN.json when they are complete;
@@ -319,12 +333,17 @@ class TrainLoop:
         """
         if self.world.rank == 0:
             folder, step = self.config.output_dir, self.step
-            facts = {"samples": self.samples, "ranks": self._share[0], "batch_size": self._share[1]}
+            facts = {
+                "origin": self.origin,
+                "samples": self.samples,
+                "ranks": self._share[0],
+                "batch_size": self._share[1],
+            }
             self.writer.write(
                 step, self._copy(), facts, lambda: logger.log(f"saved {folder}/model{step:06d}.pt and its state")
             )
         self.saved_step = self.step
-        if self.preview:
+        if self.preview and preview:
             self.writer.wait_for_copy()
             barrier()
             with self.ema_weights() as model:
@@ -335,6 +354,7 @@ class TrainLoop:
         """A function that copies the state as it is now to the host -> names of its files and how to save them."""
         train = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
         rest: dict[str, Any] = {"skipped": self.skipped, "samples": self.samples, "share": self._share}
+        rest |= {"precision": self.precision, "seed": self.config.seed}
         contents: dict[str, Any] = {f"ema_{rate}_": self._published(ema) for rate, ema in self.emas.items()}
         contents["opt"] = {**self.optimizer.state_dict(), "train": train | rest}
         contents["model"] = self._published(self.params)
@@ -373,14 +393,17 @@ class TrainLoop:
         rest: Any = held.pop("train", {})
         self.optimizer.load_state_dict(held)
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.config.weight_decay
+            group |= {"weight_decay": self.config.weight_decay, "fused": True}
         self.sampler.load_state_dict(rest.get("schedule_sampler", {}))
-        self.log_loss_scale += rest.get("log_loss_scale", self.log_loss_scale) - self.log_loss_scale
-        self.skipped += rest.get("skipped", 0)
+        if self.precision == rest.get("precision") == "fp16":
+            self.log_loss_scale += rest["log_loss_scale"].to(self.log_loss_scale) - self.log_loss_scale
+        if "skipped" in rest:
+            self.skipped += rest["skipped"].to(self.skipped)
+        if rest.get("seed", self.config.seed) != self.config.seed:
+            logger.log(f"note: --seed was {rest['seed']} before and is {self.config.seed} now")
         self.step = self.saved_step = step
         ranks, size = self._share
         self.samples = rest.get("samples", step * ranks * size)
-        logger.drop_rows_from(self.step)
         logger.log(f"resumed from {model_path(folder, step)} after {self.step} steps")
         before = tuple(rest.get("share", self._share))
         if before != self._share:
@@ -389,13 +412,24 @@ class TrainLoop:
             )
 
 
-def find_state(config: TrainConfig) -> tuple[str, int] | None:
+def origin_of(config: TrainConfig) -> str:
+    """What tells states of a run that was told to resume another checkpoint from all others; "" for other runs."""
+    path = config.resume_checkpoint
+    if path in ("", "auto", "none"):
+        return ""
+    path, folder = (p if "://" in p else os.path.abspath(p) for p in (path, config.output_dir))
+    return "" if path == folder else path
+
+
+def find_state(config: TrainConfig, warn: Callable[[str], None] = logger.warn) -> tuple[str, int] | None:
     """The folder and step to resume from, None to start anew.
 
-    In this order: the file or folder that `resume_checkpoint` names; the output folder ("" and "auto"). "none" starts
-    anew, and ValueError if the output folder holds a run already.
+    In this order: what a run with the same `resume_checkpoint` has left in the output folder; the file or folder that
+    it names; the output folder ("" and "auto"). "none" starts anew; ValueError if the output folder holds a run then.
     """
     path = config.resume_checkpoint
+    if (origin := origin_of(config)) and (state := states.newest_intact(config.output_dir, warn, origin)):
+        return config.output_dir, state.step
     if path in ("", "auto", "none") or bf.isdir(path):
         folder = config.output_dir if path in ("", "auto", "none") else path
         if path == "none":
@@ -404,13 +438,13 @@ def find_state(config: TrainConfig) -> tuple[str, int] | None:
                     f"{folder} holds a run already: choose another --output_dir, or leave out --resume_checkpoint"
                 )
             return None
-        state = states.newest_intact(folder, logger.warn)
+        state = states.newest_intact(folder, warn)
         if not state and path not in ("", "auto"):
             raise CheckpointError(f"{folder}: holds no state to resume (stateNNNNNN.json); name a modelNNNNNN.pt")
         return (folder, state.step) if state else None
     folder, name = os.path.split(path)
     match = re.fullmatch(r"model(\d+)\.pt", name)
-    if not match:
+    if not match or name != os.path.basename(model_path("", int(match[1]))):
         raise ValueError(
             f"resume_checkpoint {path}: need a file named modelNNNNNN.pt, a folder or auto; to start a new run from"
             " other weights, give them as --init_checkpoint"
@@ -466,7 +500,7 @@ def flags_to_start_with(values: dict, given: set[str], carried: Collection[str] 
 
     ValueError where an explicit flag contradicts the run that is resumed.
     """
-    state = from_rank_0(lambda: find_state(pick(TrainConfig, values)))
+    state = from_rank_0(lambda: find_state(pick(TrainConfig, values), warn=lambda text: None))  # TrainLoop tells
     path = model_path(*state) if state else values["init_checkpoint"]
     if not path:
         return values

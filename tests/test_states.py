@@ -125,11 +125,20 @@ def test_a_full_disk_stops_the_run_says_so_and_leaves_the_last_state_whole(tmp_p
 
 
 def test_a_full_disk_stops_training_at_the_next_step(tmp_path, monkeypatch):
-    trainer = loop(tmp_path, save_interval=2)
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(StateError, match="no state was saved before"):
-        trainer.run_loop()
-    assert 2 <= trainer.step <= 200  # the writer runs beside the training
+    """The error comes from the file itself, as torch.save meets it."""
+    trainer, whole = loop(tmp_path), states._Hashing.write
+
+    def write(self, data):
+        self.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        return whole(self, data)
+
+    monkeypatch.setattr(states._Hashing, "write", write)
+    trainer.run_step(*next(trainer.data))
+    trainer.save()
+    assert trainer.writer._running.exception(60)
+    with pytest.raises(StateError, match=r"cannot save step 1: the disk is full; no state was saved before"):
+        trainer.run_step(*next(trainer.data))
+    assert [name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial", ".json"))] == []
 
 
 def test_training_goes_on_while_a_state_is_written_and_what_is_written_is_of_its_step(tmp_path, monkeypatch):
@@ -216,7 +225,71 @@ def test_a_run_lives_in_a_remote_folder(bucket, tmp_path):
         checkpoint.load_state(path)
 
 
+def test_falling_back_with_few_states_to_keep_loses_none_that_is_whole(tmp_path):
+    loop(tmp_path, lr_anneal_steps=6, save_interval=2, keep_last=2).run_loop()
+    flip_bit(tmp_path / "opt000006.pt")
+    again = loop(tmp_path, lr_anneal_steps=6, save_interval=2, keep_last=1, max_steps=5)
+    assert again.step == 4
+    again.run_loop()
+    assert found(tmp_path) == (str(tmp_path), 5)
+    assert (tmp_path / "abandoned_1/opt000006.pt").exists()
+
+
+def test_old_states_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch, capsys):
+    trainer = loop(tmp_path, lr_anneal_steps=2, save_interval=1, keep_last=1)
+    monkeypatch.setattr(bf, "remove", lambda path: (_ for _ in ()).throw(PermissionError(1, "not permitted", path)))
+    trainer.run_loop()
+    assert "old states stay" in capsys.readouterr().out
+    assert [state.damage() for state in states_in(str(tmp_path))] == ["", ""]
+
+
+def test_an_error_lets_the_state_in_hand_be_finished(tmp_path, monkeypatch):
+    trainer, whole = loop(tmp_path, save_interval=1), states.write_file
+    monkeypatch.setattr(states, "write_file", lambda *args: (time.sleep(0.1), whole(*args))[1])
+    poison_data = trainer.run_step
+
+    def run_step(*batch):
+        poison_data(*batch)
+        if trainer.step == 2:
+            raise ValueError("out of luck")
+
+    trainer.run_step = run_step
+    with pytest.raises(ValueError, match="out of luck"):
+        trainer.run_loop()
+    assert found(tmp_path) == (str(tmp_path), 1)
+
+
+def test_what_a_killed_save_left_goes_and_a_table_with_damage_is_read(tmp_path):
+    save(trained(tmp_path, 1))
+    (tmp_path / "model000002.pt.partial").write_text("half")
+    (tmp_path / "mine.partial").write_text("mine")
+    with open(tmp_path / "progress.csv", "w") as file:
+        file.write("step,loss\n1,2.0\nx,\n")
+    resumed = loop(tmp_path)
+    assert not (tmp_path / "model000002.pt.partial").exists()
+    assert (tmp_path / "mine.partial").exists()
+    resumed.run_step(*next(resumed.data))
+    resumed._log()
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
+
+
 # Which state a run goes on from
+
+
+def test_the_same_command_with_another_runs_checkpoint_goes_on_with_its_own_states(tmp_path):
+    loop(tmp_path / "a", lr_anneal_steps=6, save_interval=2).run_loop()
+    command = {"lr_anneal_steps": 6, "resume_checkpoint": str(tmp_path / "a/model000002.pt")}
+    for folder in ("b", "a"):  # elsewhere, or back in time
+        first = loop(tmp_path / folder, max_steps=3, **command)
+        assert first.step == 2
+        first.run_loop()
+        second = loop(tmp_path / folder, **command)
+        assert second.step == 3
+        second.run_loop()
+    assert sorted(path.name for path in (tmp_path / "a/abandoned_1").glob("model*")) == [
+        "model000004.pt",
+        "model000006.pt",
+    ]
 
 
 def test_the_same_command_goes_on_where_it_was_bit_for_bit(tmp_path):
@@ -378,7 +451,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, p
         trainer.run_step(*next(trainer.data))
         seen.append(any(not th.equal(a, b) for a, b in zip(before, trainer.params, strict=True)))
     assert seen == [True, False, True]
-    assert trainer.skipped.tolist() == [1, 0]
+    assert trainer.skipped.tolist() == [1, 0, 1]
     assert {float(moments["step"]) for moments in trainer.optimizer.state.values()} == {2}
     assert all(p.isfinite().all() for p in trainer.params)
 
@@ -388,8 +461,9 @@ def test_too_many_in_a_row_stop_the_run_with_good_weights_on_disk_and_advice(tmp
     poison(trainer, range(2, 100))
     with pytest.raises(ValueError, match=r"not finite 4 steps in a row .*--lr"):
         trainer.run_loop()
-    trainer.writer.wait()
-    assert all(p.isfinite().all() for p in loop(tmp_path).params)
+    resumed = loop(tmp_path)
+    assert resumed.step == trainer.step
+    assert all(p.isfinite().all() for p in resumed.params)
 
 
 def test_the_loss_scale_falls_at_an_overflow_grows_otherwise_and_is_kept(tmp_path):
@@ -402,6 +476,23 @@ def test_the_loss_scale_falls_at_an_overflow_grows_otherwise_and_is_kept(tmp_pat
         trainer.run_step(*next(trainer.data))
         seen.append(float(trainer.log_loss_scale))
     assert seen == [4.25, 3.25, 3.5]
+
+
+def test_only_a_float16_run_hands_its_loss_scale_on(tmp_path):
+    save(trained(tmp_path, 1, precision="fp32"))
+    resumed = loop(tmp_path, precision="fp16")
+    assert float(resumed.log_loss_scale) == 20
+    resumed.log_loss_scale -= 7
+    resumed.step = 2
+    save(resumed)
+    assert float(loop(tmp_path, precision="fp16").log_loss_scale) == 13
+
+
+def test_a_streak_that_is_over_counts_too(tmp_path):
+    trainer = loop(tmp_path, log_interval=6, max_skipped_steps=2)
+    poison(trainer, [1, 2, 3])
+    with pytest.raises(ValueError, match="not finite 3 steps in a row"):
+        trainer.run_loop()
 
 
 def test_precisions_are_named(tmp_path):
