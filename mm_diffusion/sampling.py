@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -133,19 +134,9 @@ def make_sampler(
 
 
 def _loop(loop: Callable[..., Tree], clip_denoised: bool) -> Sampler:
-    def sample(
-        model_fn: Callable,
-        x_T: Tree,
-        generator: Generators = None,
-        progress: Callable | None = None,
-        cond: dict[str, th.Tensor] | None = None,
-    ) -> Tree:
-        def bound(x: Tree, t: th.Tensor) -> Tree:
-            return model_fn(x, t, **(cond or {}))
-
-        return loop(bound, x_T, generator, clip_denoised=clip_denoised, progress=progress)
-
-    return sample
+    return lambda model_fn, x_T, generator=None, progress=None, cond=None: loop(
+        partial(model_fn, **(cond or {})), x_T, generator, clip_denoised=clip_denoised, progress=progress
+    )
 
 
 def _solver(diffusion: SpacedDiffusion, settings: dict[str, Any]) -> Sampler:

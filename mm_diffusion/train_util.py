@@ -109,9 +109,8 @@ class TrainLoop:
         self.precision = choose_precision(config.precision, use_fp16, world.device)
         scale = INITIAL_LOG_LOSS_SCALE if self.precision == "fp16" else 0.0
         self.log_loss_scale = th.tensor(scale, dtype=th.float64, device=world.device)
-        self.skipped = th.zeros(
-            3, device=world.device
-        )  # not finite gradients: in all, in a row, most since the last row
+        # Steps whose gradient was not finite: in all, in a row, and most in a row since the last row of the log.
+        self.skipped = th.zeros(3, device=world.device)
         self.step = 0  # optimizer steps done
         self.samples = 0  # used by all ranks together
         self.saved_step = -1
@@ -296,6 +295,8 @@ class TrainLoop:
         """ValueError, once the weights are saved, after too many gradients in a row that were not finite."""
         if self.longest_streak > self.config.max_skipped_steps:
             self.save(preview=False)
+            self.writer.wait()
+            barrier()  # a rank that raised first would end rank 0 while it writes
             raise ValueError(
                 f"the gradient was not finite {self.longest_streak} steps in a row (--max_skipped_steps); the weights"
                 " of before are saved: resume with a lower --lr, --grad_clip 1, or --precision bf16 or fp32"
@@ -304,8 +305,8 @@ class TrainLoop:
     def _log_pace(self) -> None:
         """Speed, share of the time spent waiting for data, and memory, since the last row."""
         now = time.monotonic()
-        step, moment = self.row
-        self.samples_per_second = (self.samples - step) / (now - moment)
+        samples, moment = self.row
+        self.samples_per_second = (self.samples - samples) / (now - moment)
         logger.logkv("samples_per_second", self.samples_per_second)
         logger.logkv("data_wait", self.waited / (now - moment))
         logger.logkv("memory_gib", logger.peak_memory() / 2**30)
@@ -352,11 +353,11 @@ class TrainLoop:
 
     def _copy(self) -> Callable[[], dict[str, states.Save]]:
         """A function that copies the state as it is now to the host -> names of its files and how to save them."""
-        train = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
-        rest: dict[str, Any] = {"skipped": self.skipped, "samples": self.samples, "share": self._share}
-        rest |= {"precision": self.precision, "seed": self.config.seed}
+        train: dict[str, Any] = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
+        train |= {"skipped": self.skipped, "samples": self.samples, "share": self._share}
+        train |= {"precision": self.precision, "seed": self.config.seed}
         contents: dict[str, Any] = {f"ema_{rate}_": self._published(ema) for rate, ema in self.emas.items()}
-        contents["opt"] = {**self.optimizer.state_dict(), "train": train | rest}
+        contents["opt"] = {**self.optimizer.state_dict(), "train": train}
         contents["model"] = self._published(self.params)
         number, ready = f"{self.step:06d}", device_event(self.world.device)
 
@@ -396,9 +397,9 @@ class TrainLoop:
             group |= {"weight_decay": self.config.weight_decay, "fused": True}
         self.sampler.load_state_dict(rest.get("schedule_sampler", {}))
         if self.precision == rest.get("precision") == "fp16":
-            self.log_loss_scale += rest["log_loss_scale"].to(self.log_loss_scale) - self.log_loss_scale
+            self.log_loss_scale.copy_(rest["log_loss_scale"])
         if "skipped" in rest:
-            self.skipped += rest["skipped"].to(self.skipped)
+            self.skipped.copy_(rest["skipped"])
         if rest.get("seed", self.config.seed) != self.config.seed:
             logger.log(f"note: --seed was {rest['seed']} before and is {self.config.seed} now")
         self.step = self.saved_step = step

@@ -91,23 +91,6 @@ SAMPLE = {
     "output_dir": "",
     "devices": "",
 }
-UPSAMPLER = {
-    "large_size": 256,
-    "small_size": 64,
-    "sr_num_channels": 192,
-    "sr_num_res_blocks": 2,
-    "sr_num_heads": 4,
-    "sr_num_head_channels": -1,
-    "sr_num_heads_upsample": -1,
-    "sr_attention_resolutions": "8,16,32",
-    "sr_dropout": 0.0,
-    "sr_class_cond": False,
-    "sr_use_scale_shift_norm": True,
-    "sr_resblock_updown": True,
-    "sr_learn_sigma": True,
-    "sr_diffusion_steps": 1000,
-    "sr_timestep_respacing": "",
-}
 UPSAMPLING = {"sr_model_path": "", "sr_sample_fn": "ddim", "load_noise": "", "sr_diffusion_steps": 1100}
 FRAMES = {name: DATA[name] for name in ("data_dir", "num_workers", "video_fps", "random_flip")}
 SCRIPTS = {"train": "multimodal_train", "sr_train": "image_sr_train", "sample": "multimodal_sample_sr"}
@@ -116,8 +99,16 @@ LOADED = {script: runpy.run_path(str(FOLDER / f"{name}.py")) for script, name in
 CONFIGS = {script: names["CONFIGS"] for script, names in LOADED.items()}
 PUBLISHED = {
     "train": {**MODEL, **DATA, **TRAIN},
-    "sr_train": {**UPSAMPLER, **FRAMES, **TRAIN, "lr": 1e-4, "batch_size": 6, "sample_fn": "ddim", "use_fp16": False},
-    "sample": {**MODEL, **UPSAMPLER, **DATA, **SAMPLE, **UPSAMPLING},
+    "sr_train": {
+        **tiny.PUBLISHED_UPSAMPLER,
+        **FRAMES,
+        **TRAIN,
+        "lr": 1e-4,
+        "batch_size": 6,
+        "sample_fn": "ddim",
+        "use_fp16": False,
+    },
+    "sample": {**MODEL, **tiny.PUBLISHED_UPSAMPLER, **DATA, **SAMPLE, **UPSAMPLING},
 }
 
 

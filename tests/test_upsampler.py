@@ -101,24 +101,7 @@ def test_a_step_of_training_gives_the_published_losses_and_gradients():
 
 
 def test_defaults_are_the_published_ones():
-    published = {
-        "large_size": 256,
-        "small_size": 64,
-        "sr_num_channels": 192,
-        "sr_num_res_blocks": 2,
-        "sr_num_heads": 4,
-        "sr_num_head_channels": -1,
-        "sr_num_heads_upsample": -1,
-        "sr_attention_resolutions": "8,16,32",
-        "sr_dropout": 0.0,
-        "sr_class_cond": False,
-        "sr_use_scale_shift_norm": True,
-        "sr_resblock_updown": True,
-        "sr_learn_sigma": True,
-        "sr_diffusion_steps": 1000,
-        "sr_timestep_respacing": "",
-        "sr_use_fp16": None,
-    }
+    published = tiny.PUBLISHED_UPSAMPLER | {"sr_use_fp16": None}
     defaults = image_sr_model_and_diffusion_defaults()
     assert {name: defaults[name] for name in published} == published
 

@@ -19,6 +19,23 @@ FLAGS = {
     "video_attention_resolutions": "2",
     "diffusion_steps": 100,
 }
+PUBLISHED_UPSAMPLER = {
+    "large_size": 256,
+    "small_size": 64,
+    "sr_num_channels": 192,
+    "sr_num_res_blocks": 2,
+    "sr_num_heads": 4,
+    "sr_num_head_channels": -1,
+    "sr_num_heads_upsample": -1,
+    "sr_attention_resolutions": "8,16,32",
+    "sr_dropout": 0.0,
+    "sr_class_cond": False,
+    "sr_use_scale_shift_norm": True,
+    "sr_resblock_updown": True,
+    "sr_learn_sigma": True,
+    "sr_diffusion_steps": 1000,
+    "sr_timestep_respacing": "",
+}
 SR_FLAGS = {
     "large_size": 32,
     "small_size": 8,
