@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mm_diffusion.checkpoint import load_weights, published_names, published_state_dict
 from mm_diffusion.modality import AUDIO, VIDEO, tokens
-from mm_diffusion.nn import GroupNorm32, SelfAttention
+from mm_diffusion.nn import LONG_MAP, GroupNorm32, SelfAttention
 from mm_diffusion.sampling import prepare
 from mm_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from mm_diffusion.train_util import update_ema
@@ -442,3 +442,29 @@ def test_a_model_that_cannot_be_is_refused_when_built_with_the_flag_named(culpri
     with pytest.raises(ValueError, match=culprit) as caught:
         create_model_and_diffusion(**{**tiny.FLAGS, **flags})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [th.bfloat16, th.float16])
+@pytest.mark.parametrize(("batch", "per_sample"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("length", [LONG_MAP - 1, LONG_MAP])  # either side of where the kernel changes
+def test_norms_in_half_precision_are_those_of_float32_but_for_rounding(dtype, batch, per_sample, length):
+    th.manual_seed(0)
+    norm = GroupNorm32(64)
+    x = (3 + th.randn(batch, length, 64)).to(dtype).movedim(-1, 1)
+    scale_shift = th.randn(batch, 128) if per_sample else None
+    outs, grads = [], []
+    for map_ in (x, x.float()):
+        map_ = map_.clone().requires_grad_()
+        outs.append(norm(map_, scale_shift).float())
+        (outs[-1] * th.linspace(-1, 1, length)).sum().backward()
+        grads.append(map_.grad.float())
+    for half, full in (outs, grads):
+        assert (half - full).abs().max() < 1.5 * th.finfo(dtype).eps * full.abs().max()
+
+
+@pytest.mark.parametrize("offset", [0, 3, 100])
+def test_float32_norms_are_exact_wherever_the_mean_lies(offset):
+    th.manual_seed(0)
+    x = offset + th.randn(1, 64, 20, 16, 16)
+    reference = F.group_norm(x.double(), 32)
+    assert (GroupNorm32(64)(x) - reference).abs().max() < 3e-5
