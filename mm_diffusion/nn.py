@@ -152,7 +152,15 @@ class PointwiseConv(nn.Module):
 
     def on_tokens(self, x: th.Tensor) -> th.Tensor:
         """[..., I] -> [..., O]"""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight.flatten(1), self.bias)
+
+
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """[..., I], [O, I], [O] -> [..., O]; on a CPU as a convolution, which adds the bias in the same pass."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    return F.conv2d(rows, weight[..., None, None], bias).permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
 
 
 class SequenceConv(nn.Conv1d):
@@ -164,7 +172,7 @@ class SequenceConv(nn.Conv1d):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         if self.dilation[0] >= x.shape[-1]:  # the outer taps see padding only
-            return from_tokens(F.linear(tokens(x), self.weight[..., self.kernel_size[0] // 2], self.bias))
+            return from_tokens(linear(tokens(x), self.weight[..., self.kernel_size[0] // 2], self.bias))
         weight = self.weight.unsqueeze(2)
         y = F.conv2d(x.unsqueeze(2), weight, self.bias, padding=(0, self.reach), dilation=(1, self.dilation[0]))
         return y.squeeze(2)
@@ -223,16 +231,18 @@ class SelfAttention(nn.Module):
         if num_heads < 1 or channels % num_heads:
             raise ValueError(f"{channels} channels do not split into {num_heads} heads: change num_heads")
         self.num_heads = num_heads
-        self.split = f"n t ({layout}) -> qkv n heads t dim"
-        apart = " ".join(axis for axis in grid.split() if axis not in among.split())
+        axes = grid.split()
+        apart = " ".join(axis for axis in axes if axis not in among.split())
+        self.split = f"b {grid} ({layout}) -> qkv (b {apart}) heads ({among}) dim"
         self.grid, self.sequences = grid, f"(b {apart}) ({among}) c"
+        self.dims = [1 + axes.index(axis) for axis in among.split()]
         self.norm = GroupNorm32(channels)
         self.qkv = PointwiseConv(channels, 3 * channels, 1)
         self.proj = zero_init(PointwiseConv(channels, channels, 1))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         sizes = dict(zip(self.grid.split(), x.shape[2:], strict=True))
-        y = rearrange(tokens(x), f"b {self.grid} c -> {self.sequences}")
-        qkv = self.qkv.on_tokens(self.norm.over(y, [1]))
-        y = y + self.proj.on_tokens(attend_heads(*rearrange(qkv, self.split, qkv=3, heads=self.num_heads)))
-        return from_tokens(rearrange(y, f"{self.sequences} -> b {self.grid} c", **sizes).contiguous())
+        y = tokens(x)
+        qkv = rearrange(self.qkv.on_tokens(self.norm.over(y, self.dims)), self.split, qkv=3, heads=self.num_heads)
+        out = rearrange(attend_heads(*qkv), f"{self.sequences} -> b {self.grid} c", **sizes)
+        return from_tokens(y + self.proj.on_tokens(out))
