@@ -82,8 +82,7 @@ class Clip:
     height: int
     fps: float
     sample_rate: int
-    strip: str  # file below PICTURES
-    sound: str
+    pictures: dict[str, str]  # "poster", "strip", "sound" -> file below PICTURES
     top_hz: float  # of the spectrogram
     scores: dict[str, float | str]
     seen: list[float | None]  # the object's place in each frame, -1 left to 1 right
@@ -212,8 +211,10 @@ def examine(path: str, pictures: Path) -> Clip:
     _, audio = media.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
     video = media.to_float(frames)
     name = hashlib.sha256(os.fsencode(os.path.relpath(path, pictures))).hexdigest()[:16]
-    media.write_image(pictures / f"{name}_frames.jpg", strip(frames), JPEG_QUALITY)
-    media.write_image(pictures / f"{name}_sound.jpg", spectrogram(audio, rate), JPEG_QUALITY)
+    poster = media.enlarged(frames[len(frames) // 2])
+    drawn = {"poster": poster, "strip": strip(frames), "sound": spectrogram(audio, rate)}
+    for kind, picture in drawn.items():
+        media.write_image(pictures / f"{name}_{kind}.jpg", picture, JPEG_QUALITY)
     seen, heard = places(video, audio)
     return Clip(
         seconds=info.duration_seconds,
@@ -222,8 +223,7 @@ def examine(path: str, pictures: Path) -> Clip:
         height=info.height,
         fps=info.fps,
         sample_rate=info.sample_rate,
-        strip=f"{name}_frames.jpg",
-        sound=f"{name}_sound.jpg",
+        pictures={kind: f"{name}_{kind}.jpg" for kind in drawn},
         top_hz=rate / 2,
         scores=measure(video, audio),
         seen=seen,
@@ -275,7 +275,9 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
     clips = {names[path]: Clip(**info) for path, info in index.clips}
     first = list(clips.values())[:SHEET_CLIPS]
-    write_sheet(cache.parent / SHEET, [(cache.parent / c.strip, min(STRIP_FRAMES, len(c.seen))) for c in first])
+    write_sheet(
+        cache.parent / SHEET, [(cache.parent / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first]
+    )
     bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
     text = render(root.name, clips, more, bad)
     media.atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
@@ -358,8 +360,7 @@ def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: Mapping[str, 
         "name": _printable(os.path.splitext(name)[0]),
         "folder": _printable(os.path.dirname(name)),
         "src": quote(os.fsencode(name)),
-        "strip": f"{PICTURES}/{clip.strip}",
-        "sound": f"{PICTURES}/{clip.sound}",
+        **{kind: f"{PICTURES}/{file}" for kind, file in clip.pictures.items()},
         "aspect": f"{clip.width} / {clip.height}",
         "frames": min(STRIP_FRAMES, len(clip.seen)),
         "seen": curve(clip.seen),

@@ -55,7 +55,12 @@ class Page:
     def run(self, script: str) -> Any:
         """The value of an expression in the page, or of its promise; a click of a user could have made it."""
         answer = self.call(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True, timeout=20000
+            "Runtime.evaluate",
+            expression=script,
+            awaitPromise=True,
+            returnByValue=True,
+            userGesture=True,
+            timeout=20000,
         )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
