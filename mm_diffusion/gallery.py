@@ -333,10 +333,13 @@ def render(
     title: str, clips: Mapping[str, Clip], more: Mapping[str, Mapping[str, float]], bad: Mapping[str, str]
 ) -> str:
     """The page: clips by name, what `more` scores there are, and the reasons why other files cannot be shown."""
+    given = {name: {f"given {label}": value for label, value in row.items()} for name, row in more.items()}
     labels = SCORES | {
-        label: Score(label, "{:.4g}", "from the file of scores") for row in more.values() for label in row
+        key: Score(key.removeprefix("given "), "{:.4g}", "from the file of scores")
+        for row in given.values()
+        for key in row
     }
-    rows = [_row(name, clip, labels, more.get(name, {})) for name, clip in clips.items()]
+    rows = [_row(name, clip, labels, given.get(name, {})) for name, clip in clips.items()]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         generator=GENERATOR,
@@ -352,10 +355,10 @@ def render(
     )
 
 
-def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: Mapping[str, float]) -> dict[str, Any]:
+def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, float]) -> dict[str, Any]:
     """What the template needs of one clip."""
-    values = {key: clip.scores.get(key, more.get(key, "not given")) for key in labels} | dict(more)
-    values = {key: "not a number" if v != v else v for key, v in values.items()}
+    values = {key: (clip.scores | more).get(key, "not given") for key in labels}
+    values = {key: v if isinstance(v, str) or math.isfinite(v) else "not a number" for key, v in values.items()}
     return {
         "name": _printable(os.path.splitext(name)[0]),
         "folder": _printable(os.path.dirname(name)),
