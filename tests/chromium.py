@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PATIENCE_SECONDS = 30
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--headless=new", "--no-sandbox", "--mute-audio", "--disable-gpu", "--disable-dev-shm-usage"]
 FLAGS += ["--no-first-run", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"]
@@ -41,6 +43,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
+            assert select.select([self.answers], [], [], PATIENCE_SECONDS)[0], "the browser says nothing"
             more = os.read(self.answers, 2**20)
             assert more, "the browser has ended"
             self.rest += more

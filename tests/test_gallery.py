@@ -13,11 +13,14 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import tiny
 import torch as th
 from chromium import chromium, find_chromium
 from media_files import make_clip, noise
 
-from mm_diffusion import gallery, media
+from mm_diffusion import drawing, gallery, media
+from mm_diffusion.dist_util import World
+from mm_diffusion.script_util import DataConfig
 
 SCRIPT = Path(__file__).parents[1] / "py_scripts/gallery.py"
 RATE, FRAMES, FPS = 8000, 8, 4
@@ -289,6 +292,32 @@ def test_what_cannot_be_shown_is_told_in_one_line_and_nothing_is_lost(words, tmp
     assert words in line
     assert str(tmp_path) in line
     assert all(path.read_bytes() == held for path, held in mine.items())
+
+
+# ---------------------------------------------------------------- beside training
+
+
+def preview(folder: Path, step: int) -> None:
+    """Draw the previews of a step of training with a small model."""
+    model, diffusion = tiny.build()
+    data = DataConfig(video_fps=FPS, audio_fps=RATE)
+    drawing.make_preview(diffusion, "dpm_solver", "mp4", 1, str(folder), data, World())(model, step)
+
+
+def test_previews_of_all_steps_are_on_one_page(tmp_path):
+    for step in (1, 20):
+        preview(tmp_path, step)
+    folders = [row["data-folder"] for row in Reader(tmp_path / "samples/index.html").data]
+    assert folders == ["000001", "000020"]
+
+
+def test_a_page_that_cannot_be_written_is_told_and_training_goes_on(tmp_path, capsys):
+    (tmp_path / "samples").mkdir()
+    foreign_page(tmp_path / "samples")
+    preview(tmp_path, 1)
+    assert "is no gallery of ours" in capsys.readouterr().out
+    assert (tmp_path / "samples/index.html").read_text() == "my page"
+    assert len(list(tmp_path.glob("samples/*/*.mp4"))) == 1
 
 
 # ---------------------------------------------------------------- in a browser
