@@ -201,7 +201,7 @@ def test_the_page_shows_reasons_instead_of_numbers_that_do_not_exist(mixed):
     for words in ("none: silent", "black", "none: one frame", "mono", "browsers play no .mkv", "not a number"):
         assert words in text
     for reason in ("broken.mp4", "cannot be decoded", "empty.mp4", "is empty"):
-        assert reason in text.split("Files that cannot be shown")[1]
+        assert reason in text.split("2 files cannot be shown")[1]
     assert "<b>" not in page
 
 
