@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, logger, media
-from .dist_util import World
+from . import checkpoint, gallery, logger, media
+from .dist_util import World, barrier
 from .respace import SpacedDiffusion
 from .sampling import (
     PREVIEW_SETTINGS,
@@ -194,6 +194,16 @@ def write_sample(
         media.write_clip(sr_mp4[0], large, video_fps, audio, audio_fps)
 
 
+def show_gallery(folder: str) -> None:
+    """Write the gallery of a folder of clips and say where it is; what stands in its way is told, and no more."""
+    if "://" in folder:
+        return
+    try:
+        logger.log(f"look at the clips: {gallery.write_gallery(folder)}")
+    except (ValueError, OSError) as error:
+        logger.warn(f"{folder}: no gallery ({error})")
+
+
 @contextmanager
 def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
     """`call(function, *args)` that returns at once, to encode files beside the model. Errors surface on leaving."""
@@ -305,7 +315,10 @@ def make_preview(
     data: DataConfig,
     world: World,
 ) -> Callable[[nn.Module, int], None] | None:
-    """A function `(model, step)` that draws a few clips into `folder`/samples/NNNNNN, always the same numbers."""
+    """A function `(model, step)` that draws a few clips into `folder`/samples/NNNNNN, always the same numbers.
+
+    Films are shown in `folder`/samples/index.html.
+    """
     if save_type not in ("mp4", "wav"):
         raise ValueError(f"save_type {save_type!r}: choose mp4 or wav")
     sampler = make_sampler(sample_fn, diffusion, **PREVIEW_SETTINGS.get(sample_fn, {}))
@@ -323,6 +336,9 @@ def make_preview(
             else:
                 media.write_clip(path, video, data.video_fps, audio, data.audio_fps)
             logger.log_clip(f"clip {k}", video, data.video_fps, audio, data.audio_fps, step)
+        barrier()
+        if save_type == "mp4" and world.rank == 0:
+            show_gallery(bf.join(folder, "samples"))
 
     return preview
 

@@ -624,13 +624,17 @@ def read_wav(path: str | os.PathLike) -> tuple[th.Tensor, int]:
     return th.from_numpy(samples.T.copy()), sample_rate
 
 
+def enlarged(images: th.Tensor, min_side: int = 64) -> th.Tensor:
+    """[..., H, W] smaller than `min_side` pixels, larger by a whole number, so that pixels stay square and sharp."""
+    factor = max(1, -(-min_side // min(images.shape[-2:])))
+    return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
 def save_contact_sheet(path: str | os.PathLike, videos: th.Tensor | Sequence[th.Tensor], min_side: int = 64) -> None:
     """Write a PNG of [N, F, 3, H, W] in [-1, 1] (or uint8): a clip's frames in a row, clips below each other.
 
-    Frames smaller than `min_side` pixels are enlarged by a whole number, so that pixels stay square and sharp.
+    Small frames are `enlarged`.
     """
-    images = th.stack([to_uint8(video.detach().cpu()) for video in videos])
-    factor = max(1, -(-min_side // min(images.shape[-2:])))
-    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    images = enlarged(th.stack([to_uint8(video.detach().cpu()) for video in videos]), min_side)
     grid = make_grid(images.flatten(0, 1).float() / 255, nrow=images.shape[1], padding=2, pad_value=1.0)
     atomically(path, lambda temporary: save_image(grid, temporary, format="png"))

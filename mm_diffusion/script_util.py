@@ -194,6 +194,7 @@ class SampleConfig:
     sr_solver_method: str = flag("", "method of its dpm_solver; empty: the sampler's own")
     sr_skip_type: str = flag("", "steps of its dpm_solver; empty: the sampler's own")
     load_noise: str = flag("", "file.npy with the noise picture [3, large_size, large_size] of the upsampler")
+    gallery: bool = flag(True, "write output_dir/index.html, which shows the clips")
     devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
 
 

@@ -75,6 +75,8 @@ def sample_from(
         drawing.draw_clips(*run, lambda done: bar.update(done - bar.n), upscale)
     barrier()
     logger.log(f"{config.all_save_num} clips in {folder}: {'original, sr_mp4' if upscale else 'original'} and audios")
+    if config.gallery and world.rank == 0:
+        drawing.show_gallery(folder)
 
 
 if __name__ == "__main__":

@@ -74,16 +74,19 @@ run_ranks image_sr_train.py --data_dir "$DEMO_DIR/data" --output_dir "$RUN/upsam
 
 echo "4/5 sampling 16 clips from the moving averages of the weights, and upsampling them"
 run_ranks multimodal_sample_sr.py --multimodal_model_path "$RUN" --sr_model_path "$RUN/upsampler" \
-    --sr_timestep_respacing ddim25 --output_dir "$RUN/generated" --all_save_num 16 --batch_size 8
+    --sr_timestep_respacing ddim25 --output_dir "$RUN/generated" --all_save_num 16 --batch_size 8 \
+    --gallery False
 
 echo "5/5 looking and listening"
 python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/original" --data_dir "$DEMO_DIR/data" "${SIZES[@]}"
 python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/sr_mp4" "${SIZES[@]}" --video_size 8,3,32,32 \
     --contact_sheet "$RUN/contact_sheet.png" --watch_dir "$RUN/watch"
+python "$REPO/py_scripts/gallery.py" "$RUN/watch" >/dev/null
 cat <<EOF
 
 clips            $RUN/generated: sr_mp4 (upsampled) and original (mp4), audios (wav)
 to watch         $RUN/watch (the upsampled ones, 256 pixels and 16 kHz, for any player)
+gallery          $RUN/watch/index.html (open it in a browser: frames, spectrograms, places seen and heard, scores)
 contact sheet    $RUN/contact_sheet.png (a row per clip; the bar below shows where the sound comes from)
 checkpoints      $RUN and $RUN/upsampler
 $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after installation

@@ -2,6 +2,7 @@
 # Draws clips with the published settings. Each variable can be set from outside, and further flags follow:
 #   MODEL_PATH=output/multimodal_train SR_MODEL_PATH=output/image_sr_train NUM_GPUS=1 \
 #       bash ssh_scripts/multimodal_sample_sr.sh --seed 7
+# The gallery of the clips is OUTPUT_DIR/index.html; its path is the last line that is printed.
 # The sizes of the models are not given here: a checkpoint carries its flags, and one without is of the published size.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -403,7 +403,8 @@ def test_sampling_with_the_upsampler_gives_as_many_large_clips_and_the_same_smal
     """Fault: with the upsampler on, one published script made half of all_save_num."""
     base, sr = saved(tmp_path)
     plain, full = tmp_path / "plain", tmp_path / "full"
-    without = sample(plain, monkeypatch, *flags_for(base, "", plain))
+    without = sample(plain, monkeypatch, *flags_for(base, "", plain, "--gallery", "False"))
+    assert not (plain / "index.html").exists()
     found = sample(full, monkeypatch, *flags_for(base, sr, full))
     assert len(found["original"]) == len(found["audios"]) == len(found["sr_mp4"]) == 3
     assert found["original"] == found["sr_mp4"] == without["original"]
@@ -422,6 +423,7 @@ def test_a_folder_without_large_clips_is_completed_and_what_is_there_is_kept(tmp
     sample(out, monkeypatch, *flags_for(base, "", out))
     found = sample(out, monkeypatch, *flags_for(base, sr, out))
     assert len(found["sr_mp4"]) == 3
+    assert "sr_mp4/" + found["sr_mp4"][2] in (out / "index.html").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     gone = out / "sr_mp4" / found["sr_mp4"][1]
     gone.unlink()

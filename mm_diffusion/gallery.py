@@ -1,0 +1,389 @@
+"""A page that shows a folder of clips: players, frames, spectrograms, places seen and heard, scores.
+
+`index.html` lies in the folder and needs nothing but a browser. Its pictures are files of their own, in `gallery/`
+beside it, which the browser fetches as they come near: with 1,000 clips the page is 2 MB and opens in a second, where
+the same pictures inside it would be 30 MB to read before anything shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+import torchaudio.functional as AF
+from matplotlib import colormaps
+
+from . import clip_index, media
+from .metrics.spatial import horizontal_place, level_difference, spatial_alignment
+
+PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
+MEASURED = "measured_1.json"  # below PICTURES: what is known of clips that have not changed; 1 is its format
+GENERATOR = "mm-diffusion-stereo gallery"  # by which the page is known as ours
+TEMPLATE = Path(__file__).with_name("gallery.html")
+
+MAX_SECONDS = 60  # of a clip that are looked at
+MAX_FRAMES = 80  # spread over them
+MAX_SIDE = 128  # pixels of a frame that is looked at
+STRIP_FRAMES, SHEET_FRAMES, SHEET_CLIPS, SHEET_SIDE = 10, 8, 48, 64
+MAX_RATE = 16000  # Hz, of the sound that is looked at
+WINDOW_SECONDS = 1 / 50  # of the spectrogram, about
+RANGE_DB = 80  # from the loudest to what is drawn black
+SPECTROGRAM = (64, 400)  # most rows for a channel, and columns
+JPEG_QUALITY = 85
+
+SILENT_DB = -90  # dBFS, below which a sound is none
+BLANK = (0.5 / 127.5) ** 2  # mean square of the brightness above its median, below which a picture shows nothing
+STILL = 1e-3  # spread of a place or a level difference below which it does not change
+FAINT = 0.05  # share of the mean energy of a clip's frames below which a frame has no place
+LOWEST_RATE, PLAYABLE = 3000, (".mp4", ".mov", ".webm")  # Hz, and containers that browsers play
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a number on the page is called, how it is written and what it means."""
+
+    label: str
+    form: str
+    meaning: str
+
+
+SCORES = {
+    "alignment": Score(
+        "Spatial alignment",
+        "{:z.2f}",
+        "correlation over the clip of the object's horizontal place and the left-right level difference; 1 is best",
+    ),
+    "level": Score("Level", "{:.1f} dB", "root mean square of both channels, 0 dB at full scale"),
+    "correlation": Score("Left-right correlation", "{:z.2f}", "of the samples of the two channels; 1: mono"),
+    "balance": Score("Balance", "{:+z.2f}", "(right - left) / (right + left) of the energies, -1 to 1"),
+    "motion": Score("Motion", "{:.1f} %", "mean change of a pixel from frame to frame, of the full range"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What is shown of one file. A score is a number, or the words why there is none."""
+
+    seconds: float
+    shown_seconds: float  # of the pictures
+    width: int
+    height: int
+    fps: float
+    sample_rate: int
+    pictures: dict[str, str]  # "poster", "strip", "sound" -> file below PICTURES
+    top_hz: float  # of the spectrogram
+    scores: dict[str, float | str]
+    seen: list[float | None]  # the object's place in each frame, -1 left to 1 right
+    heard: list[float | None]  # the level difference meanwhile
+    notes: list[str]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
+    """[F, 3, H, W] and [2, L] in [-1, 1] -> the SCORES of a clip, each a number or the words why there is none."""
+    left, right = (channel.double() for channel in audio)
+    energies = th.stack([left.square().mean(), right.square().mean()])
+    silent = _decibel(energies.mean()) < SILENT_DB
+    quiet = [_decibel(energy) < SILENT_DB for energy in energies]
+    both = th.corrcoef(th.stack([left, right]))[0, 1].item() if not any(quiet) and len(left) > 1 else math.nan
+    steady = "a channel does not vary" if not any(quiet) else f"{'left' if quiet[0] else 'right'} is silent"
+    return {
+        "alignment": _why_unaligned(video, audio, silent) or spatial_alignment(video[None], audio[None]),
+        "level": "silent" if silent else _decibel(energies.mean()),
+        "correlation": "silent" if silent else steady if math.isnan(both) else both,
+        "balance": "silent" if silent else (energies.diff() / energies.sum()).item(),
+        "motion": 50 * video.diff(dim=0).abs().mean().item() if len(video) > 1 else "one frame",
+    }
+
+
+def _decibel(power: th.Tensor) -> float:
+    return 10 * math.log10(max(power.item(), 1e-20))
+
+
+def _why_unaligned(video: th.Tensor, audio: th.Tensor, silent: bool) -> str:
+    """Why a clip has no spatial alignment; empty if it has."""
+    if len(video) < 2:
+        return "one frame"
+    if silent:
+        return "silent"
+    if _is_blank(video):
+        return "nothing stands out in the picture"
+    seen, heard = places(video, audio)
+    together = [(a, b) for a, b in zip(seen, heard, strict=True) if a is not None and b is not None]
+    if len(together) < 2:
+        return "never seen and heard at once"
+    spreads = [max(values) - min(values) for values in zip(*together, strict=True)]
+    return "the object stays where it is" if spreads[0] < STILL else "the sound stays" if spreads[1] < STILL else ""
+
+
+def _is_blank(video: th.Tensor) -> bool:
+    return horizontal_place(video[None])[1].mean().item() < BLANK * video.shape[-2] * video.shape[-1]
+
+
+def places(video: th.Tensor, audio: th.Tensor) -> tuple[list[float | None], list[float | None]]:
+    """[F, 3, H, W], [2, L] -> where the object is seen and the sound heard in each frame, -1 left to 1 right.
+
+    None where next to nothing is to be seen or heard.
+    """
+    place, shown = (x[0] for x in horizontal_place(video[None]))
+    level, loud = (x[0] for x in level_difference(audio[None], len(video)))
+    least_shown = max(FAINT * shown.mean().item(), BLANK * video.shape[-2] * video.shape[-1])
+    least_loud = max(FAINT * loud.mean().item(), 2 * 10 ** (SILENT_DB / 10) * audio.shape[-1] / len(video))
+    return _kept(2 * place - 1, shown >= least_shown), _kept(level, loud >= least_loud)
+
+
+def _kept(values: th.Tensor, keep: th.Tensor) -> list[float | None]:
+    return [round(v, 4) if k else None for v, k in zip(values.tolist(), keep.tolist(), strict=True)]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
+    """[2, L] -> [3, rows, columns] uint8: left above right, 0 Hz to half the rate upwards, RANGE_DB from black on."""
+    n_fft = max(64, 2 ** int(math.log2(sample_rate * WINDOW_SECONDS)))
+    padded = F.pad(audio, (0, max(0, n_fft - audio.shape[-1])))
+    power = AF.spectrogram(padded, 0, th.hann_window(n_fft), n_fft, n_fft // 4, n_fft, 2.0, normalized="window")
+    rows, columns = (min(most, size) for most, size in zip(SPECTROGRAM, power.shape[1:], strict=True))
+    power = F.adaptive_avg_pool2d(power, (rows, columns)).flip(1)
+    loudest = max(power.max().item(), 10 ** (SILENT_DB / 10))
+    decibel = AF.amplitude_to_DB(power, 10.0, amin=1e-16, db_multiplier=math.log10(loudest))
+    index = ((decibel / RANGE_DB + 1).clamp(0, 1) * 255).byte()
+    colours = th.from_numpy(colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy())
+    left, right = colours[index.long()]
+    gap = th.full((1, columns, 3), 128, dtype=th.uint8)
+    return th.cat([left, gap, right]).permute(2, 0, 1).contiguous()
+
+
+def strip(frames: th.Tensor) -> th.Tensor:
+    """[F, 3, h, w] uint8 -> [3, H, n W]: n <= STRIP_FRAMES of them side by side, those in the middle of equal spans."""
+    n = min(STRIP_FRAMES, len(frames))
+    chosen = frames[((th.arange(n) + 0.5) * len(frames) / n).long()]
+    return th.cat(list(media.enlarged(chosen)), dim=-1)
+
+
+def curve(values: Sequence[float | None]) -> str:
+    """Places -1..1 -> the path of an SVG of 1000 x 100: time across, left at the top; gaps where there is none."""
+    path, running = [], False
+    for k, value in enumerate(values):
+        if value is not None:
+            x, y = 1000 * (k + 0.5) / len(values), 50 + 48 * value
+            alone = not running and (k + 1 == len(values) or values[k + 1] is None)
+            path.append(f"{'L' if running else 'M'}{x:.0f} {y:.1f}" + ("h.1" if alone else ""))
+        running = value is not None
+    return "".join(path)
+
+
+def write_sheet(path: Path, strips: Iterable[tuple[Path, int]]) -> None:
+    """A contact sheet of the first SHEET_CLIPS of (picture, its number of frames): SHEET_FRAMES of each."""
+    rows = []
+    for picture, count in strips:
+        frames = media.read_image(picture).chunk(count, dim=-1)
+        chosen = th.linspace(0, count - 1, SHEET_FRAMES).round().long().tolist()
+        rows.append(th.stack([media.fit_picture(frames[k], SHEET_SIDE, SHEET_SIDE) for k in chosen]))
+    media.save_contact_sheet(path, rows)
+
+
+# ---------------------------------------------------------------- a clip
+
+
+def examine(path: str, pictures: Path) -> Clip:
+    """Measure a clip and write its pictures; MediaError where it cannot be decoded."""
+    info = media.probe(path)
+    seconds = max(min(info.duration_seconds, MAX_SECONDS), 1 / info.fps)
+    fps = min(info.fps, MAX_FRAMES / seconds)
+    rate = min(info.sample_rate, MAX_RATE)
+    frames = th.stack([_small(image) for image in media.read_frames(path, 0, max(1, round(seconds * fps)), fps)])
+    _, audio = media.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
+    video = media.to_float(frames)
+    name = hashlib.sha256(os.fsencode(os.path.relpath(path, pictures))).hexdigest()[:16]
+    poster = media.enlarged(frames[len(frames) // 2])
+    drawn = {"poster": poster, "strip": strip(frames), "sound": spectrogram(audio, rate)}
+    for kind, picture in drawn.items():
+        media.write_image(pictures / f"{name}_{kind}.jpg", picture, JPEG_QUALITY)
+    seen, heard = places(video, audio)
+    return Clip(
+        seconds=info.duration_seconds,
+        shown_seconds=seconds,
+        width=info.width,
+        height=info.height,
+        fps=info.fps,
+        sample_rate=info.sample_rate,
+        pictures={kind: f"{name}_{kind}.jpg" for kind in drawn},
+        top_hz=rate / 2,
+        scores=measure(video, audio),
+        seen=seen,
+        heard=heard,
+        notes=_notes(path, info, video, audio),
+    )
+
+
+def _small(image: th.Tensor) -> th.Tensor:
+    """[3, h, w] uint8, shrunk to MAX_SIDE if it is larger."""
+    scale = min(1, MAX_SIDE / max(image.shape[-2:]))
+    return media.fit_picture(image, *(max(1, round(side * scale)) for side in image.shape[-2:]))
+
+
+def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) -> list[str]:
+    """What one should know of a clip before reading its numbers."""
+    found = {
+        "silent": _decibel(audio.double().square().mean()) < SILENT_DB,
+        "black" if video.max() < -0.9 else "nothing stands out in the picture": _is_blank(video),
+        "mono": info.channels == 1,
+        f"only the first {MAX_SECONDS} s are shown": info.duration_seconds > MAX_SECONDS,
+        f"browsers play no sound of {info.sample_rate} Hz": info.sample_rate < LOWEST_RATE,
+        f"browsers play no {Path(path).suffix}": Path(path).suffix.lower() not in PLAYABLE,
+    }
+    return [note for note, holds in found.items() if holds]
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = "", num_workers: int = 4) -> Path:
+    """Write the page of the clips below `folder` (local) and a contact sheet; -> the path of the page.
+
+    Clips that have not changed since the last time are not looked at again. Files that cannot be read are listed on
+    the page. `scores_file`: see `read_scores`; empty: `folder`/scores.json if it is there. DataError where no clip can
+    be read, ValueError where the folder holds a page of someone else's or the scores make no sense.
+    """
+    root = Path(clip_index.absolute(os.path.expanduser(os.fspath(folder))))
+    paths = clip_index.find_files([os.fspath(root)], clip_index.EXTENSIONS, "clips", "give a folder of clips")
+    names = {path: os.path.relpath(path, root) for path in paths}
+    given = Path(scores_file) if scores_file else root / "scores.json"
+    more = read_scores(given, names.values()) if scores_file or given.exists() else {}
+    cache = _claim(root)
+
+    def look(path: str) -> dict[str, Any]:
+        return dataclasses.asdict(examine(path, cache.parent))
+
+    index = clip_index.look_up(paths, look, cache, num_workers, barrier=lambda: None)
+    clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
+    clips = {names[path]: Clip(**info) for path, info in index.clips}
+    first = list(clips.values())[:SHEET_CLIPS]
+    write_sheet(
+        cache.parent / SHEET, [(cache.parent / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first]
+    )
+    bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
+    text = render(root.name, clips, more, bad)
+    media.atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    return root / PAGE
+
+
+def _claim(root: Path) -> Path:
+    """Make the folder of the pictures, and the path of what is remembered there; ValueError where it is not ours."""
+    page, pictures = root / PAGE, root / PICTURES
+    if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{page} is no gallery of ours: move it, or put the clips into a folder of their own")
+    cache = pictures / MEASURED
+    if pictures.exists() and not cache.exists() and any(pictures.iterdir()):
+        raise ValueError(f"{pictures} holds something else: rename it, or put the clips into a folder of their own")
+    pictures.mkdir(exist_ok=True)
+    cache.touch()
+    return cache
+
+
+def read_scores(path: Path, names: Collection[str]) -> dict[str, dict[str, float]]:
+    """{"clip name": {"score": number}} in a JSON file -> the same by the names of `names`.
+
+    A clip is named by its path below the folder, with or without suffix, or by its file name without suffix.
+    ValueError, naming the file, where it is not of that form or names none of the clips. nan stands for null.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(held, dict) or not all(isinstance(row, dict) for row in held.values()):
+        raise ValueError(f'{path}: need {{"clip name": {{"score": number}}}}')
+    scores: dict[str, dict[str, float]] = {}
+    for name in names:
+        stem = os.path.splitext(name)[0]
+        for key in (name, stem, os.path.basename(stem)):
+            if key in held:
+                scores[name] = {label: _number(path, key, label, value) for label, value in held[key].items()}
+                break
+    if held and not scores:
+        raise ValueError(f"{path}: names none of the {len(names)} clips (first of its own: {next(iter(held))!r})")
+    return scores
+
+
+def _number(path: Path, clip: str, label: str, value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{path}: {label} of {clip} is {value!r}, need a number")
+    return float(value)
+
+
+def render(
+    title: str, clips: Mapping[str, Clip], more: Mapping[str, Mapping[str, float]], bad: Mapping[str, str]
+) -> str:
+    """The page: clips by name, what `more` scores there are, and the reasons why other files cannot be shown."""
+    given = {name: {f"given {label}": value for label, value in row.items()} for name, row in more.items()}
+    labels = SCORES | {
+        key: Score(key.removeprefix("given "), "{:.4g}", "from the file of scores")
+        for row in given.values()
+        for key in row
+    }
+    rows = [_row(name, clip, labels, given.get(name, {})) for name, clip in clips.items()]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        generator=GENERATOR,
+        title=_printable(title),
+        rows=rows,
+        folders=sorted({row["folder"] for row in rows}),
+        scores=[_summary(key, score, rows) for key, score in labels.items()],
+        minutes=sum(clip.seconds for clip in clips.values()) / 60,
+        bad={_printable(name): _printable(reason) for name, reason in bad.items()},
+        sheet=f"{PICTURES}/{SHEET}",
+        range_db=RANGE_DB,
+        sheet_clips=min(SHEET_CLIPS, len(rows)),
+    )
+
+
+def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, float]) -> dict[str, Any]:
+    """What the template needs of one clip."""
+    values = {key: (clip.scores | more).get(key, "not given") for key in labels}
+    values = {key: v if isinstance(v, str) or math.isfinite(v) else "not a number" for key, v in values.items()}
+    return {
+        "name": _printable(os.path.splitext(name)[0]),
+        "folder": _printable(os.path.dirname(name)),
+        "src": quote(os.fsencode(name)),
+        **{kind: f"{PICTURES}/{file}" for kind, file in clip.pictures.items()},
+        "aspect": f"{clip.width} / {clip.height}",
+        "frames": min(STRIP_FRAMES, len(clip.seen)),
+        "seen": curve(clip.seen),
+        "heard": curve(clip.heard),
+        "clip": clip,
+        "numbers": {key: v for key, v in values.items() if not isinstance(v, str)},
+        "texts": [
+            (labels[key].label, None if isinstance(v, str) else labels[key].form.format(v), v)
+            for key, v in values.items()
+        ],
+    }
+
+
+def _printable(text: str) -> str:
+    """A file name that may not be Unicode, as text."""
+    return os.fsencode(text).decode("utf-8", errors="replace")
+
+
+def _summary(key: str, score: Score, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A score's key, label and meaning, its median over the clips that have it, and how many have not."""
+    values = [row["numbers"][key] for row in rows if key in row["numbers"]]
+    median = score.form.format(statistics.median(values)) if values else "no clip has it"
+    return {"key": key, "score": score, "median": median, "missing": len(rows) - len(values)}

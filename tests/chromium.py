@@ -1,0 +1,110 @@
+"""A headless Chromium for the tests, spoken to over a pipe in its own protocol: nothing to install beside it."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PATIENCE_SECONDS = 30
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = ["--headless=new", "--no-sandbox", "--mute-audio", "--disable-gpu", "--disable-dev-shm-usage"]
+FLAGS += ["--no-first-run", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"]
+
+
+def find_chromium() -> str | None:
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Page:
+    """A tab of the browser."""
+
+    def __init__(self, process: subprocess.Popen, commands: int, answers: int) -> None:
+        self.process, self.commands, self.answers = process, commands, answers
+        self.calls, self.rest, self.session = 0, b"", ""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """The result of a command of the DevTools protocol; events meanwhile are passed over."""
+        self.calls += 1
+        message = {"id": self.calls, "method": method, "params": params}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self.calls:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self.rest:
+            assert select.select([self.answers], [], [], PATIENCE_SECONDS)[0], "the browser says nothing"
+            more = os.read(self.answers, 2**20)
+            assert more, "the browser has ended"
+            self.rest += more
+        message, self.rest = self.rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def open(self, path: Path) -> None:
+        """Open a local file and wait until it is loaded."""
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page, or of its promise; a click of a user could have made it."""
+        answer = self.call(
+            "Runtime.evaluate",
+            expression=script,
+            awaitPromise=True,
+            returnByValue=True,
+            userGesture=True,
+            timeout=20000,
+        )
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def key(self, name: str, code: int, text: str = "") -> None:
+        """Press a key."""
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **more)
+
+    def screenshot(self, path: Path, width: int = 1280, height: int = 1100, scheme: str = "light") -> None:
+        """Write a PNG of the top of the page."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.run("new Promise(done => setTimeout(done, 500))")
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Page]:
+    """A page of a fresh browser that keeps its files in `profile`."""
+    program = find_chromium()
+    assert program
+    in_read, in_write = os.pipe()
+    out_read, out_write = os.pipe()
+    # It speaks through descriptors 3 and 4; bash puts them there.
+    shell = f'exec "$0" "$@" 3<&{in_read} 4>&{out_write}'
+    command = ["bash", "-c", shell, program, *FLAGS, f"--user-data-dir={profile}"]
+    process = subprocess.Popen(
+        command, pass_fds=(in_read, out_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    os.close(in_read)
+    os.close(out_write)
+    try:
+        yield Page(process, in_write, out_read)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=10)
+        os.close(in_write)
+        os.close(out_read)
