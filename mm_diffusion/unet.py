@@ -368,7 +368,7 @@ class UNet(nn.Module):
         """Run blocks in order; shifts are drawn here, outside whatever is recomputed for the gradient."""
         for block in blocks.children():
             shift = block.draw_shift(h["video"].shape[2]) if isinstance(block, CrossAttention) else 0
-            if self.use_checkpoint and self.training and th.is_grad_enabled():
+            if self.use_checkpoint and th.is_grad_enabled():  # in training, and in guided sampling
                 h = checkpoint(block, h, emb, shift, use_reentrant=False)
             else:
                 h = block(h, emb, shift)
