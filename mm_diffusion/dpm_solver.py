@@ -187,7 +187,7 @@ class DPMSolver:
         self.evaluations += 1
         batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
         steps = self.schedule.model_timesteps(t).to(device).expand(batch)
-        output = self.model_fn(x if seen is None else seen, steps, **cond)
+        output: Any = self.model_fn(x if seen is None else seen, steps, **cond)
         if seen is not None and isinstance(x, dict):
             output = {key: output[key] for key in x}
         output = tree_map(_without_variance, output, x)
@@ -206,7 +206,7 @@ class _Known:
     def __init__(self, clips: dict[str, th.Tensor], x_T: Tree) -> None:
         self.clips = clips
         self.keys = list(x_T) if isinstance(x_T, dict) else []
-        self.noise = {key: x_T[key] for key in clips}
+        self.noise = {key: leaf for key, leaf in x_T.items() if key in clips} if isinstance(x_T, dict) else {}
 
     def taken_from(self, x: Tree) -> Tree:
         """The other leaves of `x`."""
