@@ -215,6 +215,7 @@ WITHOUT_EFFECT = {
     "t_lr": "nor had it in the published code",
     "frame_gap": "nor had it in the published code",
     "ref_path": "this version computes no metrics",
+    "save_type": "this script writes clips as mp4 and their sound as wav",
     "classifier_scale": "this script generates no modality from the other",
     **dict.fromkeys(_names(SRModelConfig, SRDiffusionConfig), "this script has no upsampler"),
     **dict.fromkeys(("sr_model_path", "sr_sample_fn", "load_noise"), "this script upsamples no clips"),

@@ -18,7 +18,7 @@ from test_launchers import REPO, assert_refused, recorded
 from test_launchers import run as run_launcher
 from test_upsampler import saved
 
-from mm_diffusion import drawing
+from mm_diffusion import drawing, unet
 from mm_diffusion.dpm_solver import METHODS, DPMSolver, NoiseSchedule
 from mm_diffusion.media import probe, read_wav, read_window
 from mm_diffusion.sampling import SAMPLERS, make_sampler, prepare, sample_joint
@@ -196,18 +196,20 @@ def test_guidance_does_not_vanish_in_float16():
     assert (moved - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
-def test_guidance_may_recompute_activations():
-    clips = [
-        sample_joint(
-            prepare(model),
-            make_sampler("ddim", diffusion, classifier_scale=5.0),
-            [0],
-            1,
-            given={"audio": tiny.clips(0, 1)["audio"]},
-        )
-        for model, diffusion in (tiny.build(timestep_respacing="ddim4", use_checkpoint=flag) for flag in (False, True))
-    ]
-    th.testing.assert_close(clips[0]["video"], clips[1]["video"], rtol=1e-5, atol=1e-5)
+def test_guidance_recomputes_activations_where_asked_to(monkeypatch):
+    calls, recompute = [], unet.checkpoint
+    monkeypatch.setattr(unet, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
+
+    def draw(use_checkpoint, scale=5.0):
+        model, diffusion = tiny.build(timestep_respacing="ddim4", use_checkpoint=use_checkpoint, predict_xstart=True)
+        sampler = make_sampler("ddim", diffusion, classifier_scale=scale)
+        return sample_joint(prepare(model), sampler, [0], 1, given={"audio": tiny.clips(0, 1)["audio"]})["video"]
+
+    plain = draw(False)
+    draw(True, scale=0.0)
+    assert calls == []
+    th.testing.assert_close(draw(True), plain, rtol=1e-5, atol=1e-5)
+    assert calls
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -353,8 +355,7 @@ def test_the_solvers_draw_in_a_script(world, tmp_path):
         (["--clip_stride", "0"], "clip_stride 0"),
     ],
 )
-@pytest.mark.parametrize("known", OTHER)
-def test_a_mistake_is_told_in_one_line_before_anything_is_written(world, tmp_path, monkeypatch, known, more, culprit):
+def test_a_mistake_is_told_in_one_line_before_anything_is_written(world, tmp_path, monkeypatch, more, culprit):
     monkeypatch.chdir(tmp_path)
     for name in ("EMPTY", "SHORT", "SILENT"):
         (tmp_path / name).mkdir()
@@ -362,7 +363,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_written(world, tmp_pat
     small_clip(tmp_path / "SHORT/short.mp4", frames=6, samples=9600)
     make_clip(tmp_path / "SILENT/silent.mp4", moving_frames(20, 0))
     with pytest.raises((ValueError, OSError), match=culprit) as caught:
-        world(known, tmp_path / "out", *more)
+        world("audio", tmp_path / "out", *more)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -381,10 +382,15 @@ def test_the_scale_has_a_note_only_where_it_has_no_effect():
         name: runpy.run_path(str(REPO / f"py_scripts/{name}.py"))["CONFIGS"]
         for name in (*SCRIPTS.values(), "multimodal_sample_sr")
     }
-    notes = {name: notes_on({"classifier_scale", "sr_model_path"}, *found) for name, found in configs.items()}
-    assert notes["audio2video_sample_sr"] == []
-    assert [note.split()[0] for note in notes["video2audio_sample"]] == ["--sr_model_path"]
-    assert [note.split()[0] for note in notes["multimodal_sample_sr"]] == ["--classifier_scale"]
+    notes = {
+        name: notes_on({"classifier_scale", "save_type", "sr_model_path"}, *found) for name, found in configs.items()
+    }
+    named = {name: [note.split()[0] for note in found] for name, found in notes.items()}
+    assert named == {
+        "audio2video_sample_sr": ["--save_type"],
+        "video2audio_sample": ["--save_type", "--sr_model_path"],
+        "multimodal_sample_sr": ["--save_type", "--classifier_scale"],
+    }
 
 
 # Launchers
