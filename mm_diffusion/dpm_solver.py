@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from mm_diffusion.tree import Tree, append_dims, leaves, split_doubled, tree_map, weighted_sum
+from mm_diffusion.tree import Tree, append_dims, checked_given, leaves, split_doubled, tree_map, weighted_sum
 
 SOLVER_TYPES = ("dpm_solver", "taylor")
 STEP_CONTROLS = ("batch", "sample")
@@ -145,6 +145,7 @@ class DPMSolver:
         step_control: str = "batch",
         progress: Callable[[float], None] | None = None,
         cond: dict[str, th.Tensor] | None = None,
+        given: dict[str, th.Tensor] | None = None,
     ) -> Tree:
         """Noise `x_T` at time 1 -> a sample at time 1/N, float32.
 
@@ -157,6 +158,8 @@ class DPMSolver:
         progress: called with the fraction done, 0..1, after each step.
         cond: keywords of model_fn, tensors [B, ...], of which each call gets the samples in it. Only adaptive steps by
             sample need it; otherwise conditions may as well be bound in model_fn.
+        given: {key: clip} of leaves that are known and come back as they are. Only the others are solved for; the model
+            sees a given leaf with the noise `x_T[key]` at the level of each evaluation's time.
         """
         _check("method", method, METHODS)
         _check("order", order, SINGLESTEP_NODES)
@@ -170,16 +173,24 @@ class DPMSolver:
             raise ValueError(f"steps {steps} is too few for method {method} of order {order}: choose at least {least}")
         self.evaluations = 0
         x = tree_map(lambda leaf: leaf.float(), x_T)
-        run = _Run(self, cond or {}, order, skip_type, solver_type, step_control, atol, rtol, progress)
-        x = METHODS[method](run, x, steps)
-        return run.predict(x, run.end, data=True) if denoise else x
+        known = _Known(checked_given(given, x), x)
+        run = _Run(self, cond or {}, known, order, skip_type, solver_type, step_control, atol, rtol, progress)
+        x = METHODS[method](run, known.taken_from(x), steps)
+        x = run.predict(x, run.end, data=True) if denoise else x
+        return known.put_back(x, known.clips)
 
-    def predict(self, x: Tree, t: th.Tensor, cond: dict[str, th.Tensor], data: bool) -> Tree:
-        """The model's noise (or data) prediction at `x` and time t [1] or [B]."""
+    def predict(self, x: Tree, t: th.Tensor, cond: dict[str, th.Tensor], data: bool, seen: Tree | None = None) -> Tree:
+        """The model's noise (or data) prediction at `x` and time t [1] or [B].
+
+        seen: what the model is shown, if that is more than `x`.
+        """
         self.evaluations += 1
         batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
         steps = self.schedule.model_timesteps(t).to(device).expand(batch)
-        output = tree_map(_without_variance, self.model_fn(x, steps, **cond), x)
+        output: Any = self.model_fn(x if seen is None else seen, steps, **cond)
+        if seen is not None and isinstance(x, dict):
+            output = {key: output[key] for key in x}
+        output = tree_map(_without_variance, output, x)
         if data != (self.model_type == "x_start"):  # x = alpha x_0 + sigma noise, solved for the one that is wanted
             known, wanted = self.schedule.alpha(t), self.schedule.sigma(t)
             if data:
@@ -189,19 +200,46 @@ class DPMSolver:
         return tree_map(_threshold, output) if data and self.thresholding else output
 
 
+class _Known:
+    """Leaves `clips` of samples that need not be solved for, each with its one noise, the leaf of `x_T`."""
+
+    def __init__(self, clips: dict[str, th.Tensor], x_T: Tree) -> None:
+        self.clips = clips
+        self.keys = list(x_T) if isinstance(x_T, dict) else []
+        self.noise = {key: leaf for key, leaf in x_T.items() if key in clips} if isinstance(x_T, dict) else {}
+
+    def taken_from(self, x: Tree) -> Tree:
+        """The other leaves of `x`."""
+        return {key: leaf for key, leaf in x.items() if key not in self.clips} if isinstance(x, dict) else x
+
+    def put_back(self, x: Any, known: dict[str, th.Tensor]) -> Tree:
+        """`x` with the leaves `known`, in the order of `x_T`."""
+        return {key: known[key] if key in known else x[key] for key in self.keys} if known else x
+
+    def at(self, alpha: th.Tensor, sigma: th.Tensor, rows: Any) -> dict[str, th.Tensor]:
+        """The leaves of the samples `rows` at the noise level of alpha and sigma, [1] or [B]."""
+        noisy: Any = weighted_sum((alpha, _rows(self.clips, rows)), (sigma, _rows(self.noise, rows)))
+        return noisy
+
+
 class _Run:
     """One call of `DPMSolver.sample`: its settings, and the methods that use them."""
 
-    def __init__(self, solver, cond, order, skip_type, solver_type, step_control, atol, rtol, progress):
+    def __init__(self, solver, cond, known, order, skip_type, solver_type, step_control, atol, rtol, progress):
         self.solver, self.schedule = solver, solver.schedule
-        self.cond, self.order, self.solver_type = cond, order, solver_type
+        self.cond, self.known, self.order, self.solver_type = cond, known, order, solver_type
         self.skip_type, self.step_control, self.atol, self.rtol = skip_type, step_control, atol, rtol
         self.progress = progress or (lambda fraction: None)
         self.end = self.schedule.times[:1]
 
     def predict(self, x: Tree, t: th.Tensor, rows: Any = slice(None), data: bool | None = None) -> Tree:
         cond = {name: _rows(value, rows) for name, value in self.cond.items()}
-        return self.solver.predict(x, t, cond, self.solver.predict_x0 if data is None else data)
+        data = self.solver.predict_x0 if data is None else data
+        seen = None
+        if self.known.clips:
+            noisy = self.known.at(self.schedule.alpha(t), self.schedule.sigma(t), rows)
+            seen = self.known.put_back(x, noisy)
+        return self.solver.predict(x, t, cond, data, seen)
 
     def grid(self, intervals: int) -> th.Tensor:
         """[intervals + 1] times from 1 to 1/N."""

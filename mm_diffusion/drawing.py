@@ -16,6 +16,7 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from . import checkpoint, gallery, logger, media
@@ -53,6 +54,8 @@ from .script_util import (
 BAR = "{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left"
 UPSAMPLING_SHARE = 0.85  # of the work of a clip, at the published sizes; for the progress bar
 SR_DDIM_STEPS = 25  # as published
+
+LARGE, TRUTH = "sr_mp4", "ground_truth"  # folders of clips beside original/
 
 Upscale = Callable[[int, th.Tensor, Callable[[float], None]], th.Tensor]
 
@@ -168,10 +171,9 @@ def load_noise(path: str, size: int) -> th.Tensor:
 # ---------------------------------------------------------------- clips on disk
 
 
-def clip_paths(folder: str | os.PathLike, name: str, upsampled: bool = False) -> list[Path]:
-    """The files of a clip below an output folder: wav, mp4 and, with an upsampler, the large mp4."""
-    paths = [Path(folder, "audios", f"{name}.wav"), Path(folder, "original", f"{name}.mp4")]
-    return [*paths, Path(folder, "sr_mp4", f"{name}.mp4")] if upsampled else paths
+def clip_paths(folder: str | os.PathLike, name: str, *more: str) -> list[Path]:
+    """The files of a clip below an output folder: wav, mp4 and the mp4 in folders `more` (LARGE, TRUTH)."""
+    return [Path(folder, "audios", f"{name}.wav"), *(Path(folder, kind, f"{name}.mp4") for kind in ("original", *more))]
 
 
 def write_sample(
@@ -187,11 +189,19 @@ def write_sample(
 
     Both mp4 files have the sound.
     """
-    wav, mp4, *sr_mp4 = clip_paths(folder, name, large is not None)
+    wav, mp4, sr_mp4 = clip_paths(folder, name, LARGE)
     media.write_wav(wav, audio, audio_fps)
     media.write_clip(mp4, video, video_fps, audio, audio_fps)
     if large is not None:
-        media.write_clip(sr_mp4[0], large, video_fps, audio, audio_fps)
+        media.write_clip(sr_mp4, large, video_fps, audio, audio_fps)
+
+
+def write_truth(
+    folder: str | os.PathLike, name: str, truth: Mapping[str, th.Tensor], video_fps: int, audio_fps: int
+) -> None:
+    """The clip that a modality was taken from -> ground_truth/NAME.mp4."""
+    *_, mp4 = clip_paths(folder, name, TRUTH)
+    media.write_clip(mp4, truth["video"], video_fps, truth["audio"], audio_fps)
 
 
 def show_gallery(folder: str) -> None:
@@ -230,18 +240,20 @@ def draw_clips(
     save: Callable[[int, th.Tensor, th.Tensor, th.Tensor | None], None],
     progress: Callable[[float], None] | None = None,
     upscale: Upscale | None = None,
+    given: Callable[[int], dict[str, th.Tensor]] | None = None,
 ) -> None:
     """Draw clips number `indices` and `save(index, video [F, C, H, W], audio [C, L], large)` each, beside the model.
 
-    `large` is the upsampled video, None without `upscale`. `progress` is called with the number of clips done,
-    fractions included.
+    `large` is the upsampled video, None without `upscale`. `given(index)` is the modality of a clip that is known.
+    `progress` is called with the number of clips done, fractions included.
     """
     share = UPSAMPLING_SHARE if upscale else 0.0
     with background() as call:
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             drawn = start + len(batch) * (1 - share)
-            sample = sample_joint(model, sampler, batch, seed, device, part_of(progress, start, drawn))
+            known = default_collate([given(index) for index in batch]) if given else None
+            sample = sample_joint(model, sampler, batch, seed, device, part_of(progress, start, drawn), known)
             for k, (index, video, audio) in enumerate(zip(batch, sample["video"], sample["audio"], strict=True)):
                 span = drawn + k * share, drawn + (k + 1) * share
                 large = upscale(index, video, part_of(progress, *span)) if upscale else None
@@ -260,7 +272,7 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
     except ValueError:
         raise ValueError(f"{note} is damaged: choose another --output_dir") from None
     wanted: dict[str, Any] = json.loads(json.dumps(description))
-    any_clips, any_large = (any(Path(folder, kind).glob("*.mp4")) for kind in ("original", "sr_mp4"))
+    any_clips, any_large = (any(Path(folder, kind).glob("*.mp4")) for kind in ("original", LARGE))
     if any_clips and not note.exists():
         raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
     known = {key: v for key, v in known.items() if (any_large if key.startswith(("upsampler", SR)) else any_clips)}
@@ -275,12 +287,11 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
     os.replace(temporary, note)
 
 
-def missing_clips(folder: str | os.PathLike, stem: str, count: int, description: dict[str, Any]) -> list[int]:
-    """Claim the folder, and the numbers of the clips STEM_NNNNN out of `count` that it does not hold whole."""
+def missing_clips(folder: str | os.PathLike, names: Sequence[str], description: dict[str, Any]) -> list[int]:
+    """Claim the folder, and the numbers of the clips of these names that it does not hold whole."""
     claim_folder(folder, description)
-    upsampled = "upsampler" in description
-    names = [f"{stem}_{k:05d}" for k in range(count)]
-    return [k for k, name in enumerate(names) if not all(p.exists() for p in clip_paths(folder, name, upsampled))]
+    more = [LARGE] * ("upsampler" in description) + [TRUTH] * bool(description["given"])
+    return [k for k, name in enumerate(names) if not all(p.exists() for p in clip_paths(folder, name, *more))]
 
 
 def check_sample_config(config: SampleConfig) -> None:

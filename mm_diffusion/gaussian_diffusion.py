@@ -23,6 +23,7 @@ from mm_diffusion.tree import (
     Generators,
     Tree,
     append_dims,
+    checked_given,
     leaves,
     mean_flat,
     randn_like,
@@ -306,7 +307,7 @@ class GaussianDiffusion:
     ) -> Iterator[dict[str, Tree]]:
         step: Step = partial(step_fn, model_fn, generator=generator, **options)
         x: Any = tree_map(lambda leaf: leaf.float(), x_T)
-        given = _checked_given(given, x)
+        given = checked_given(given, x)
         noise = {key: x[key] for key in given}
         batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
         for i in reversed(range(self.num_timesteps)):
@@ -338,10 +339,12 @@ class GaussianDiffusion:
             out: dict[str, Any] = step({**x, **free}, t)
             target: Any = self.q_sample(given, t - 1, noise)
             errors = [mean_flat((out["sample"][key] - target[key]).square()) for key in given]
-            gradients = th.autograd.grad(th.stack(errors).sum(), list(free.values()))
+            # The gradient of a mean over 1e5 numbers would vanish in a model that runs in float16.
+            size = max(leaf[0].numel() for leaf in given.values())
+            gradients = th.autograd.grad(size * th.stack(errors).sum(), list(free.values()))
         out = {name: tree_map(th.Tensor.detach, tree) for name, tree in out.items()}
         generated = {key: out["sample"][key] for key in free}
-        scale = -classifier_scale * self._at("sqrt_alphas_cumprod", t)
+        scale = -classifier_scale / size * self._at("sqrt_alphas_cumprod", t)
         guided: Any = weighted_sum((th.ones_like(t), generated), (scale, dict(zip(free, gradients, strict=True))))
         return {**out, "sample": {**out["sample"], **guided}}
 
@@ -403,18 +406,3 @@ def _last(steps: Iterable[dict[str, Tree]]) -> Tree:
     for out in steps:
         sample = out["sample"]
     return sample
-
-
-def _checked_given(given: dict[str, th.Tensor] | None, x: Tree) -> dict[str, th.Tensor]:
-    """`given` in float32 on the device of `x`, once it is sure that it leaves something to generate."""
-    if not given:
-        return {}
-    if not isinstance(x, dict) or not given.keys() < x.keys():
-        known = sorted(x) if isinstance(x, dict) else "one tensor"
-        raise ValueError(f"given {sorted(given)}, sampled {known}: give some but not all of what is sampled")
-    for key, leaf in given.items():
-        if leaf.shape != x[key].shape:
-            raise ValueError(
-                f"given {key} is {list(leaf.shape)}, sampled {key} is {list(x[key].shape)}: make them equal"
-            )
-    return {key: leaf.float().to(x[key].device) for key, leaf in given.items()}

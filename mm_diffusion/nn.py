@@ -155,7 +155,7 @@ class PointwiseConv(nn.Module):
         return linear(x, self.weight.flatten(1), self.bias)
 
 
-def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
     """[..., I], [O, I], [O] -> [..., O]; on a CPU as a convolution, which adds the bias in the same pass."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)

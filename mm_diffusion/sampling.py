@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -39,6 +40,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
         "step_control": "sample",
     },
 }
+GUIDED = ("ddpm", "ddim")  # with guidance by a given modality, which is defined step by step
 # What replaces them in the previews of training, and in the upsampler.
 PREVIEW_SETTINGS: dict[str, dict[str, Any]] = {"dpm_solver": {"steps": 50, "skip_type": "time_uniform"}}
 _MULTISTEP = {"steps": 50, "order": 2, "method": "multistep", "skip_type": "time_uniform"}
@@ -109,22 +111,37 @@ def prepare(model: nn.Module, precision: str = "fp32") -> Prepared:
 
 
 def make_sampler(
-    name: str, diffusion: SpacedDiffusion, clip_denoised: bool = True, prefix: str = "", **settings: Any
+    name: str,
+    diffusion: SpacedDiffusion,
+    clip_denoised: bool = True,
+    prefix: str = "",
+    classifier_scale: float = 0.0,
+    **settings: Any,
 ) -> Sampler:
-    """A function `(model_fn, x_T, generator=None, progress=None, cond=None) -> tree`; `cond`: keywords of model_fn.
+    """A function `(model_fn, x_T, generator=None, progress=None, cond=None, given=None) -> tree`.
 
-    `settings` replace those of SAMPLERS. ValueError for an unknown name, or for settings that the sampler does not
-    have; `prefix` is that of the flags it names.
+    `cond`: keywords of model_fn; `given`: {key: clip} of leaves that are known and come back as they are, followed the
+    more closely the larger `classifier_scale` (0: replaced by their noisy selves, no more). `settings` replace those
+    of SAMPLERS. ValueError for an unknown name, or for settings that the sampler does not have; `prefix` is that of
+    the flags it names.
     """
     if name not in SAMPLERS:
         raise ValueError(f"{prefix}sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")
-    if name in ("ddpm", "ddim"):
+    if not 0 <= classifier_scale < math.inf:
+        raise ValueError(f"classifier_scale {classifier_scale}: need 0 (no guidance) or a positive number")
+    if name in GUIDED:
         if settings:
             raise ValueError(
                 f"{prefix}sample_fn {name} has no {', '.join(settings)}: its steps are set by"
                 f" {prefix}timestep_respacing"
             )
-        return _loop({"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[name], clip_denoised)
+        loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[name]
+        return _loop(loop, clip_denoised=clip_denoised, classifier_scale=classifier_scale)
+    if classifier_scale:
+        raise ValueError(
+            f"classifier_scale {classifier_scale}: there is no guidance in sample_fn {name}; choose"
+            f" {' or '.join(GUIDED)}, or classifier_scale 0"
+        )
     if diffusion.num_timesteps != diffusion.original_num_steps:
         raise ValueError(
             f"{prefix}timestep_respacing does not go with {prefix}sample_fn {name}: leave it empty, and set"
@@ -133,9 +150,9 @@ def make_sampler(
     return _solver(diffusion, SAMPLERS[name] | settings)
 
 
-def _loop(loop: Callable[..., Tree], clip_denoised: bool) -> Sampler:
-    return lambda model_fn, x_T, generator=None, progress=None, cond=None: loop(
-        partial(model_fn, **(cond or {})), x_T, generator, clip_denoised=clip_denoised, progress=progress
+def _loop(loop: Callable[..., Tree], **options: Any) -> Sampler:
+    return lambda model_fn, x_T, generator=None, progress=None, cond=None, given=None: loop(
+        partial(model_fn, **(cond or {})), x_T, generator, given=given, progress=progress, **options
     )
 
 
@@ -150,12 +167,13 @@ def _solver(diffusion: SpacedDiffusion, settings: dict[str, Any]) -> Sampler:
         generator: Generators = None,
         progress: Callable | None = None,
         cond: dict[str, th.Tensor] | None = None,
+        given: dict[str, th.Tensor] | None = None,
     ) -> Tree:
         def rescaled(x: Tree, t: th.Tensor, **now: Any) -> Tree:
             return model_fn(x, diffusion.model_timesteps(t), **now)
 
         solver = DPMSolver(rescaled, diffusion.alphas_cumprod, model_type=kind, **made)
-        return solver.sample(x_T, progress=progress, cond=cond, **run)
+        return solver.sample(x_T, progress=progress, cond=cond, given=given, **run)
 
     return sample
 
@@ -168,11 +186,12 @@ def sample_joint(
     seed: int,
     device: th.device | str = "cpu",
     progress: Callable[[float], None] | None = None,
+    given: dict[str, th.Tensor] | None = None,
 ) -> dict[str, th.Tensor]:
     """Clips number `indices` of `seed` -> {"video" [B, F, C, H, W], "audio" [B, C, L]} in [-1, 1], on the CPU.
 
     Noise is drawn per clip and on the CPU, window shifts per evaluation: a clip depends on its number and the seed, not
-    on the batch, the ranks or the device.
+    on the batch, the ranks or the device. `given`: {modality: [B, ...]} that is known and comes back as it is.
     """
     network: Any = model.model if isinstance(model, Prepared) else model
     generators = rng.per_sample(seed, "sample", indices=indices)
@@ -181,8 +200,8 @@ def sample_joint(
         name: th.stack([th.randn(shape, generator=g) for g in generators]).to(device) for name, shape in shapes.items()
     }
     with window_shift(rng.generator(seed, "window shift")):
-        sample = sampler(bind(model), x_T, generators, progress)
-    return tree_map(lambda x: x.clamp(-1, 1).cpu(), sample)
+        sample: Any = sampler(bind(model), x_T, generators, progress, given=given)
+    return tree_map(lambda x: x.clamp(-1, 1).cpu(), sample) | (given or {})
 
 
 @th.no_grad()

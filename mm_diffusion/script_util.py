@@ -170,8 +170,8 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """Sampling from a checkpoint."""
+class DrawConfig:
+    """Sampling from a checkpoint of the joint model."""
 
     multimodal_model_path: str = flag("", "checkpoint, several with commas, or a folder (its newest EMA)")
     output_dir: str = flag("", "where original/ (mp4), audios/ (wav) and sr_mp4/ (upsampled mp4) go")
@@ -186,6 +186,14 @@ class SampleConfig:
     solver_order: int = flag(0, "order of dpm_solver, 1 to 3; 0: the sampler's own")
     solver_method: str = flag("", "singlestep, singlestep_fixed, multistep or adaptive; empty: the sampler's own")
     skip_type: str = flag("", "time_uniform, logSNR or time_quadratic; empty: the sampler's own")
+    gallery: bool = flag(True, "write output_dir/index.html, which shows the clips")
+    devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(DrawConfig):
+    """The same, and upsampling what was drawn."""
+
     sr_model_path: str = flag("", "checkpoint of the upsampler, or a folder (its newest EMA); empty: no upsampling")
     sr_sample_fn: str = flag("ddim", "sampler of the upsampler: ddpm, ddim, dpm_solver or dpm_solver++")
     sr_batch_size: int = flag(0, "frames in the upsampler at a time; 0: what fits in memory")
@@ -194,8 +202,13 @@ class SampleConfig:
     sr_solver_method: str = flag("", "method of its dpm_solver; empty: the sampler's own")
     sr_skip_type: str = flag("", "steps of its dpm_solver; empty: the sampler's own")
     load_noise: str = flag("", "file.npy with the noise picture [3, large_size, large_size] of the upsampler")
-    gallery: bool = flag(True, "write output_dir/index.html, which shows the clips")
-    devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenConfig:
+    """Generating one modality to fit the other."""
+
+    classifier_scale: float = flag(0.0, "how strongly the given modality guides the other (ddpm, ddim); 0: no guidance")
 
 
 # Published flags that are accepted where nothing reads them, so that launchers full of them go on working, and why.
@@ -203,7 +216,8 @@ WITHOUT_EFFECT = {
     "t_lr": "nor had it in the published code",
     "frame_gap": "nor had it in the published code",
     "ref_path": "this version computes no metrics",
-    "classifier_scale": "this version generates no modality from the other",
+    "save_type": "this script writes clips as mp4 and their sound as wav",
+    "classifier_scale": "this script generates no modality from the other",
     **dict.fromkeys(_names(SRModelConfig, SRDiffusionConfig), "this script has no upsampler"),
     **dict.fromkeys(("sr_model_path", "sr_sample_fn", "load_noise"), "this script upsamples no clips"),
 }

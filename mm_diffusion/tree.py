@@ -66,6 +66,24 @@ def split_doubled(output: th.Tensor, like: th.Tensor) -> tuple[th.Tensor, th.Ten
     return first, second
 
 
+def checked_given(given: dict[str, th.Tensor] | None, x: Tree) -> dict[str, th.Tensor]:
+    """The known leaves `given` of samples like `x`, in float32 on its device; empty for none.
+
+    ValueError unless they leave something to generate and have the shapes of theirs in `x`.
+    """
+    if not given:
+        return {}
+    if not isinstance(x, dict) or not given.keys() < x.keys():
+        known = sorted(x) if isinstance(x, dict) else "one tensor"
+        raise ValueError(f"given {sorted(given)}, sampled {known}: give some but not all of what is sampled")
+    for key, leaf in given.items():
+        if leaf.shape != x[key].shape:
+            raise ValueError(
+                f"given {key} is {list(leaf.shape)}, sampled {key} is {list(x[key].shape)}: make them equal"
+            )
+    return {key: leaf.float().to(x[key].device) for key, leaf in given.items()}
+
+
 def randn_like(tree: Tree, generator: Generators = None) -> Tree:
     """Standard normal noise in the shape of `tree`.
 

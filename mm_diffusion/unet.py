@@ -354,21 +354,23 @@ class UNet(nn.Module):
         """Maps as the input convolution takes them -> maps as the output convolutions take them."""
         emb = timestep_embedding(timesteps, self.config.num_channels)
         emb = self.time_embed(emb.to(next(self.parameters()).dtype))
+        wanted = self.training or any(x.requires_grad for x in h.values())  # the latter in guided sampling
+        recompute = self.use_checkpoint and th.is_grad_enabled() and wanted
         skips = []
         for blocks in self.input_blocks:
-            h = self._run(blocks, h, emb)
+            h = self._run(blocks, h, emb, recompute)
             skips.append(h)
-        h = self._run(getattr(self, self.middle), h, emb)
+        h = self._run(getattr(self, self.middle), h, emb, recompute)
         for blocks in self.output_blocks:
             skip = skips.pop()
-            h = self._run(blocks, {name: concat_channels(x, skip[name]) for name, x in h.items()}, emb)
+            h = self._run(blocks, {name: concat_channels(x, skip[name]) for name, x in h.items()}, emb, recompute)
         return h
 
-    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor) -> Maps:
+    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, recompute: bool) -> Maps:
         """Run blocks in order; shifts are drawn here, outside whatever is recomputed for the gradient."""
         for block in blocks.children():
             shift = block.draw_shift(h["video"].shape[2]) if isinstance(block, CrossAttention) else 0
-            if self.use_checkpoint and self.training and th.is_grad_enabled():
+            if recompute:
                 h = checkpoint(block, h, emb, shift, use_reentrant=False)
             else:
                 h = block(h, emb, shift)

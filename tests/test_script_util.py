@@ -93,7 +93,14 @@ SAMPLE = {
 }
 UPSAMPLING = {"sr_model_path": "", "sr_sample_fn": "ddim", "load_noise": "", "sr_diffusion_steps": 1100}
 FRAMES = {name: DATA[name] for name in ("data_dir", "num_workers", "video_fps", "random_flip")}
-SCRIPTS = {"train": "multimodal_train", "sr_train": "image_sr_train", "sample": "multimodal_sample_sr"}
+CROSS_MODAL = {"sample_fn": "ddpm", "random_flip": False, "classifier_scale": 0.0}
+SCRIPTS = {
+    "train": "multimodal_train",
+    "sr_train": "image_sr_train",
+    "sample": "multimodal_sample_sr",
+    "video2audio": "video2audio_sample",
+    "audio2video": "audio2video_sample_sr",
+}
 FOLDER = Path(__file__).resolve().parents[1] / "py_scripts"
 LOADED = {script: runpy.run_path(str(FOLDER / f"{name}.py")) for script, name in SCRIPTS.items()}
 CONFIGS = {script: names["CONFIGS"] for script, names in LOADED.items()}
@@ -109,6 +116,8 @@ PUBLISHED = {
         "use_fp16": False,
     },
     "sample": {**MODEL, **tiny.PUBLISHED_UPSAMPLER, **DATA, **SAMPLE, **UPSAMPLING},
+    "video2audio": {**MODEL, **DATA, **SAMPLE, **CROSS_MODAL},
+    "audio2video": {**MODEL, **tiny.PUBLISHED_UPSAMPLER, **DATA, **SAMPLE, **UPSAMPLING, **CROSS_MODAL},
 }
 
 

@@ -1,0 +1,17 @@
+"""Draw stereo sound for the pictures of given clips, and write it with them, beside the clips as they were."""
+
+from mm_diffusion import sample_runs
+from mm_diffusion.dist_util import friendly_errors
+from mm_diffusion.script_util import DataConfig, DiffusionConfig, DrawConfig, GivenConfig, ModelConfig
+
+CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, DrawConfig, GivenConfig)
+DEFAULTS = {"sample_fn": "ddpm", "random_flip": False}
+
+
+def main() -> None:
+    sample_runs.run(__doc__, CONFIGS, DEFAULTS, known="video")
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()
