@@ -7,10 +7,12 @@ from tqdm import tqdm
 
 from mm_diffusion import checkpoint, drawing, logger
 from mm_diffusion.dist_util import World, barrier, friendly_errors, from_rank_0, setup_dist
+from mm_diffusion.metrics import evaluation
 from mm_diffusion.sampling import make_sampler
 from mm_diffusion.script_util import (
     DataConfig,
     DiffusionConfig,
+    MetricsConfig,
     ModelConfig,
     SampleConfig,
     SRDiffusionConfig,
@@ -21,7 +23,7 @@ from mm_diffusion.script_util import (
     pick,
 )
 
-CONFIGS = (ModelConfig, DiffusionConfig, SRModelConfig, SRDiffusionConfig, DataConfig, SampleConfig)
+CONFIGS = (ModelConfig, DiffusionConfig, SRModelConfig, SRDiffusionConfig, DataConfig, SampleConfig, MetricsConfig)
 DEFAULTS = {"sr_diffusion_steps": 1100}  # as published, for upsamplers that do not carry their flags
 
 
@@ -29,22 +31,28 @@ def main() -> None:
     flags, given = parse(__doc__, *CONFIGS, defaults=DEFAULTS)
     config = pick(SampleConfig, flags)
     drawing.check_sample_config(config)
+    judge = pick(MetricsConfig, flags)
+    evaluation.check_metrics_config(judge)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
     for note in notes_on(given, *CONFIGS):
         logger.log(note)
     paths = checkpoint.find_checkpoints(config.multimodal_model_path)
     upsampler = drawing.load_upsampler(config, flags, given, world.device)
+    measures = evaluation.make_measures(judge, world.device) if judge.ref_path else {}
     for path in paths:
         name = os.path.splitext(os.path.basename(path))[0]
         folder = config.output_dir if len(paths) == 1 else os.path.join(config.output_dir, name)
-        sample_from(path, folder, flags, given, config, world, upsampler)
+        sizes = sample_from(path, folder, flags, given, config, world, upsampler)
+        for kind in sizes if judge.ref_path else ():
+            clips = os.path.join(folder, kind)
+            evaluation.tell(evaluation.evaluate(clips, judge, sizes[kind], measures, world), clips, world)
 
 
 def sample_from(
     path: str, folder: str, flags: dict, given: set, config: SampleConfig, world: World, upsampler: tuple
-) -> None:
-    """Fill `folder` with clips of one checkpoint; clips that are there already are kept."""
+) -> dict[str, evaluation.Sizes]:
+    """Fill `folder` with clips of one checkpoint; those that are there are kept. -> its folders, how to read them."""
     weights, trained = checkpoint.load_state(path)
     flags = merge_checkpoint_flags(flags, given, trained, path)
     upscale, upsampler_description = upsampler
@@ -75,6 +83,7 @@ def sample_from(
         drawing.draw_clips(*run, lambda done: bar.update(done - bar.n), upscale)
     barrier()
     logger.log(f"{config.all_save_num} clips in {folder}: {'original, sr_mp4' if upscale else 'original'} and audios")
+    return evaluation.sizes_of_samples(flags, upsampler_description)
 
 
 if __name__ == "__main__":
