@@ -216,7 +216,8 @@ class MetricsConfig:
 class EvalConfig(MetricsConfig):
     """Evaluation of a folder of clips."""
 
-    samples_path: str = flag("", "folder of clips to evaluate")
+    samples_path: str = flag("", "folder of clips to evaluate; several with commas, which count as one")
+    output_dir: str = flag("", "where metrics.json goes; empty: samples_path")
     video_size: str = flag("20,3,64,64", "frames, channels, height, width that clips are read at")
     audio_size: str = flag("2,80000", "channels, samples of a clip")
     video_fps: int = flag(4, "frames per second")

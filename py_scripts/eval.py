@@ -13,7 +13,7 @@ def main() -> None:
     logger.configure(enabled=world.rank == 0)
     measures = make_measures(config, world.device)
     report = evaluate(config.samples_path, config, sizes_of(flags), measures, world)
-    tell(report, config.samples_path, world)
+    tell(report, config.output_dir or config.samples_path, world)
 
 
 if __name__ == "__main__":

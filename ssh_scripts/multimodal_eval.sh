@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 : "${SAMPLES_PATH:=}"  # folder of clips; needed
 : "${REF_PATH:=}"  # folder of true clips; empty: only what needs no comparison
+: "${OUTPUT_DIR:=$SAMPLES_PATH}"  # where metrics.json goes
 : "${NUM_GPUS:=8}"  # ranks; where there is no GPU they run on the CPU
 : "${VIDEO_SIZE:=20,3,64,64}"  # what clips are read at; for upsampled ones 20,3,256,256
 : "${AUDIO_SIZE:=2,80000}"
@@ -24,7 +25,8 @@ for name in REF_PATH I3D_PATH AUDIO_EMBEDDING_PATH DETECTOR_PATH BOXES_DIR EVENT
 done
 use_environment
 launch eval.py \
-    --samples_path "$SAMPLES_PATH" --ref_path "$REF_PATH" --video_size "$VIDEO_SIZE" --audio_size "$AUDIO_SIZE" \
+    --samples_path "$SAMPLES_PATH" --ref_path "$REF_PATH" --output_dir "$OUTPUT_DIR" \
+    --video_size "$VIDEO_SIZE" --audio_size "$AUDIO_SIZE" \
     --i3d_path "$I3D_PATH" --audio_embedding_path "$AUDIO_EMBEDDING_PATH" --detector_path "$DETECTOR_PATH" \
     --boxes_dir "$BOXES_DIR" --events_dir "$EVENTS_DIR" \
     "$@"

@@ -13,18 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted((REPO / "ssh_scripts").glob("*.sh"))
 NEEDED_PATH = {"multimodal_train": "DATA_DIR", "image_sr_train": "DATA_DIR", "multimodal_sample_sr": "MODEL_PATH"}
-NEEDED_PATH["multimodal_eval"] = "SAMPLES_PATH"
-SCRIPTS = {"multimodal_eval": "eval"}  # whose names differ from their launchers
-OTHER_PATHS = (
-    "SR_MODEL_PATH",
-    "LOAD_NOISE",
-    "REF_PATH",
-    "I3D_PATH",
-    "AUDIO_EMBEDDING_PATH",
-    "DETECTOR_PATH",
-    "BOXES_DIR",
-)
-OTHER_PATHS += ("EVENTS_DIR",)
+OTHER_PATHS = ("SR_MODEL_PATH", "LOAD_NOISE", "REF_PATH")
 NEEDS_PATH = pytest.mark.parametrize("name", NEEDED_PATH)
 
 # Stands in for python, mpiexec and srun: answers the launchers' questions about itself, writes down any other call.
@@ -93,7 +82,7 @@ def test_paths_with_spaces_and_extra_flags_arrive_whole(name, tmp_path):
     place = tmp_path / "my clips"
     place.mkdir()
     line = recorded(tmp_path, name, "--seed", "7 8", NUM_GPUS="1", OUTPUT_DIR="out dir", **{NEEDED_PATH[name]: place})
-    assert line[:2] == ["python", str(REPO / f"py_scripts/{SCRIPTS.get(name, name)}.py")]
+    assert line[:2] == ["python", str(REPO / f"py_scripts/{name}.py")]
     assert {str(place), "out dir"} <= set(line)
     assert line[-2:] == ["--seed", "7 8"]
 

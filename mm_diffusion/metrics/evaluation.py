@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import blobfile as bf
 import cv2
 import numpy as np
 import torch as th
@@ -265,16 +266,17 @@ class Report:
         notes = [f"note: {note}" for note in self.notes]
         return "\n".join([table(self.scores), *notes, *(f"left out: {line}" for line in self.left_out)])
 
-    def save(self, folder: str) -> Path:
+    def save(self, folder: str) -> str:
         """Write metrics.json into the folder; another report that is there is kept, and this one numbered."""
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
         for number in range(1, 10**6):
-            path = Path(folder, f"metrics_{number}.json" if number > 1 else "metrics.json")
-            if not path.exists():
+            path = bf.join(folder, f"metrics_{number}.json" if number > 1 else "metrics.json")
+            if not bf.exists(path):
                 media.atomically(path, lambda temporary: Path(temporary).write_text(text))
                 return path
-            if path.read_text() == text:
-                return path
+            with bf.BlobFile(path, "r") as file:
+                if file.read() == text:
+                    return path
         raise AssertionError("unreachable")
 
 
@@ -310,9 +312,10 @@ def _left_out(config: MetricsConfig) -> list[str]:
 
 
 def tell(report: Report, folder: str, world: World) -> None:
-    """Save the report beside the clips and show it, once for all ranks."""
+    """Show the report and save it into the folder, once for all ranks."""
     if world.rank == 0:
-        logger.log(f"{folder}\n{report.text()}\n{report.save(folder)}")
+        logger.log(f"{report.settings['samples_path']}\n{report.text()}")
+        logger.log(f"all of it: {report.save(folder)}")
 
 
 def sizes_of(flags: Mapping[str, Any]) -> Sizes:
