@@ -44,9 +44,8 @@ def main() -> None:
         name = os.path.splitext(os.path.basename(path))[0]
         folder = config.output_dir if len(paths) == 1 else os.path.join(config.output_dir, name)
         sizes = sample_from(path, folder, flags, given, config, world, upsampler)
-        for kind in sizes if judge.ref_path else ():
-            clips = os.path.join(folder, kind)
-            evaluation.tell(evaluation.evaluate(clips, judge, sizes[kind], measures, world), clips, world)
+        if judge.ref_path:
+            evaluation.evaluate_drawn(folder, judge, sizes, measures, world)
 
 
 def sample_from(

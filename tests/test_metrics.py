@@ -30,6 +30,7 @@ from mm_diffusion.metrics.distances import (
     kernel_distance,
     nearest,
 )
+from mm_diffusion.metrics.spatial import horizontal_place
 from mm_diffusion.metrics.spatial_align import Box, Event, hits
 from mm_diffusion.script_util import EvalConfig, MetricsConfig
 
@@ -466,6 +467,20 @@ def test_the_localiser_in_place_of_the_metadata_finds_the_boxes_as_well(clips):
     assert score.count == 60
 
 
+def test_with_a_detector_and_the_localiser_the_true_clips_get_a_score_too(clips, monkeypatch):
+    """The detector here takes the brightest spot of a frame for the object."""
+
+    def detect(video):
+        x = 256 * horizontal_place(video[None])[0][0]
+        return [Box(frame, 1, place - 40, 0, place + 40, 256) for frame, place in enumerate(x.tolist())]
+
+    monkeypatch.setattr(spatial_align, "load_detector", lambda name, path, device: detect)
+    report = report_on(flags_of(clips, boxes_dir="", events_dir="", detector_path=__file__))
+    (score,) = [score for score in report.scores if score.name == "Spatial AV-Align"]
+    assert score.value > 0.9 < score.reference
+    assert (score.count, score.reference_count) == (60, 100)
+
+
 def test_what_was_seen_of_the_reference_is_remembered_by_content(clips, networks, cache, tmp_path, monkeypatch):
     first = report_on(flags_of(clips, **networks))
     copy = tmp_path / "elsewhere"
@@ -478,6 +493,10 @@ def test_what_was_seen_of_the_reference_is_remembered_by_content(clips, networks
     again = report_on(flags_of(clips, **networks, ref_path=str(copy)))
     assert values(again) == values(first)
     assert seen[-1] == ("ref_path", [])
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "code_key", lambda: "another version")
+        report_on(flags_of(clips, **networks))
+    assert seen[-1] == ("ref_path", ["embedding", "i3d", "stereo", "temporal", "thumbnail"])
     (copy / "toy_00004.mp4").write_bytes((copy / "toy_00003.mp4").read_bytes())
     assert values(report_on(flags_of(clips, **networks, ref_path=str(copy)))) != values(first)
     for path in cache.glob("metrics_*.npz"):
@@ -522,6 +541,16 @@ def test_silent_black_short_and_single_clips_give_notes_instead_of_nan(tmp_path,
     missing = {score.name for score in report.scores if score.value is None}
     assert {"FVD", "KVD", "Temporal AV-Align", "left-right correlation", "delays apart (ms)"} <= missing
     json.loads(Path(report.save(folder)).read_text(), parse_constant=pytest.fail)
+
+
+def test_equal_channels_are_no_difference_and_slow_files_are_told(tmp_path):
+    sound = 0.1 * noise(1, 8000).float().expand(2, -1)
+    folder = written(tmp_path / "mono", "a", noise(4, 3, 32, 32).float().clamp(-1, 1), sound, fps=2)
+    report = report_on({"samples_path": folder})
+    assert "1 files have fewer frames than --video_fps 4" in report.text()
+    found = values(report)
+    assert found["level difference, mean |R - L| (dB)"] == found["delay, mean |L - R| (ms)"] == 0
+    assert found["left-right correlation"] == pytest.approx(1)
 
 
 def test_too_few_clips_for_a_covariance_are_told(clips, networks):

@@ -7,6 +7,7 @@ A `Measure` looks at one clip and gives rows of fixed shape. Those of all clips 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from ..script_util import MetricsConfig, numbers
 from . import features, spatial_align, stereo, temporal_align
 from .scores import Score, rated, table
 
-FORMAT = 1  # of what is kept of a reference; raised whenever a measure changes
+SLOW = 0.9  # of the frames per second asked for: a file below has not enough
 Rows = dict[str, th.Tensor]
 LEFT_OUT = {
     "ref_path": ("comparisons with true clips", "a folder of them"),
@@ -123,6 +124,13 @@ def _spatial_measure(config: MetricsConfig, device: th.device) -> Measure:
     return Measure(look, key, of_reference=not from_files)
 
 
+@functools.cache
+def code_key() -> str:
+    """What tells this version of the metrics from others, whose rows are not to be mixed: sha256 of their sources."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
 # ---------------------------------------------------------------- looking at clips
 
 
@@ -153,6 +161,7 @@ class ClipFolder:
         self.windows = ClipDataset(index, sizes.video_size, sizes.audio_size, *rates, **options)  # type: ignore[arg-type]
         self.folder, self.bad, self.flag, self.sizes = folder, index.bad, flag, sizes
         self.short = sum(count_frames(info.duration_seconds, sizes.video_fps) < frames for _, info in index.clips)
+        self.slow = sum(info.fps < SLOW * sizes.video_fps for _, info in index.clips)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -175,7 +184,7 @@ class ClipFolder:
         with ThreadPoolExecutor(max(1, self.sizes.num_workers)) as pool:
             files = list(pool.map(clip_index.fingerprint, [path for path, _ in self.windows.clips]))
         read = {k: v for k, v in vars(self.sizes).items() if k not in ("num_workers", "max_bad_share")}
-        return json.dumps([FORMAT, media.DECODER, read, files], sort_keys=True)
+        return json.dumps([code_key(), media.DECODER, read, files], sort_keys=True)
 
     def notes(self) -> list[str]:
         """What a reader of scores should know of these clips."""
@@ -185,6 +194,11 @@ class ClipFolder:
             found.append(
                 f"--{self.flag}: {self.short} files are shorter than {seconds:g} s: their last frame is repeated, and"
                 " silence added"
+            )
+        if self.slow:
+            found.append(
+                f"--{self.flag}: {self.slow} files have fewer frames than --video_fps {self.sizes.video_fps} a second:"
+                " frames are repeated, and Temporal AV-Align means little"
             )
         return found
 
@@ -298,7 +312,7 @@ def evaluate(
     scores, notes = rated(seen, known, ours.name, true.name if true else str)
     shown = {f.name: getattr(config, f.name) for f in dataclasses.fields(MetricsConfig)}
     counts = {"samples": len(ours), "reference": len(true) if true else 0}
-    settings = {"samples_path": samples, **shown, **vars(sizes), "clips": counts, "format": FORMAT}
+    settings = {"samples_path": samples, **shown, **vars(sizes), "clips": counts, "code": code_key()}
     settings |= {"measures": {name: measure.key for name, measure in measures.items()}}
     folder_notes = [*ours.notes(), *(true.notes() if true else [])]
     return Report(scores, folder_notes + notes, _left_out(config), settings)
@@ -316,6 +330,15 @@ def tell(report: Report, folder: str, world: World) -> None:
     if world.rank == 0:
         logger.log(f"{report.settings['samples_path']}\n{report.text()}")
         logger.log(f"all of it: {report.save(folder)}")
+
+
+def evaluate_drawn(
+    folder: str, config: MetricsConfig, sizes: Mapping[str, Sizes], measures: Mapping[str, Measure], world: World
+) -> None:
+    """Evaluate each of the folders below `folder` that `sizes` names, by itself."""
+    for kind, read in sizes.items():
+        clips = os.path.join(folder, kind)
+        tell(evaluate(clips, config, read, measures, world), clips, world)
 
 
 def sizes_of(flags: Mapping[str, Any]) -> Sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch as th
 
-LEVEL_BINS_DB = th.linspace(-24, 24, 49)  # edges; what lies outside counts in the outermost bins
+LEVEL_BINS_DB = th.linspace(-24.5, 24.5, 50)  # edges, 0 dB in the middle of a bin; beyond: the outermost bins
 MAX_DELAY_SECONDS = 1e-3  # between two ears it is 0.7 ms
 DELAY_BINS = 41
 STRETCH_SECONDS = 0.1
