@@ -123,16 +123,20 @@ def _walk(folder: str, extensions: tuple[str, ...]) -> Iterable[str]:
                 yield blobfile.join(root, name)
 
 
+def cache_folder() -> Path:
+    """Where we keep what can be found out again: MM_DIFFUSION_CACHE, else below the user's cache folder."""
+    home = os.environ.get("MM_DIFFUSION_CACHE")
+    xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) if home else Path(xdg) / "mm_diffusion"
+
+
 def cache_path(
     data_dir: str, video_stream: int | None = None, audio_stream: int | None = None, kind: str = "clips"
 ) -> Path:
-    """Where the index of this folder is kept: below MM_DIFFUSION_CACHE, else in the user's cache folder."""
-    home = os.environ.get("MM_DIFFUSION_CACHE")
-    xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) if home else Path(xdg) / "mm_diffusion"
+    """Where the index of this folder is kept."""
     places = [absolute(part) for part in data_dir.split(",")]
     name = hashlib.sha256(json.dumps([places, video_stream, audio_stream]).encode()).hexdigest()[:24]
-    return folder / f"{kind}_{name}.json"
+    return cache_folder() / f"{kind}_{name}.json"
 
 
 def _read_cache(path: Path) -> dict[str, dict]:

@@ -19,12 +19,14 @@ from .clip_index import ClipIndex, identity, probe_folders, refuse_if_bad
 from .datasets import ClipDataset, count_frames, locate, require_positive
 from .dist_util import World, barrier, from_rank_0, setup_dist
 from .media import ClipInfo
+from .metrics import evaluation
 from .sampling import make_sampler
 from .script_util import (
     DataConfig,
     DiffusionConfig,
     DrawConfig,
     GivenConfig,
+    MetricsConfig,
     SampleConfig,
     merge_checkpoint_flags,
     notes_on,
@@ -126,6 +128,8 @@ def run(text: str, configs: Sequence[type], defaults: Mapping[str, Any] | None =
     draws = pick(SampleConfig if SampleConfig in configs else DrawConfig, flags)
     config = SampleConfig(**dataclasses.asdict(draws))
     drawing.check_sample_config(config)
+    judge = pick(MetricsConfig, flags)
+    evaluation.check_metrics_config(judge)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
     for note in notes_on(told, *configs):
@@ -133,9 +137,13 @@ def run(text: str, configs: Sequence[type], defaults: Mapping[str, Any] | None =
     paths = checkpoint.find_checkpoints(config.multimodal_model_path)
     upsampler = drawing.load_upsampler(config, flags, told, world.device)
     this = SampleRun(flags, told, config, world, upsampler, known, find_given(flags, world) if known else None)
+    measures = evaluation.make_measures(judge, world.device) if judge.ref_path else {}
     for path in paths:
         name = os.path.splitext(os.path.basename(path))[0]
-        sample_from(path, config.output_dir if len(paths) == 1 else os.path.join(config.output_dir, name), this)
+        folder = config.output_dir if len(paths) == 1 else os.path.join(config.output_dir, name)
+        sizes = sample_from(path, folder, this)
+        if judge.ref_path:
+            evaluation.evaluate_drawn(folder, judge, sizes, measures, world)
 
 
 def find_given(flags: Mapping[str, Any], world: World) -> ClipIndex[ClipInfo]:
@@ -146,8 +154,8 @@ def find_given(flags: Mapping[str, Any], world: World) -> ClipIndex[ClipInfo]:
     return dataclasses.replace(index, data_dir=config.data_dir)
 
 
-def sample_from(path: str, folder: str, this: SampleRun) -> None:
-    """Fill `folder` with clips of one checkpoint; clips that are there already are kept."""
+def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation.Sizes]:
+    """Fill `folder` with clips of one checkpoint; those that are there are kept. -> its folders, how to read them."""
     config, world = this.config, this.world
     weights, trained = checkpoint.load_state(path)
     flags = merge_checkpoint_flags(this.flags, this.told, trained, path)
@@ -192,3 +200,4 @@ def sample_from(path: str, folder: str, this: SampleRun) -> None:
     logger.log(f"{count} clips in {folder}: {', '.join(kinds)} and audios")
     if config.gallery and world.rank == 0:
         drawing.show_gallery(folder)
+    return evaluation.sizes_of_samples(flags, upsampler_description)

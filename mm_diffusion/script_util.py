@@ -211,11 +211,41 @@ class GivenConfig:
     classifier_scale: float = flag(0.0, "how strongly the given modality guides the other (ddpm, ddim); 0: no guidance")
 
 
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    """What clips are compared with, and by what."""
+
+    ref_path: str = flag("", "folder of true clips that generated ones are compared with; several with commas")
+    i3d_path: str = flag("", "TorchScript I3D, for FVD and KVD")
+    audio_embedding_path: str = flag("", "TorchScript audio embedding, for FAD")
+    audio_embedding_input: str = flag("logmel", "what it takes: logmel (patches as for VGGish) or waveform (16 kHz)")
+    detector_path: str = flag("", "weights of the detector, whose boxes Spatial AV-Align takes")
+    detector: str = flag("fasterrcnn_resnet50_fpn_v2", "detector of torchvision.models.detection")
+    boxes_dir: str = flag("", "instead of a detector: folder of CLIP.csv with frame,category,x0,y0,x1,y1 (256 pixels)")
+    events_dir: str = flag("", "folder of CLIP.csv with frame,category,x (10 Hz); empty: located in the sound")
+    match_categories: bool = flag(False, "boxes count only for events of their own category")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(MetricsConfig):
+    """Evaluation of a folder of clips."""
+
+    samples_path: str = flag("", "folder of clips to evaluate; several with commas, which count as one")
+    output_dir: str = flag("", "where metrics.json goes; empty: samples_path")
+    video_size: str = flag("20,3,64,64", "frames, channels, height, width that clips are read at")
+    audio_size: str = flag("2,80000", "channels, samples of a clip")
+    video_fps: int = flag(4, "frames per second")
+    audio_fps: int = flag(16000, "samples per second")
+    num_workers: int = flag(4, "clips that each rank looks at side by side")
+    max_bad_share: float = flag(0.1, "refuse to go on when more than this share of the files is unusable")
+    devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or a list such as 0,1")
+
+
 # Published flags that are accepted where nothing reads them, so that launchers full of them go on working, and why.
 WITHOUT_EFFECT = {
     "t_lr": "nor had it in the published code",
     "frame_gap": "nor had it in the published code",
-    "ref_path": "this version computes no metrics",
+    "ref_path": "this script computes no metrics",
     "save_type": "this script writes clips as mp4 and their sound as wav",
     "classifier_scale": "this script generates no modality from the other",
     **dict.fromkeys(_names(SRModelConfig, SRDiffusionConfig), "this script has no upsampler"),

@@ -7,13 +7,23 @@ from mm_diffusion.script_util import (
     DataConfig,
     DiffusionConfig,
     GivenConfig,
+    MetricsConfig,
     ModelConfig,
     SampleConfig,
     SRDiffusionConfig,
     SRModelConfig,
 )
 
-CONFIGS = (ModelConfig, DiffusionConfig, SRModelConfig, SRDiffusionConfig, DataConfig, SampleConfig, GivenConfig)
+CONFIGS = (
+    ModelConfig,
+    DiffusionConfig,
+    SRModelConfig,
+    SRDiffusionConfig,
+    DataConfig,
+    SampleConfig,
+    GivenConfig,
+    MetricsConfig,
+)
 DEFAULTS = {"sample_fn": "ddpm", "random_flip": False, "sr_diffusion_steps": 1100}
 
 

@@ -5,13 +5,14 @@ from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.script_util import (
     DataConfig,
     DiffusionConfig,
+    MetricsConfig,
     ModelConfig,
     SampleConfig,
     SRDiffusionConfig,
     SRModelConfig,
 )
 
-CONFIGS = (ModelConfig, DiffusionConfig, SRModelConfig, SRDiffusionConfig, DataConfig, SampleConfig)
+CONFIGS = (ModelConfig, DiffusionConfig, SRModelConfig, SRDiffusionConfig, DataConfig, SampleConfig, MetricsConfig)
 DEFAULTS = {"sr_diffusion_steps": 1100}  # as published, for upsamplers that do not carry their flags
 
 

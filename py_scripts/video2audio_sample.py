@@ -2,9 +2,9 @@
 
 from mm_diffusion import sample_runs
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.script_util import DataConfig, DiffusionConfig, DrawConfig, GivenConfig, ModelConfig
+from mm_diffusion.script_util import DataConfig, DiffusionConfig, DrawConfig, GivenConfig, MetricsConfig, ModelConfig
 
-CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, DrawConfig, GivenConfig)
+CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, DrawConfig, GivenConfig, MetricsConfig)
 DEFAULTS = {"sample_fn": "ddpm", "random_flip": False}
 
 

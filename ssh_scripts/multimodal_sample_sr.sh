@@ -24,8 +24,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 : "${SR_USE_FP16:=$USE_FP16}"
 : "${LOAD_NOISE:=}"  # .npy with one noise picture for all clips
 
+# Metrics
+: "${REF_PATH:=}"  # folder of true clips to compare with at the end; empty: no metrics
+
 need_path MODEL_PATH "$MODEL_PATH" /path/to/checkpoint.pt
 [ -z "$SR_MODEL_PATH" ] || need_path SR_MODEL_PATH "$SR_MODEL_PATH" /path/to/upsampler.pt
+[ -z "$REF_PATH" ] || need_path REF_PATH "$REF_PATH" /path/to/video_dev
 [ -z "$LOAD_NOISE" ] || need_path LOAD_NOISE "$LOAD_NOISE" /path/to/noise.npy
 use_environment
 launch multimodal_sample_sr.py \
@@ -33,4 +37,5 @@ launch multimodal_sample_sr.py \
     --batch_size "$BATCH_SIZE" --sample_fn "$SAMPLE_FN" --seed "$SEED" --use_fp16 "$USE_FP16" \
     --sr_model_path "$SR_MODEL_PATH" --sr_sample_fn "$SR_SAMPLE_FN" --sr_timestep_respacing "$SR_TIMESTEP_RESPACING" \
     --sr_batch_size "$SR_BATCH_SIZE" --sr_use_fp16 "$SR_USE_FP16" --load_noise "$LOAD_NOISE" \
+    --ref_path "$REF_PATH" \
     "$@"

@@ -13,7 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted((REPO / "ssh_scripts").glob("*.sh"))
 NEEDED_PATH = {"multimodal_train": "DATA_DIR", "image_sr_train": "DATA_DIR", "multimodal_sample_sr": "MODEL_PATH"}
-OTHER_PATHS = ("SR_MODEL_PATH", "LOAD_NOISE")
+OTHER_PATHS = ("SR_MODEL_PATH", "LOAD_NOISE", "REF_PATH")
 NEEDS_PATH = pytest.mark.parametrize("name", NEEDED_PATH)
 
 # Stands in for python, mpiexec and srun: answers the launchers' questions about itself, writes down any other call.

@@ -1,0 +1,356 @@
+"""All metrics of a folder of clips: look at every clip, gather what was seen over ranks, score it, tell it.
+
+A `Measure` looks at one clip and gives rows of fixed shape. Those of all clips are put in order and summed over ranks
+(a rank has zeros for the clips of others), so that scores do not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import blobfile as bf
+import cv2
+import numpy as np
+import torch as th
+from tqdm import tqdm
+
+from .. import clip_index, logger, media
+from ..datasets import ClipDataset, count_frames, parse_size
+from ..dist_util import World, all_sum, from_rank_0
+from ..script_util import MetricsConfig, numbers
+from . import features, spatial_align, stereo, temporal_align
+from .scores import Score, rated, table
+
+SLOW = 0.9  # of the frames per second asked for: a file below has not enough
+Rows = dict[str, th.Tensor]
+LEFT_OUT = {
+    "ref_path": ("comparisons with true clips", "a folder of them"),
+    "i3d_path": ("FVD, KVD", features.I3D_SOURCE),
+    "audio_embedding_path": ("FAD", features.EMBEDDING_SOURCE),
+    "detector_path": ("Spatial AV-Align", "weights of --detector; or give --boxes_dir"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A window of a file: frames [F, 3, H, W] and sound [2, L] in [-1, 1]; rates in Hz."""
+
+    video: th.Tensor
+    audio: th.Tensor
+    fps: float
+    sample_rate: int
+    path: str
+    start: Fraction
+    file_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What is looked at in a clip; `key` is all that its rows depend on beside the clip."""
+
+    look: Callable[[Clip], Rows]
+    key: str = ""
+    of_reference: bool = True  # whether true clips are looked at, too
+
+
+# ---------------------------------------------------------------- measures
+
+
+def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure]:
+    """The measures that the flags allow; ValueError, naming the flag, for a file that cannot be used."""
+    if config.ref_path:
+        clip_index.find_files(config.ref_path.split(","), clip_index.EXTENSIONS, "clips", "check --ref_path")
+    made = {
+        "temporal": Measure(
+            lambda c: temporal_align.look(c.video, c.audio, c.fps, c.sample_rate), f"opencv {cv2.__version__}"
+        ),
+        "stereo": Measure(lambda c: stereo.look(c.audio, c.sample_rate)),
+        "thumbnail": Measure(lambda c: {"seen": features.thumbnail(c.video)}),
+    }
+    if config.i3d_path:
+        i3d = features.load_i3d(config.i3d_path, device)
+        key = f"{features.file_key(config.i3d_path)} {device.type}"
+        made["i3d"] = Measure(lambda c: {"features": i3d(c.video)}, key)
+    if config.audio_embedding_path:
+        embed = features.load_audio_embedding(config.audio_embedding_path, config.audio_embedding_input, device)
+        key = f"{features.file_key(config.audio_embedding_path)} {config.audio_embedding_input} {device.type}"
+        made["embedding"] = Measure(lambda c: embed(c.audio, c.sample_rate), key)
+    if config.boxes_dir or config.detector_path:
+        made["spatial"] = _spatial_measure(config, device)
+    elif config.events_dir:
+        raise ValueError(f"--events_dir {config.events_dir}: needs boxes too; give --boxes_dir or --detector_path")
+    return made
+
+
+def _spatial_measure(config: MetricsConfig, device: th.device) -> Measure:
+    for flag in ("boxes_dir", "events_dir"):
+        folder = getattr(config, flag)
+        if folder and not os.path.isdir(folder):
+            raise ValueError(f"--{flag} {folder}: no such folder")
+    if config.boxes_dir and config.detector_path:
+        raise ValueError("--boxes_dir and --detector_path: give one of them")
+    if config.match_categories and not (config.boxes_dir and config.events_dir):
+        raise ValueError("--match_categories: only CSV files tell categories; give --boxes_dir and --events_dir")
+    detect = None if config.boxes_dir else spatial_align.load_detector(config.detector, config.detector_path, device)
+
+    def look(clip: Clip) -> Rows:
+        window = clip.start, Fraction(len(clip.video)) / Fraction(clip.fps)
+        name = f"{Path(clip.path).stem}.csv"
+        if detect:
+            boxes = detect(clip.video)
+        else:
+            told = spatial_align.read_boxes(Path(config.boxes_dir, name), clip.fps, clip.file_seconds)
+            boxes = spatial_align.cut(told, clip.fps, *window)
+        if config.events_dir:
+            heard = spatial_align.read_events(Path(config.events_dir, name), clip.file_seconds)
+            events = spatial_align.cut(heard, spatial_align.EVENT_HZ, *window)
+        else:
+            events = spatial_align.localise(clip.audio, clip.sample_rate)
+        found, missed = spatial_align.hits(events, boxes, clip.fps, config.match_categories)
+        return {"hits": th.tensor(float(found)), "misses": th.tensor(float(missed))}
+
+    from_files = bool(config.boxes_dir or config.events_dir)
+    key = "" if from_files else f"{features.file_key(config.detector_path)} {config.detector} {device.type}"
+    return Measure(look, key, of_reference=not from_files)
+
+
+@functools.cache
+def code_key() -> str:
+    """What tells this version of the metrics from others, whose rows are not to be mixed: sha256 of their sources."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+# ---------------------------------------------------------------- looking at clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How clips are read; a long file gives clips one after the other."""
+
+    video_size: str
+    audio_size: str
+    video_fps: int
+    audio_fps: int
+    num_workers: int = 4
+    max_bad_share: float = 0.1
+
+
+class ClipFolder:
+    """The clips of a folder, by number; DataError for a folder without, or with too many bad ones."""
+
+    def __init__(self, folder: str, sizes: Sizes, world: World, flag: str) -> None:
+        paths = folder.split(",")
+        clip_index.find_files(paths, clip_index.EXTENSIONS, "clips", f"check --{flag}")
+        index = clip_index.build_index(
+            folder, sizes.max_bad_share, num_workers=max(1, sizes.num_workers), rank=world.rank
+        )
+        frames = parse_size(sizes.video_size, "--video_size", "F,C,H,W")[0]
+        rates = sizes.video_fps, sizes.audio_fps
+        options = {"random_flip": False, "clip_stride": frames, "cache_bytes": 0}
+        self.windows = ClipDataset(index, sizes.video_size, sizes.audio_size, *rates, **options)  # type: ignore[arg-type]
+        self.folder, self.bad, self.flag, self.sizes = folder, index.bad, flag, sizes
+        self.short = sum(count_frames(info.duration_seconds, sizes.video_fps) < frames for _, info in index.clips)
+        self.slow = sum(info.fps < SLOW * sizes.video_fps for _, info in index.clips)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def clip(self, number: int) -> Clip:
+        """Clip `number`; MediaError where it cannot be decoded."""
+        path, info, start = self.windows.place(number)
+        sample, sizes = self.windows[number], self.sizes
+        return Clip(
+            sample["video"], sample["audio"], sizes.video_fps, sizes.audio_fps, path, start, info.duration_seconds
+        )
+
+    def name(self, number: int) -> str:
+        """What to call clip `number` in a report."""
+        path, _, start = self.windows.place(number)
+        return f"{path} at {float(start):g} s" if start else path
+
+    def content(self) -> str:
+        """What tells these clips from others, wherever they lie."""
+        with ThreadPoolExecutor(max(1, self.sizes.num_workers)) as pool:
+            files = list(pool.map(clip_index.fingerprint, [path for path, _ in self.windows.clips]))
+        read = {k: v for k, v in vars(self.sizes).items() if k not in ("num_workers", "max_bad_share")}
+        return json.dumps([code_key(), media.DECODER, read, files], sort_keys=True)
+
+    def notes(self) -> list[str]:
+        """What a reader of scores should know of these clips."""
+        seconds = self.windows.num_frames / self.sizes.video_fps
+        found = [f"--{self.flag}: {len(self.bad)} files left out: {'; '.join(self.bad.values())}"] if self.bad else []
+        if self.short:
+            found.append(
+                f"--{self.flag}: {self.short} files are shorter than {seconds:g} s: their last frame is repeated, and"
+                " silence added"
+            )
+        if self.slow:
+            found.append(
+                f"--{self.flag}: {self.slow} files have fewer frames than --video_fps {self.sizes.video_fps} a second:"
+                " frames are repeated, and Temporal AV-Align means little"
+            )
+        return found
+
+
+def look_at(folder: ClipFolder, measures: Mapping[str, Measure], world: World) -> dict[str, Rows]:
+    """Measure -> its rows [N, ...] of all clips, on every rank; the ranks share the work."""
+    mine = range(world.rank, len(folder), world.size)
+
+    def look(number: int) -> dict[str, Rows]:
+        clip = folder.clip(number)
+        return {name: measure.look(clip) for name, measure in measures.items()}
+
+    if not measures:
+        return {}
+    with ThreadPoolExecutor(max(1, folder.sizes.num_workers)) as pool:
+        bar = {"total": len(mine), "unit": "clip", "leave": False, "disable": world.rank > 0}
+        seen = list(tqdm(pool.map(look, mine), Path(folder.folder).name, **bar))
+    shapes = from_rank_0(lambda: {m: {row: x.shape for row, x in rows.items()} for m, rows in seen[0].items()})
+    found: dict[str, Rows] = {}
+    for measure, rows in shapes.items():
+        found[measure] = {}
+        for row, shape in rows.items():
+            whole = th.zeros(len(folder), *shape)
+            for number, clip in zip(mine, seen, strict=True):
+                whole[number] = clip[measure][row]
+            found[measure][row] = all_sum(whole)
+    return found
+
+
+def look_at_reference(folder: ClipFolder, measures: Mapping[str, Measure], world: World) -> dict[str, Rows]:
+    """`look_at`, but what was seen of the same content before is taken from the cache."""
+    content = from_rank_0(folder.content)
+
+    def place(name: str) -> Path:
+        key = hashlib.sha256(f"{name} {measures[name].key} {content}".encode()).hexdigest()[:24]
+        return clip_index.cache_folder() / f"metrics_{key}.npz"
+
+    wanted = {name: measure for name, measure in measures.items() if measure.of_reference}
+    known = from_rank_0(lambda: {name: _read(place(name), len(folder)) for name in wanted})
+    fresh = look_at(folder, {name: wanted[name] for name, rows in known.items() if rows is None}, world)
+    if world.rank == 0:
+        for name, rows in fresh.items():
+            _write(place(name), rows)
+    return {name: fresh[name] if rows is None else rows for name, rows in known.items()}
+
+
+def _read(path: Path, count: int) -> Rows | None:
+    """What `_write` left; None where there is nothing that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            rows = {name: th.from_numpy(held[name]) for name in held.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return rows if rows and all(len(x) == count for x in rows.values()) else None
+
+
+def _write(path: Path, rows: Rows) -> None:
+    arrays: dict[str, Any] = {name: x.numpy() for name, x in rows.items()}
+    try:
+        media.atomically(path, lambda temporary: np.savez(temporary, **arrays))
+    except OSError as error:
+        logger.warn(f"{path.parent}: cannot be written ({error.strerror}); the reference is looked at every time")
+
+
+# ---------------------------------------------------------------- all of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Scores, and all that they depend on."""
+
+    scores: list[Score]
+    notes: list[str]
+    left_out: list[str]
+    settings: dict[str, Any]
+
+    def text(self) -> str:
+        """The table, what to know when reading it, and what would need which flag."""
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([table(self.scores), *notes, *(f"left out: {line}" for line in self.left_out)])
+
+    def save(self, folder: str) -> str:
+        """Write metrics.json into the folder; another report that is there is kept, and this one numbered."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        for number in range(1, 10**6):
+            path = bf.join(folder, f"metrics_{number}.json" if number > 1 else "metrics.json")
+            if not bf.exists(path):
+                media.atomically(path, lambda temporary: Path(temporary).write_text(text))
+                return path
+            with bf.BlobFile(path, "r") as file:
+                if file.read() == text:
+                    return path
+        raise AssertionError("unreachable")
+
+
+def check_metrics_config(config: MetricsConfig) -> None:
+    """ValueError for metrics flags without --ref_path, where nothing else asks for metrics."""
+    given = [f.name for f in dataclasses.fields(MetricsConfig) if getattr(config, f.name) != f.default]
+    if given and not config.ref_path:
+        raise ValueError(f"--{given[0]}: is for metrics, which --ref_path asks for")
+
+
+def evaluate(
+    samples: str, config: MetricsConfig, sizes: Sizes, measures: Mapping[str, Measure], world: World
+) -> Report:
+    """The report on a folder of clips, on every rank; must be called on all. DataError, MediaError, ValueError."""
+    ours = ClipFolder(samples, sizes, world, "samples_path")
+    true = ClipFolder(config.ref_path, sizes, world, "ref_path") if config.ref_path else None
+    seen = look_at(ours, measures, world)
+    known = look_at_reference(true, measures, world) if true else {}
+    scores, notes = rated(seen, known, ours.name, true.name if true else str)
+    shown = {f.name: getattr(config, f.name) for f in dataclasses.fields(MetricsConfig)}
+    counts = {"samples": len(ours), "reference": len(true) if true else 0}
+    settings = {"samples_path": samples, **shown, **vars(sizes), "clips": counts, "code": code_key()}
+    settings |= {"measures": {name: measure.key for name, measure in measures.items()}}
+    folder_notes = [*ours.notes(), *(true.notes() if true else [])]
+    return Report(scores, folder_notes + notes, _left_out(config), settings)
+
+
+def _left_out(config: MetricsConfig) -> list[str]:
+    missing = [flag for flag in LEFT_OUT if not getattr(config, flag)]
+    if config.boxes_dir:
+        missing = [flag for flag in missing if flag != "detector_path"]
+    return [f"{LEFT_OUT[flag][0]}; --{flag} adds them ({LEFT_OUT[flag][1]})" for flag in missing]
+
+
+def tell(report: Report, folder: str, world: World) -> None:
+    """Show the report and save it into the folder, once for all ranks."""
+    if world.rank == 0:
+        logger.log(f"{report.settings['samples_path']}\n{report.text()}")
+        logger.log(f"all of it: {report.save(folder)}")
+
+
+def evaluate_drawn(
+    folder: str, config: MetricsConfig, sizes: Mapping[str, Sizes], measures: Mapping[str, Measure], world: World
+) -> None:
+    """Evaluate each of the folders below `folder` that `sizes` names, by itself."""
+    for kind, read in sizes.items():
+        clips = os.path.join(folder, kind)
+        tell(evaluate(clips, config, read, measures, world), clips, world)
+
+
+def sizes_of(flags: Mapping[str, Any]) -> Sizes:
+    """How the flags ask clips to be read."""
+    return Sizes(**{f.name: flags[f.name] for f in dataclasses.fields(Sizes)})
+
+
+def sizes_of_samples(flags: Mapping[str, Any], upsampler: Mapping[str, Any]) -> dict[str, Sizes]:
+    """Folder of clips that were drawn -> how to read them; `upsampler` is its description, empty without one."""
+    sizes = {"original": sizes_of(flags)}
+    if upsampler:
+        frames, channels, _, _ = numbers("video_size", flags["video_size"], 4)
+        large = upsampler["sr_sizes"][1]
+        sizes["sr_mp4"] = dataclasses.replace(sizes["original"], video_size=f"{frames},{channels},{large},{large}")
+    return sizes

@@ -1,0 +1,695 @@
+"""Evaluation: every distance has its closed form, every score its known value, and bad input is told in words."""
+
+import itertools
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+import torchaudio
+import torchvision
+from media_files import make_clip as write_any_clip
+from test_dist import LAUNCHERS, REPOSITORY, untouched
+from test_launchers import assert_refused, recorded, run
+from test_upsampler import flags_for, sample, saved
+
+from mm_diffusion import media, toy
+from mm_diffusion.clip_index import DataError
+from mm_diffusion.dist_util import ALONE
+from mm_diffusion.metrics import evaluation, features, spatial_align, stereo, temporal_align
+from mm_diffusion.metrics.distances import (
+    TooFewError,
+    earth_movers_distance,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+)
+from mm_diffusion.metrics.spatial import horizontal_place
+from mm_diffusion.metrics.spatial_align import Box, Event, hits
+from mm_diffusion.script_util import EvalConfig, MetricsConfig
+
+TOY = toy.ToyConfig(height=32, width=32, seconds=2, sample_rate=4000)
+SIZES = evaluation.Sizes("8,3,32,32", "2,8000", 4, 4000)
+HZ = 16000
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MM_DIFFUSION_CACHE", str(folder))
+    return folder
+
+
+def noise(*shape, seed=0):
+    return th.randn(*shape, generator=th.Generator().manual_seed(seed), dtype=th.float64)
+
+
+def with_moments(mean, covariance_root, count=64):
+    """Points [N, D] whose sample mean and unbiased covariance are exactly mean and root^T root."""
+    raw = noise(count, len(mean))
+    raw -= raw.mean(dim=0)
+    white = th.linalg.qr(raw)[0] * math.sqrt(count - 1)
+    return white @ covariance_root + mean
+
+
+# ---------------------------------------------------------------- distances
+
+
+def test_frechet_distance_of_axis_parallel_gaussians_is_the_closed_form():
+    """sum (mu_i - nu_i)^2 + (sigma_i - tau_i)^2."""
+    mu, nu, sigma, tau = th.tensor([[0.0, 1, -2, 3], [1, 1, 0, 0], [1, 2, 0.5, 3], [2, 2, 0, 1]], dtype=th.float64)
+    expected = ((mu - nu).square() + (sigma - tau).square()).sum().item()
+    x, y = with_moments(mu, sigma.diag()), with_moments(nu, tau.diag(), count=50)
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_any_gaussians_takes_the_root_of_the_product_of_covariances():
+    a, b = noise(5, 5, seed=1), noise(5, 5, seed=2)
+    x, y = with_moments(th.zeros(5).double(), a), with_moments(th.zeros(5).double(), b)
+    roots = th.linalg.eigvals((a.T @ a) @ (b.T @ b)).real.sqrt().sum()
+    assert frechet_distance(x, y) == pytest.approx((a.square().sum() + b.square().sum() - 2 * roots).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("count", "dimensions"), [(40, 7), (6, 30)])
+def test_frechet_distance_is_symmetric_zero_for_one_set_and_blind_to_rotations(count, dimensions):
+    x, y = noise(count, dimensions), 2 * noise(count + 3, dimensions, seed=1) + 0.5
+    rotation = th.linalg.qr(noise(dimensions, dimensions, seed=2))[0]
+    assert frechet_distance(x, x.flip(0)) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(x @ rotation, y @ rotation), rel=1e-9)
+    assert frechet_distance(x, x + 1) == pytest.approx(dimensions, rel=1e-9)
+
+
+def test_kernel_distance_is_the_mean_over_pairs_written_out():
+    x, y = noise(5, 3).float(), noise(4, 3, seed=1).float() + 1
+
+    def k(a, b):
+        return (float(a.double() @ b.double()) / 3 + 1) ** 3
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    xx, yy = (mean(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) for z in (x, y))
+    assert kernel_distance(x, y) == pytest.approx(xx + yy - 2 * mean(k(a, b) for a in x for b in y), rel=1e-12)
+
+
+def test_kernel_distance_is_unbiased():
+    """Over all ways to split a population in two, sets of one distribution are 0 apart on average."""
+    trials = [kernel_distance(noise(6, 2, seed=k), noise(6, 2, seed=1000 + k)) for k in range(400)]
+    error = th.tensor(trials).std().item() / math.sqrt(len(trials))
+    assert abs(sum(trials) / len(trials)) < 4 * error
+    assert min(trials) < 0 < max(trials)
+
+
+def test_kernel_distance_does_not_depend_on_blocks(monkeypatch):
+    x, y = noise(9, 4), noise(7, 4, seed=1)
+    whole = kernel_distance(x, y), nearest(x, y)[0]
+    monkeypatch.setattr("mm_diffusion.metrics.distances.BLOCK", 2)
+    assert kernel_distance(x, y) == pytest.approx(whole[0], rel=1e-12)
+    assert nearest(x, y)[0].equal(whole[1])
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_one_point_has_no_spread_and_that_is_said(distance):
+    with pytest.raises(TooFewError, match="at least 2 in either set, got 1 and 5"):
+        distance(noise(1, 3), noise(5, 3))
+
+
+def test_moving_a_histogram_by_k_bins_costs_k_bin_widths():
+    x = th.tensor([0, 3, 1, 0, 0, 0])
+    assert earth_movers_distance(x, x.roll(2), 0.5) == pytest.approx(1.0)
+    assert earth_movers_distance(x, 7 * x) == 0
+    with pytest.raises(TooFewError):
+        earth_movers_distance(x, 0 * x)
+
+
+def test_the_nearest_is_found_and_a_point_is_no_neighbour_of_itself():
+    y = th.tensor([[0.0, 0], [3, 0], [10, 10]])
+    distance, index = nearest(th.tensor([[3.0, 4], [0, 0]]), y)
+    assert index.tolist() == [1, 0]
+    assert distance.tolist() == pytest.approx([4 / math.sqrt(2), 0])
+    assert nearest(y, y, leave_own_out=True)[1].tolist() == [1, 0, 1]
+    with pytest.raises(TooFewError):
+        nearest(y[:1], y[:1], leave_own_out=True)
+
+
+# ---------------------------------------------------------------- temporal AV-Align
+
+
+def clicks(*seconds, length=2.0):
+    """Bursts of noise at these times, left and right in opposite phase, so that their sum is silent."""
+    audio = 1e-3 * noise(int(length * HZ), seed=5)
+    for k, begin in enumerate(seconds):
+        size = int(0.05 * HZ)
+        audio[int(begin * HZ) :][:size] += 0.3 * noise(size, seed=k) * th.linspace(1, 0, size)
+    return th.stack([audio, -audio]).float()
+
+
+def test_onsets_are_found_where_sounds_begin():
+    times = [0.31, 0.8, 1.25, 1.6]
+    assert temporal_align.onsets(clicks(*times), HZ) == pytest.approx(times, abs=0.03)
+
+
+def test_motion_is_the_displacement_and_its_peak_the_jump():
+    """A texture that moves by d pixels a frame has a flow of about d everywhere."""
+    texture = th.nn.functional.interpolate(noise(1, 3, 24, 24).float(), (96, 96), mode="bicubic").clamp(-1, 1)[0]
+    moves = [0, 1, 1, 3, 1, 1, 1]
+    frames = th.stack([texture.roll(s, -1)[:, 16:80, 16:80] for s in np.cumsum(moves).tolist()])
+    assert temporal_align.motion(frames).tolist() == pytest.approx(moves[1:], rel=0.2)
+    assert temporal_align.motion_peaks(frames, fps=4) == [3 / 4]
+
+
+def test_matching_pairs_nothing_twice_and_finds_the_most_pairs():
+    """The published count lets several onsets share a peak, and may then exceed 1."""
+    assert temporal_align.matched([1.0], [0.9, 1.0, 1.1], 0.25) == 1
+    assert temporal_align.matched([1.0, 1.4], [1.2, 1.6], 0.25) == 2
+    assert temporal_align.matched([1.0, 2.0], [1.25, 2.3], 0.25) == 1
+    assert temporal_align.matched([], [1.0], 0.25) == 0
+
+
+def test_overlap_is_intersection_over_union_of_the_clips_that_have_anything():
+    peaks, heard, pairs = th.tensor([[4.0, 0, 3, 0], [4, 0, 0, 2], [2, 0, 0, 0]])
+    assert temporal_align.overlap(peaks, heard, pairs).tolist() == pytest.approx([2 / 6, 0, 0])
+
+
+# ---------------------------------------------------------------- stereo
+
+
+@pytest.mark.parametrize("delay", [0, 3, -7, 12])
+@pytest.mark.parametrize("gain_db", [0.0, 6.0, -9.0])
+def test_level_and_time_differences_are_those_that_were_made(delay, gain_db):
+    """Positive for the right: louder there, and later on the left."""
+    source = 0.1 * noise(HZ // 2)
+    audio = th.stack([source.roll(delay), 10 ** (gain_db / 20) * source])
+    pieces = stereo.stretches(audio, HZ)
+    assert stereo.level_difference_db(pieces).tolist() == pytest.approx([gain_db] * 5, abs=0.5)
+    assert stereo.time_difference(pieces, HZ).tolist() == pytest.approx([delay / HZ] * 5, abs=0.2 / HZ)
+    assert stereo.time_difference(pieces.flip(1), HZ).tolist() == pytest.approx([-delay / HZ] * 5, abs=0.2 / HZ)
+
+
+def test_correlation_of_channels_is_the_cosine_of_their_angle():
+    left, other = noise(2, 4000)
+    other = (
+        other - other.mean() - left * ((other - other.mean()) @ (left - left.mean())) / (left - left.mean()).norm() ** 2
+    )
+    other = other * left.std() / other.std()
+    assert stereo.correlation(th.stack([left, math.cos(1) * left + math.sin(1) * other])) == pytest.approx(
+        math.cos(1), abs=1e-3
+    )
+    assert math.isnan(stereo.correlation(th.zeros(2, 100)))
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_the_log_mel_front_end_is_torchaudios_in_patches():
+    sound = noise(2, 2 * HZ).float()
+    mel = torchaudio.transforms.MelSpectrogram(
+        HZ, 512, 400, 160, 125.0, 7500.0, n_mels=64, power=1.0, center=False, wkwargs={"periodic": True}
+    )
+    patches = features.log_mel_patches(sound)
+    assert patches.shape == (2, 2, 96, 64)
+    padded = th.nn.functional.pad(sound, (56, 56))  # torchaudio centres the window in its 512 samples
+    expected = (mel(padded) + 0.01).log().transpose(1, 2)[:, :192]
+    th.testing.assert_close(patches.flatten(1, 2), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_sound_is_one_patch():
+    assert features.log_mel_patches(th.zeros(4, 100)).shape == (4, 1, 96, 64)
+    assert features.log_mel_patches(th.zeros(4, 100)).unique().tolist() == pytest.approx([math.log(0.01)])
+
+
+def test_mid_and_side_of_equal_channels_are_the_channel_and_silence():
+    left, right, mid, side = features.views(noise(1, 50).expand(2, -1))
+    assert left.equal(right)
+    assert mid.equal(left)
+    assert not side.any()
+
+
+# ---------------------------------------------------------------- spatial AV-Align
+
+
+def true_boxes(config, index):
+    """Where the objects of a toy clip are, in every video frame, by the formulas that drew them."""
+    things = toy.draw_things(config, np.random.default_rng([config.seed, index]))
+    boxes = []
+    for frame in range(config.num_frames):
+        for thing in things:
+            x, y = toy.centre_pixels(thing, np.array((frame + 0.5) / config.fps), config)
+            side = 256 / np.array([config.width, config.height])
+            x, y, r = x * side[0], y * side[1], thing.radius * 256
+            boxes.append(Box(frame, thing.category, x - r, y - r, x + r, y + r))
+    return boxes
+
+
+def toy_events(index):
+    return [Event(*map(int, row.split(",")[:3])) for row in toy.make_clip(TOY, index)[2]]
+
+
+def test_where_the_metadata_is_true_every_event_is_a_hit():
+    for index in range(4):
+        events = toy_events(index)
+        assert hits(events, true_boxes(TOY, index), TOY.fps) == (20, 0)
+        assert hits(events, true_boxes(TOY, index), TOY.fps, match_categories=True) == (20, 0)
+        assert hits(events, [], TOY.fps) == (0, 20)
+        wrong = [Box(b.frame, 1 - b.category, b.x0, b.y0, b.x1, b.y1) for b in true_boxes(TOY, index)]
+        assert hits(events, wrong, TOY.fps, match_categories=True) == (0, 20)
+
+
+def test_for_boxes_that_are_shifted_the_score_is_that_of_interval_arithmetic():
+    """|x - centre| <= radius + 40 in one of the three frames around floor(0.4 e)."""
+    found = set()
+    for index, shift in itertools.product(range(3), [-150, -90, 85, 100]):
+        boxes = [Box(b.frame, b.category, b.x0 + shift, b.y0, b.x1 + shift, b.y1) for b in true_boxes(TOY, index)]
+        x = np.array([event.x for event in toy_events(index)])
+        centre = np.array([(b.x0 + b.x1) / 2 for b in boxes])
+        gap = np.abs(x[:, None] - centre) - (boxes[0].x1 - boxes[0].x0) / 2
+        near = np.abs(np.arange(8) - (4 * np.arange(20) // 10)[:, None]) <= 1
+        expected = int(((gap <= 40) & near).any(axis=1).sum())
+        assert hits(toy_events(index), boxes, TOY.fps) == (expected, 20 - expected)
+        found.add(expected)
+    assert len(found - {0, 20}) > 2
+
+
+@pytest.mark.parametrize(
+    ("event", "box", "hit"),
+    [
+        (Event(0, 0, 100), Box(0, 0, 140, 0, 150, 9), True),
+        (Event(0, 0, 100), Box(0, 0, 140.5, 0, 150, 9), False),
+        (Event(0, 0, 100), Box(0, 0, 20, 0, 60, 9), True),
+        (Event(0, 0, 100), Box(0, 0, 20, 0, 59, 9), False),
+        (Event(5, 0, 100), Box(3, 0, 90, 0, 110, 9), True),
+        (Event(5, 0, 100), Box(1, 0, 90, 0, 110, 9), True),
+        (Event(5, 0, 100), Box(4, 0, 90, 0, 110, 9), False),
+        (Event(5, 0, 100), Box(0, 0, 90, 0, 110, 9), False),
+    ],
+)
+def test_a_hit_is_within_40_pixels_and_one_frame(event, box, hit):
+    assert hits([event], [box], fps=4) == (int(hit), int(not hit))
+
+
+def test_the_localiser_hears_a_toy_object_where_it_is():
+    found, true = [], []
+    for index in range(6):
+        _, audio, rows = toy.make_clip(toy.ToyConfig(height=8, width=8), index)
+        place = {int(row.split(",")[0]): float(row.split(",")[2]) for row in rows}
+        for event in spatial_align.localise(audio, HZ):
+            found.append(event.x)
+            true.append(place[event.frame])
+    assert len(found) == 300
+    assert np.corrcoef(found, true)[0, 1] > 0.98
+
+
+def test_a_source_that_only_comes_later_on_one_side_is_localised_by_its_delay():
+    source = 0.1 * noise(HZ // 2)
+    (right,) = {round(e.x) for e in spatial_align.localise(th.stack([source.roll(5), source]), HZ)}
+    assert right == pytest.approx(128 + 256 * 5 / HZ / 1.2e-3, abs=3)
+    assert spatial_align.localise(th.zeros(2, HZ), HZ) == []
+
+
+def test_a_detector_that_is_sure_of_persons_gives_boxes_in_256_pixels():
+    told = {
+        "labels": th.tensor([1, 1, 3]),
+        "scores": th.tensor([0.9, 0.2, 0.9]),
+        "boxes": th.tensor([[8.0, 4, 16, 8]] * 3),
+    }
+    assert spatial_align._boxes(2, told, th.Size([5, 3, 16, 32])) == [Box(2, 1, 64, 64, 128, 128)]
+
+
+def test_a_detector_of_torchvision_loads_its_weights_and_looks_at_every_frame(tmp_path):
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    th.save(torchvision.models.get_model(name, weights=None, weights_backbone=None).state_dict(), tmp_path / "w.pth")
+    detect = spatial_align.load_detector(name, str(tmp_path / "w.pth"), th.device("cpu"))
+    assert detect(th.zeros(1, 3, 32, 32)) == []
+    th.save({"a": th.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"--detector_path .*other\.pth: does not hold the weights of fasterrcnn"):
+        spatial_align.load_detector(name, str(tmp_path / "other.pth"), th.device("cpu"))
+    with pytest.raises(ValueError, match=r"missing\.pth: no such file; the weights of .* are at https://.*\.pth"):
+        spatial_align.load_detector(name, str(tmp_path / "missing.pth"), th.device("cpu"))
+    with pytest.raises(ValueError, match="choose from fasterrcnn"):
+        spatial_align.load_detector("yolo", "", th.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0,1\n", "row 1.*is not 3 numbers"),
+        ("frame,category,x\n0,1,2\n1,1,here\n", "row 3.*is not 3 numbers"),
+        ("0,1,nan\n", "row 1.*is not 3 numbers"),
+        ("0.5,1,3\n", "frame 0.5 .*whole"),
+        ("0,1,3\n90,1,3\n", "row 2 .*frame 90 at 10 Hz is not in the clip of 2.00 s"),
+        ("-1,1,3\n", "frame -1"),
+        ("0,1,300\n", "x 300 is outside 0..256"),
+    ],
+)
+def test_rows_out_of_range_are_told_with_file_and_row(tmp_path, text, words):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"a.csv.*{words}"):
+        spatial_align.read_events(tmp_path / "a.csv", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"), [("0,1,9,9,5,20", "is no box"), ("0,1,300,0,310,9", "is no box"), ("9,1,0,0,1,1", "4 Hz")]
+)
+def test_boxes_inside_out_or_outside_are_told(tmp_path, row, words):
+    (tmp_path / "a.csv").write_text(row)
+    with pytest.raises(ValueError, match=f"a.csv.*{words}"):
+        spatial_align.read_boxes(tmp_path / "a.csv", 4, 2.0)
+    (tmp_path / "a.csv").write_text("")
+    assert spatial_align.read_boxes(tmp_path / "a.csv", 4, 2.0) == []
+
+
+# ---------------------------------------------------------------- folders of clips
+
+
+class TinyI3D(th.nn.Module):
+    """Colour by thirds of the time; insists on being called as the usual file is."""
+
+    def forward(self, x: th.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False):
+        assert x.size(3) == 224
+        assert return_features and not rescale and not resize  # noqa: PT018 (TorchScript)
+        return x.mean(dim=[3, 4]).flatten(1)[:, ::4]
+
+
+class TinyEmbedding(th.nn.Module):
+    """Four bands of a log-mel patch."""
+
+    def forward(self, x: th.Tensor):
+        return x.mean(dim=2).view(-1, 4, 16).mean(dim=2)
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks")
+    th.jit.script(TinyI3D()).save(str(folder / "i3d.pt"))
+    th.jit.script(TinyEmbedding()).save(str(folder / "embedding.pt"))
+    return {"i3d_path": str(folder / "i3d.pt"), "audio_embedding_path": str(folder / "embedding.pt")}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """Toy clips, others as samples of them, and true boxes of those."""
+    root = tmp_path_factory.mktemp("clips")
+    toy.write_toy_dataset(root / "true", 5, TOY)
+    other = toy.ToyConfig(**{**vars(TOY), "seed": 1})
+    toy.write_toy_dataset(root / "drawn", 3, other)
+    (root / "boxes").mkdir()
+    for index in range(3):
+        rows = [f"{b.frame},{b.category},{b.x0},{b.y0},{b.x1},{b.y1}" for b in true_boxes(other, index)]
+        (root / f"boxes/toy_{index:05d}.csv").write_text("\n".join(rows))
+    return root
+
+
+def flags_of(clips, **more):
+    return {
+        "samples_path": str(clips / "drawn/video_dev"),
+        "ref_path": str(clips / "true/video_dev"),
+        "boxes_dir": str(clips / "boxes"),
+        "events_dir": str(clips / "drawn/metadata_dev"),
+        **more,
+    }
+
+
+def report_on(flags, sizes=SIZES):
+    config = EvalConfig(**flags)
+    return evaluation.evaluate(
+        config.samples_path, config, sizes, evaluation.make_measures(config, ALONE.device), ALONE
+    )
+
+
+def values(report):
+    return {score.name: score.value for score in report.scores}
+
+
+def test_clips_compared_with_themselves_are_no_distance_apart(clips, networks):
+    flags = flags_of(clips, **networks, boxes_dir="", events_dir="", samples_path=str(clips / "true/video_dev"))
+    report = report_on(flags)
+    for score in report.scores:
+        if score.name.startswith("FAD") or score.name in ("FVD", "level differences apart (dB)", "delays apart (ms)"):
+            assert score.value == pytest.approx(0, abs=1e-4), score
+        elif score.name.startswith("nearest"):
+            assert score.value == 0 < score.reference
+        elif score.name != "KVD":
+            assert score.value == score.reference
+    assert values(report)["KVD"] < 0
+
+
+def test_scores_are_those_of_the_features_by_hand(clips, networks):
+    found = values(report_on(flags_of(clips, **networks)))
+
+    def points(folder, count):
+        windows = [
+            media.read_window(clips / folder / f"video_dev/toy_{k:05d}.mp4", 0, 8, 4, 32, 32, 4000, 8000)
+            for k in range(count)
+        ]
+        video = th.stack([media.to_float(frames.permute(0, 3, 1, 2)) for frames, _ in windows])
+        return video.mean(dim=(3, 4)).transpose(1, 2).flatten(1)[:, ::4]
+
+    x, y = points("drawn", 3), points("true", 5)
+    assert found["FVD"] == pytest.approx(frechet_distance(x, y), rel=1e-2)
+    assert found["KVD"] == pytest.approx(kernel_distance(x, y), rel=1e-2)
+    assert found["Spatial AV-Align"] == 1
+    assert found["FAD side"] > 0
+
+
+def test_the_localiser_in_place_of_the_metadata_finds_the_boxes_as_well(clips):
+    report = report_on(flags_of(clips, events_dir=""))
+    (score,) = [score for score in report.scores if score.name == "Spatial AV-Align"]
+    assert score.value > 0.9
+    assert score.count == 60
+
+
+def test_with_a_detector_and_the_localiser_the_true_clips_get_a_score_too(clips, monkeypatch):
+    """The detector here takes the brightest spot of a frame for the object."""
+
+    def detect(video):
+        x = 256 * horizontal_place(video[None])[0][0]
+        return [Box(frame, 1, place - 40, 0, place + 40, 256) for frame, place in enumerate(x.tolist())]
+
+    monkeypatch.setattr(spatial_align, "load_detector", lambda name, path, device: detect)
+    report = report_on(flags_of(clips, boxes_dir="", events_dir="", detector_path=__file__))
+    (score,) = [score for score in report.scores if score.name == "Spatial AV-Align"]
+    assert score.value > 0.9 < score.reference
+    assert (score.count, score.reference_count) == (60, 100)
+
+
+def test_what_was_seen_of_the_reference_is_remembered_by_content(clips, networks, cache, tmp_path, monkeypatch):
+    first = report_on(flags_of(clips, **networks))
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for path in (clips / "true/video_dev").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    seen = []
+    look = evaluation.look_at
+    monkeypatch.setattr(evaluation, "look_at", lambda f, m, w: seen.append((f.flag, sorted(m))) or look(f, m, w))
+    again = report_on(flags_of(clips, **networks, ref_path=str(copy)))
+    assert values(again) == values(first)
+    assert seen[-1] == ("ref_path", [])
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "code_key", lambda: "another version")
+        report_on(flags_of(clips, **networks))
+    assert seen[-1] == ("ref_path", ["embedding", "i3d", "stereo", "temporal", "thumbnail"])
+    (copy / "toy_00004.mp4").write_bytes((copy / "toy_00003.mp4").read_bytes())
+    assert values(report_on(flags_of(clips, **networks, ref_path=str(copy)))) != values(first)
+    for path in cache.glob("metrics_*.npz"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert values(report_on(flags_of(clips, **networks))) == values(first)
+
+
+def test_a_report_is_never_overwritten_by_another(clips, tmp_path):
+    report = report_on(flags_of(clips, ref_path=""))
+    other = evaluation.Report(report.scores, ["another"], [], {})
+    paths = [report.save(str(tmp_path)), other.save(str(tmp_path)), report.save(str(tmp_path))]
+    assert [os.path.basename(path) for path in paths] == ["metrics.json", "metrics_2.json", "metrics.json"]
+    assert json.loads(Path(paths[1]).read_text())["notes"] == ["another"]
+
+
+def test_metrics_without_weights_are_left_out_with_the_flag_that_adds_them(clips):
+    report = report_on({"samples_path": str(clips / "drawn/video_dev")})
+    text = report.text()
+    for what, flag in {"FVD, KVD": "i3d_path", "FAD": "audio_embedding_path", "Spatial": "detector_path"}.items():
+        assert f"left out: {what}" in text
+        assert f"--{flag} adds them" in text
+    assert "--ref_path adds them" in text
+    assert {score.name for score in report.scores}.isdisjoint({"FVD", "FAD left", "Spatial AV-Align"})
+    assert "left out" not in "".join(report_on(flags_of(clips)).text().split("Spatial AV-Align")[2:])
+
+
+def written(folder, name, video, audio, fps=4, rate=4000):
+    folder.mkdir(exist_ok=True)
+    media.write_clip(folder / f"{name}.mp4", video, fps, audio, rate)
+    return str(folder)
+
+
+def test_silent_black_short_and_single_clips_give_notes_instead_of_nan(tmp_path, clips, networks):
+    folder = written(tmp_path / "odd", "black", -th.ones(5, 3, 32, 32), th.zeros(2, 5000))
+    report = report_on({"samples_path": folder, "ref_path": str(clips / "true/video_dev"), **networks})
+    text = report.text()
+    for words in ("1 of 1 clips silent", "1 of 1 clips black", "1 files are shorter than 2 s", "1 clips only"):
+        assert words in text
+    assert "nan" not in text
+    for score in report.scores:
+        assert score.value is not None or score.note, score
+    missing = {score.name for score in report.scores if score.value is None}
+    assert {"FVD", "KVD", "Temporal AV-Align", "left-right correlation", "delays apart (ms)"} <= missing
+    json.loads(Path(report.save(folder)).read_text(), parse_constant=pytest.fail)
+
+
+def test_equal_channels_are_no_difference_and_slow_files_are_told(tmp_path):
+    sound = 0.1 * noise(1, 8000).float().expand(2, -1)
+    folder = written(tmp_path / "mono", "a", noise(4, 3, 32, 32).float().clamp(-1, 1), sound, fps=2)
+    report = report_on({"samples_path": folder})
+    assert "1 files have fewer frames than --video_fps 4" in report.text()
+    found = values(report)
+    assert found["level difference, mean |R - L| (dB)"] == found["delay, mean |L - R| (ms)"] == 0
+    assert found["left-right correlation"] == pytest.approx(1)
+
+
+def test_too_few_clips_for_a_covariance_are_told(clips, networks):
+    report = report_on(flags_of(clips, **networks))
+    assert next(s for s in report.scores if s.name == "FVD").note.startswith("too few")
+    assert "samples: 3 clips only" in report.text()
+
+
+def test_long_files_give_clips_one_after_the_other_with_their_part_of_the_rows(tmp_path):
+    config = toy.ToyConfig(**{**vars(TOY), "seconds": 4})
+    video, audio, rows = toy.make_clip(config, 0)
+    flags = {"samples_path": written(tmp_path / "long", "a", video, audio)}
+    for kind, lines in {
+        "events": rows,
+        "boxes": [f"{b.frame},{b.category},{b.x0},{b.y0},{b.x1},{b.y1}" for b in true_boxes(config, 0)],
+    }.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.csv").write_text("\n".join(lines))
+        flags[f"{kind}_dir"] = str(tmp_path / kind)
+    report = report_on(flags)
+    assert report.settings["clips"] == {"samples": 2, "reference": 0}
+    (score,) = [score for score in report.scores if score.name == "Spatial AV-Align"]
+    assert (score.value, score.count) == (1, 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples_path": ""}, "check --samples_path"),
+        ({"samples_path": "{tmp}"}, "holds no clips .*--samples_path"),
+        ({"ref_path": "{tmp}"}, "holds no clips .*--ref_path"),
+        ({"i3d_path": "{tmp}/none.pt"}, "--i3d_path .*none.pt: no such file; it takes a TorchScript I3D"),
+        ({"audio_embedding_path": "{tmp}/none.pt"}, "--audio_embedding_path .*no such file; it takes any TorchScript"),
+        ({"i3d_path": __file__}, "--i3d_path .*is no TorchScript file"),
+        ({"boxes_dir": "{tmp}/none"}, "--boxes_dir .*no such folder"),
+        ({"boxes_dir": "{tmp}"}, "toy_0000..csv: is missing"),
+        ({"boxes_dir": ""}, "--events_dir .*needs boxes"),
+        ({"events_dir": "", "match_categories": True}, "--match_categories"),
+        ({"detector_path": "x"}, "give one of them"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_words(clips, tmp_path, change, words):
+    change = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
+    with pytest.raises((ValueError, DataError), match=words):
+        report_on(flags_of(clips) | change)
+
+
+def test_a_network_that_takes_something_else_is_named(clips, networks):
+    with pytest.raises(
+        ValueError, match=r"--i3d_path: this module does not take \[1, 3, 8, 224, 224\]|vector for each"
+    ):
+        report_on(flags_of(clips, i3d_path=networks["audio_embedding_path"]))
+
+
+def test_other_containers_and_rates_are_read_as_well(tmp_path):
+    (tmp_path / "any").mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8)
+    write_any_clip(tmp_path / "any/a.mkv", frames, fps=15, audio=0.1 * noise(1, 22050 * 2).numpy(), rate=22050)
+    found = values(report_on({"samples_path": str(tmp_path / "any")}))
+    assert found["left-right correlation"] == pytest.approx(1)
+    assert found["level difference, mean |R - L| (dB)"] == pytest.approx(0, abs=0.5)
+
+
+# ---------------------------------------------------------------- scripts
+
+
+def evaluated(command, flags, folder):
+    """eval.py as a process (or several): its screen and its report."""
+    line = [*command, str(REPOSITORY / "py_scripts/eval.py")]
+    flags = flags | {"video_size": SIZES.video_size, "audio_size": SIZES.audio_size, "audio_fps": SIZES.audio_fps}
+    line += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    env = untouched() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MM_DIFFUSION_CACHE": str(folder)}
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    report = os.path.join(flags["samples_path"], "metrics.json")
+    with open(report) as file:
+        told = json.load(file)
+    os.remove(report)
+    return done.stdout, told
+
+
+def test_two_ranks_tell_what_one_tells_once(clips, networks, tmp_path):
+    flags = flags_of(clips, **networks)
+    alone = evaluated([sys.executable], flags, tmp_path / "1")
+    both = evaluated(LAUNCHERS["torchrun"], flags, tmp_path / "2")
+    assert alone[1] == both[1]
+    assert alone[0].splitlines()[:8] == both[0].splitlines()[:8]
+    assert both[0].count("FVD ") == 1
+    assert alone[1]["settings"]["clips"] == {"samples": 3, "reference": 5}
+    assert {score["name"]: score["value"] for score in alone[1]["scores"]} == values(report_on(flags))
+
+
+def test_sampling_ends_with_metrics_of_either_folder_by_itself(tmp_path, monkeypatch, clips, networks, capsys):
+    base, sr = saved(tmp_path)
+    out = tmp_path / "out"
+    more = ["--ref_path", str(clips / "true/video_dev"), "--i3d_path", networks["i3d_path"], "--num_workers", "1"]
+    sample(out, monkeypatch, *flags_for(base, sr, out, *more))
+    for kind, side in (("original", 8), ("sr_mp4", 32)):
+        told = json.loads((out / kind / "metrics.json").read_text())
+        assert told["settings"]["video_size"] == f"4,3,{side},{side}"
+        assert told["settings"]["clips"] == {"samples": 3, "reference": 10}
+        assert {"FVD", "Temporal AV-Align"} <= {score["name"] for score in told["scores"]}
+    assert capsys.readouterr().out.count("FVD ") == 2
+
+
+def test_sampling_refuses_metrics_that_cannot_be_before_it_draws(tmp_path, monkeypatch, clips):
+    base, _ = saved(tmp_path)
+    out = tmp_path / "out"
+    ref = ["--ref_path", str(clips / "true/video_dev")]
+    for more, words in (
+        (["--i3d_path", "x.pt"], "--i3d_path: is for metrics"),
+        (["--ref_path", str(tmp_path / "none")], "no such data folder"),
+        ([*ref, "--i3d_path", "x.pt"], "no such file"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample(out, monkeypatch, *flags_for(base, "", out, *more))
+        assert not out.exists()
+
+
+def test_every_metrics_flag_is_one_of_the_sampling_script_too():
+    configs = runpy.run_path(str(REPOSITORY / "py_scripts/multimodal_sample_sr.py"))["CONFIGS"]
+    assert MetricsConfig in configs
+
+
+def test_the_launcher_passes_paths_on_and_names_those_that_do_not_exist(tmp_path):
+    assert_refused(run("multimodal_eval"), "SAMPLES_PATH")
+    assert_refused(run("multimodal_eval", SAMPLES_PATH=tmp_path, I3D_PATH=tmp_path / "none"), "I3D_PATH", "none")
+    place = tmp_path / "my clips"
+    place.mkdir()
+    names = ("SAMPLES_PATH", "REF_PATH", "I3D_PATH", "AUDIO_EMBEDDING_PATH", "DETECTOR_PATH", "BOXES_DIR", "EVENTS_DIR")
+    line = recorded(tmp_path, "multimodal_eval", "--num_workers", "2", NUM_GPUS="1", **dict.fromkeys(names, place))
+    assert line[:2] == ["python", str(REPOSITORY / "py_scripts/eval.py")]
+    assert line.count(str(place)) == len(names) + 1  # the report goes beside the clips
+    assert line[-2:] == ["--num_workers", "2"]
+    done = subprocess.run(
+        [sys.executable, *line[1:], "--no_such_flag", "1"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert_refused(done, "unrecognized arguments: --no_such_flag 1 ")
