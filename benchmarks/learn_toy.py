@@ -1,7 +1,8 @@
 """How long until picture and sound fit? Small joint models learn the toy clips, and are judged on the way.
 
 Nearer to the published setting than the demo: 16 pixels, noise prediction, 1000 steps, all four levels with their
-windows and random shifts, two kinds of objects that move and pulse. At every save the moving average is judged:
+windows and random shifts, two kinds of objects that move and pulse. Nearer still, on a GPU: --video_size 16,3,32,32
+--audio_size 2,4096 --audio_fps 2048 --num_channels 64. At every save the moving average is judged:
 
 coupling   how much worse a modality of held-out clips is denoised beside another clip's other modality, at one noise
            level t / T: error(mismatched) / error(matched) - 1, and 0 as long as the model does not look across
@@ -71,8 +72,8 @@ VARIANTS = {
     ),
 }
 DEFAULTS = {
-    "video_size": "16,3,16,16",
-    "audio_size": "2,2048",
+    "video_size": "8,3,16,16",
+    "audio_size": "2,1024",
     "video_fps": 8,  # the toy sounds pulse 4 to 5 times a second
     "audio_fps": 1024,
     "num_channels": 32,
@@ -89,7 +90,7 @@ DEFAULTS = {
     "keep_last": 1,
     "output_dir": "output/learn_toy",
 }
-NOISE_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # t / T
+NOISE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # t / T
 FILE_PIXELS = 64  # the least side of the toy files; what is read is smaller
 HELD_OUT_SEED = 1  # of the toy clips that no run trains on
 SHOWN_ROWS = 12  # of each run, evenly chosen, the last one among them
@@ -170,7 +171,7 @@ def train(flags: dict[str, Any], given: set[str], variant: Variant, held_out: Cl
     flags = flags_to_start_with(flags, given)
     state = find_state(pick(TrainConfig, flags), warn=lambda text: None)
     judge = Judge(flags, held_out, world, last_step=state[1] if state else -1)
-    left = flags["minutes"] - judge.minutes()
+    left = from_rank_0(lambda: flags["minutes"] - judge.minutes())
     if left <= 0:
         return True
     config, data_config = pick(TrainConfig, flags | {"max_hours": left / 60}), pick(DataConfig, flags)
@@ -340,7 +341,7 @@ def report(held_out: Clips, runs: dict[str, list[dict[str, float]]]) -> str:
 
 def table_line(title: str, cells: Iterable[Any]) -> str:
     """A title and cells of equal width: texts, numbers, or None for nothing."""
-    texts = ["" if c is None else c if isinstance(c, str) else f"{c:.0f}" if c >= 100 else f"{c:.3f}" for c in cells]
+    texts = [c if isinstance(c, str) else "" if c is None else f"{c:.0f}" if c == int(c) else f"{c:.3f}" for c in cells]
     return f"{title:<16}" + "".join(f"{text:>12}" for text in texts)
 
 
