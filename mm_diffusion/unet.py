@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .modality import AUDIO, IMAGE, VIDEO, Modality, from_tokens, tokens
 from .nn import (
+    Dropout,
     FactorizedConv,
     GroupNorm32,
     PointwiseConv,
@@ -91,7 +92,7 @@ class ResStream(nn.Module):
         self.in_norm = GroupNorm32(in_channels)
         self.in_conv = in_conv
         self.out_norm = GroupNorm32(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out_conv = zero_init(out_conv)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else PointwiseConv(in_channels, out_channels, len(modality.stride))

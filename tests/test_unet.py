@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mm_diffusion.checkpoint import load_weights, published_names, published_state_dict
 from mm_diffusion.modality import AUDIO, VIDEO, tokens
-from mm_diffusion.nn import LONG_MAP, GroupNorm32, SelfAttention
+from mm_diffusion.nn import LONG_MAP, Dropout, GroupNorm32, SelfAttention
 from mm_diffusion.sampling import prepare
 from mm_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from mm_diffusion.train_util import update_ema
@@ -468,3 +468,26 @@ def test_float32_norms_are_exact_wherever_the_mean_lies(offset):
     x = offset + th.randn(1, 64, 20, 16, 16)
     reference = F.group_norm(x.double(), 32)
     assert (GroupNorm32(64)(x) - reference).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_evenly_and_keeps_the_mean(p):
+    th.manual_seed(0)
+    layer, x = Dropout(p).train(), th.ones(2, 32, 5, 63, 33, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert th.equal(y, x.grad)
+    assert set(y.unique().tolist()) == {0.0, y.max().item()}
+    th.testing.assert_close(y.max().item(), 1 / (1 - p), rtol=1e-4, atol=0)
+    for dims in ((0, 1, 2, 3), (1, 2, 3, 4), (0, 2, 3, 4)):  # five standard deviations of what chance does
+        shares = (y == 0).float().mean(dims)
+        chance = (p * (1 - p) * shares.numel() / y.numel()) ** 0.5
+        assert (shares - p).abs().max() < 5 * chance
+    assert not th.equal(layer(x), y)
+    assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 1.0])
+def test_dropout_of_nothing_or_of_all_is_exact(p):
+    x = th.randn(1, 32, 6)
+    assert th.equal(Dropout(p).train()(x), x * (p < 0.5))
