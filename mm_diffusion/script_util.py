@@ -43,6 +43,7 @@ class ModelConfig:
     audio_attention_resolutions: str = flag("-1", "downsample rates with audio self-attention; -1: none")
     dropout: float = flag(0.0, "dropout in the residual blocks")
     use_checkpoint: bool = flag(False, "recompute activations for the gradient: less memory, a third more time")
+    checkpoint_resolutions: str = flag("", "rates at which use_checkpoint recomputes; empty: all")
     use_scale_shift_norm: bool = flag(True, "the timestep scales and shifts the second norm, else is added before it")
     resblock_updown: bool = flag(True, "residual blocks change the resolution; the only way the base model is defined")
     video_type: str = flag("2d+1d", "video convolutions: 2d+1d or 3d")
@@ -83,6 +84,7 @@ class SRModelConfig:
     sr_use_scale_shift_norm: bool = flag(True, "the timestep scales and shifts the second norm")
     sr_resblock_updown: bool = flag(True, "residual blocks change the resolution, else single convolutions")
     use_checkpoint: bool = flag(False, "recompute activations for the gradient: less memory, a third more time")
+    checkpoint_resolutions: str = flag("", "rates at which use_checkpoint recomputes; empty: all")
     use_fp16: bool = flag(False, "mixed precision: bfloat16 where the device has it, else float16 with a loss scale")
     sr_use_fp16: bool | None = flag(None, "use_fp16 for the upsampler; None: as use_fp16")
 
@@ -102,7 +104,15 @@ def _names(*configs: type, but: Collection[str] = ()) -> tuple[str, ...]:
 
 
 # What a checkpoint was trained as: a flag that says otherwise is a mistake. The rest may change from run to run.
-FREE_FLAGS = {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas"}
+FREE_FLAGS = {
+    "dropout",
+    "use_checkpoint",
+    "checkpoint_resolutions",
+    "use_fp16",
+    "timestep_respacing",
+    "use_kl",
+    "rescale_learned_sigmas",
+}
 TRAINED_FLAGS = _names(ModelConfig, DiffusionConfig, but=FREE_FLAGS)
 SR_TRAINED_FLAGS = _names(SRModelConfig, SRDiffusionConfig, but=FREE_FLAGS)
 # What a checkpoint tells a later run that was not told otherwise, beside these.
@@ -440,6 +450,7 @@ def create_model(config: ModelConfig, learn_sigma: bool = False) -> MultimodalUN
         audio_attention_resolutions=rates("audio_attention_resolutions", config.audio_attention_resolutions),
         dropout=config.dropout,
         use_checkpoint=config.use_checkpoint,
+        checkpoint_resolutions=rates("checkpoint_resolutions", config.checkpoint_resolutions),
         use_scale_shift_norm=config.use_scale_shift_norm,
         learn_sigma=learn_sigma,
         video_type=config.video_type,
@@ -463,6 +474,7 @@ def create_upsampler(config: SRModelConfig, learn_sigma: bool = True) -> ImageSu
         attention_resolutions=rates("sr_attention_resolutions", config.sr_attention_resolutions),
         dropout=config.sr_dropout,
         use_checkpoint=config.use_checkpoint,
+        checkpoint_resolutions=rates("checkpoint_resolutions", config.checkpoint_resolutions),
         use_scale_shift_norm=config.sr_use_scale_shift_norm,
         resblock_updown=config.sr_resblock_updown,
         learn_sigma=learn_sigma,

@@ -294,6 +294,20 @@ class OutputConv(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
+class _Rates:
+    """Which maps of a walk down and up are at the chosen downsample rates (`checkpoint_resolutions`; none: all)."""
+
+    def __init__(self, first: Maps, config: Any) -> None:
+        self.full_width, self.rates = self._width(first), config.checkpoint_resolutions
+
+    def chosen(self, h: Maps) -> bool:
+        return not self.rates or self.full_width // self._width(h) in self.rates
+
+    @staticmethod
+    def _width(h: Maps) -> int:
+        return next(iter(h.values())).shape[-1]  # of the picture, which comes first
+
+
 class UNet(nn.Module):
     """The way down, through the middle and up again, which all networks share.
 
@@ -356,7 +370,7 @@ class UNet(nn.Module):
         emb = timestep_embedding(timesteps, self.config.num_channels)
         emb = self.time_embed(emb.to(next(self.parameters()).dtype))
         wanted = self.training or any(x.requires_grad for x in h.values())  # the latter in guided sampling
-        recompute = self.use_checkpoint and th.is_grad_enabled() and wanted
+        recompute = _Rates(h, self.config) if self.use_checkpoint and th.is_grad_enabled() and wanted else None
         skips = []
         for blocks in self.input_blocks:
             h = self._run(blocks, h, emb, recompute)
@@ -367,11 +381,11 @@ class UNet(nn.Module):
             h = self._run(blocks, {name: concat_channels(x, skip[name]) for name, x in h.items()}, emb, recompute)
         return h
 
-    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, recompute: bool) -> Maps:
+    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, recompute: _Rates | None) -> Maps:
         """Run blocks in order; shifts are drawn here, outside whatever is recomputed for the gradient."""
         for block in blocks.children():
             shift = block.draw_shift(h["video"].shape[2]) if isinstance(block, CrossAttention) else 0
-            if recompute:
+            if recompute and recompute.chosen(h):
                 h = checkpoint(block, h, emb, shift, use_reentrant=False)
             else:
                 h = block(h, emb, shift)
@@ -396,6 +410,7 @@ class UNetConfig:
     audio_attention_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
     use_checkpoint: bool = False
+    checkpoint_resolutions: tuple[int, ...] = ()  # where activations are recomputed; none: everywhere
     use_scale_shift_norm: bool = True
     learn_sigma: bool = False
     video_type: str = "2d+1d"
@@ -494,6 +509,7 @@ class UpsamplerConfig:
     attention_resolutions: tuple[int, ...]
     dropout: float
     use_checkpoint: bool
+    checkpoint_resolutions: tuple[int, ...]
     use_scale_shift_norm: bool
     resblock_updown: bool
     learn_sigma: bool

@@ -37,6 +37,7 @@ MODEL = {
     "audio_attention_resolutions": "-1",
     "dropout": 0.0,
     "use_checkpoint": False,
+    "checkpoint_resolutions": "",
     "use_scale_shift_norm": True,
     "resblock_updown": True,
     "video_type": "2d+1d",

@@ -8,6 +8,7 @@ import tiny
 import torch as th
 import torch.nn.functional as F
 
+from mm_diffusion import unet
 from mm_diffusion.checkpoint import load_weights, published_names, published_state_dict
 from mm_diffusion.modality import AUDIO, VIDEO, tokens
 from mm_diffusion.nn import LONG_MAP, Dropout, GroupNorm32, SelfAttention
@@ -222,6 +223,23 @@ def test_recomputed_activations_give_the_gradient_of_the_loss_under_random_shift
             th.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-7)
     name = "input_blocks.1.0.video.out_conv.weight"
     assert not th.allclose(different[name], wanted[name], rtol=1e-2)
+
+
+@pytest.mark.parametrize("chosen", ["1", "2", "1,2"])
+def test_only_the_chosen_resolutions_are_recomputed_with_the_same_gradient(monkeypatch, chosen):
+    widths = set()
+    recompute = unet.checkpoint
+
+    def told(block, h, *rest, **options):
+        widths.add(h["video"].shape[-1])
+        return recompute(block, h, *rest, **options)
+
+    monkeypatch.setattr(unet, "checkpoint", told)
+    flags = {"use_checkpoint": True, "checkpoint_resolutions": chosen}
+    wanted, found = (gradients_of(tiny.build(**options)[0].train(), 1) for options in ({}, flags))
+    assert widths == {8 // int(rate) for rate in chosen.split(",")}
+    for name in wanted:
+        th.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-7)
 
 
 def test_recomputing_leaves_evaluation_alone(monkeypatch):
