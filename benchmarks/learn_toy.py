@@ -241,8 +241,9 @@ class Judge:
 
     def preview(self, model: th.nn.Module, step: int) -> None:
         """Judge the model and add a row; rank 0 does it, the others wait."""
+        done = step in self.steps
         self.steps.add(step)
-        if self.world.rank:
+        if done or self.world.rank:
             return
         row: dict[str, float] = {"step": step}
         device, size = self.world.device, self.flags["batch_size"]
@@ -410,7 +411,9 @@ def table(header: Iterable[str], rows: Iterable[tuple[str, dict[str, float], Ite
 
 
 def _cell(number: float | None) -> str:
-    return "" if number is None else f"{number:.0f}" if float(number).is_integer() else f"{number:.3f}"
+    if number is None:
+        return ""
+    return f"{number:.0f}" if float(number).is_integer() else f"{round(number, 3) + 0.0:.3f}"  # + 0.0: no -0.000
 
 
 def draw_curves(root: Path, data: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> None:

@@ -13,6 +13,7 @@ import learn_toy
 from mm_diffusion import media, toy
 from mm_diffusion.checkpoint import save_weights
 from mm_diffusion.dist_util import ALONE
+from mm_diffusion.script_util import model_and_diffusion_defaults
 
 
 class Copycat(th.nn.Module):
@@ -113,7 +114,8 @@ def judged(*steps):
 
 def folder_of_runs(root, **flags):
     """Two judged runs, of which `shift` is the better, with the checkpoint of a small model."""
-    flags = tiny.FLAGS | {"video_fps": 4, "audio_fps": 64, "sample_fn": "dpm_solver++", "batch_size": 2} | flags
+    flags = model_and_diffusion_defaults() | tiny.FLAGS | flags
+    flags |= {"video_fps": 4, "audio_fps": 64, "sample_fn": "dpm_solver++", "batch_size": 2}
     flags |= {"drawn_clips": 3, "held_out_clips": 4}
     for name, last in (("shift", 10), ("easy", 20)):
         (root / name).mkdir()
@@ -140,6 +142,11 @@ def test_the_end_is_a_table_curves_and_the_clips_of_the_best_run(tmp_path):
         info = media.probe(path)
         assert (info.width, info.sample_rate, info.duration_seconds) == (256, 16000, 1.0)
         assert path.stat().st_size < 200_000
+
+
+def test_a_damaged_number_is_not_shown_as_a_whole_one():
+    text = learn_toy.table(["a", "b", "c", "d"], [("x", {"a": float("nan"), "b": -1e-5, "c": 7.0}, "abcd")])
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[2:-1]] == ["nan", "0.000", "7", ""]
 
 
 def test_samples_need_a_run_that_was_judged():
