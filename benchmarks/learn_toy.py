@@ -8,10 +8,14 @@ coupling   how much worse a modality of held-out clips is denoised beside anothe
            level t / T: error(mismatched) / error(matched) - 1, and 0 as long as the model does not look across
 spatial    correlation of the object's place and the level difference of the sound, of clips that are drawn
 temporal   correlation of the object's brightness and the loudness of the sound over time, likewise
+FD         Frechet distance of drawn and held-out clips: of pictures, of sounds, and of both together, which grows
+           where they do not fit; of a few numbers that need no weights (metrics/features.brief)
 
---runs says which to train, one after the other; what each is stands there and in VARIANTS. Numbers go to
-OUTPUT_DIR/RUN/learning.csv, beside checkpoints and progress.csv (plot_log.py draws both). The same command goes on
-where it stopped, and --minutes counts what was spent before; once that is used up it only prints the tables.
+--runs says which to train, one after the other; what each is stands there and in VARIANTS. OUTPUT_DIR gets learning.log
+(a line at every save), and at the end learning.md (tables) and learning.png (curves); all numbers are in
+RUN/learning.csv, beside checkpoints and progress.csv (plot_log.py draws both). The same command goes on where it
+stopped, and --minutes counts what was spent before; once that is used up it only makes tables and curves, and with
+--samples_dir the clips that the README shows.
 """
 
 from __future__ import annotations
@@ -26,15 +30,18 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from tqdm import tqdm
 
-from mm_diffusion import logger, rng, tree
+from mm_diffusion import checkpoint, curves, logger, media, rng, tree
 from mm_diffusion.clip_index import build_index
 from mm_diffusion.datasets import ClipDataset, load_data
 from mm_diffusion.dist_util import World, friendly_errors, from_rank_0, setup_dist
-from mm_diffusion.metrics.spatial import mismatched_alignment, spatial_alignment
+from mm_diffusion.metrics.distances import standard_frechet_distance
+from mm_diffusion.metrics.features import brief
+from mm_diffusion.metrics.spatial import mismatched_alignment, show_heard_place, spatial_alignment
 from mm_diffusion.metrics.temporal import temporal_alignment
 from mm_diffusion.respace import SpacedDiffusion
-from mm_diffusion.sampling import bind, make_sampler, sample_joint
+from mm_diffusion.sampling import Sampler, bind, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import (
     DataConfig,
     DiffusionConfig,
@@ -103,7 +110,12 @@ COLUMNS = {
     "temporal_mismatched": "mismatched",
     "coupling_video": "coupling v",
     "coupling_audio": "coupling a",
+    "fd_video": "FD video",
+    "fd_audio": "FD audio",
+    "fd_joint": "FD joint",
 }
+CURVES = ("spatial", "temporal", "coupling_video", "coupling_audio", "fd_video", "fd_audio", "fd_joint")
+NUM_SAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +130,9 @@ class LearnConfig:
     num_clips: int = flag(1024, "toy clips to train on")
     held_out_clips: int = flag(128, "other toy clips, to measure the coupling on")
     drawn_clips: int = flag(64, "clips to draw from the model at every save")
+    samples_dir: str = flag(
+        "", "write the first 4 clips of the run of least FD joint, and a picture of them; empty: none"
+    )
 
 
 CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, LearnConfig)
@@ -132,14 +147,15 @@ def main() -> None:
     logger.configure(enabled=world.rank == 0)
     flags["data_dir"] = flags["data_dir"] or from_rank_0(lambda: write_clips(root / "data", flags["num_clips"], flags))
     held_out = read_clips(from_rank_0(lambda: write_clips(root / "held_out", flags["held_out_clips"], flags)), flags)
+    data = read_clips(flags["data_dir"], flags, flags["drawn_clips"])
     for name in names:
         variant = VARIANTS[name]
         run_flags = flags | variant.flags | {"output_dir": str(root / name)}
         if not train(run_flags, given | set(variant.flags), variant, held_out, world):
             logger.log("stopped; the same command goes on")
             break
-    rows = {name: read_rows(root / name / "learning.csv") for name in VARIANTS}
-    logger.log(report(held_out, {name: r for name, r in rows.items() if r}))
+    if world.rank == 0:
+        conclude(root, flags, judged_data(data, held_out), world)
 
 
 def write_clips(folder: Path, count: int, flags: dict[str, Any]) -> str:
@@ -153,15 +169,15 @@ def write_clips(folder: Path, count: int, flags: dict[str, Any]) -> str:
         seconds=num_frames / flags["video_fps"],
         seed=HELD_OUT_SEED if folder.name == "held_out" else 0,
     )
-    write_toy_dataset(folder, count, config)
+    write_toy_dataset(folder, count, config, progress=lambda clips: tqdm(clips, desc=str(folder), unit="clip"))
     return str(folder)
 
 
-def read_clips(folder: str, flags: dict[str, Any]) -> Clips:
-    """All clips of a folder, as the model gets them: {"video" [N, F, C, H, W], "audio" [N, 2, L]}."""
+def read_clips(folder: str, flags: dict[str, Any], most: int | None = None) -> Clips:
+    """The first clips of a folder, or all, as the model gets them: {"video" [N, F, C, H, W], "audio" [N, 2, L]}."""
     sizes = (flags[name] for name in ("video_size", "audio_size", "video_fps", "audio_fps"))
     clips = ClipDataset(build_index(folder), *sizes, random_flip=False)
-    items = [clips[k] for k in range(len(clips))]
+    items = [clips[k] for k in range(len(clips))[:most]]
     return {name: th.stack([item[name] for item in items]) for name in items[0]}
 
 
@@ -225,21 +241,45 @@ class Judge:
 
     def preview(self, model: th.nn.Module, step: int) -> None:
         """Judge the model and add a row; rank 0 does it, the others wait."""
+        done = step in self.steps
         self.steps.add(step)
-        if self.world.rank:
+        if done or self.world.rank:
             return
         row: dict[str, float] = {"step": step}
         device, size = self.world.device, self.flags["batch_size"]
-        drawn = [
-            sample_joint(model, self.sampler, range(self.flags["drawn_clips"])[i : i + size], 0, device)
-            for i in range(0, self.flags["drawn_clips"], size)
-        ]
-        row |= alignments({name: th.cat([clips[name] for clips in drawn]) for name in self.held_out})
+        drawn = draw(model, self.sampler, self.flags["drawn_clips"], size, device)
+        row |= alignments(drawn) | distances(drawn, self.held_out)
         row |= coupling(model, self.diffusion, self.held_out, size, device)
         row["minutes"] = self.minutes()
         self.rows = [*(r for r in self.rows if r["step"] != step), row]
         write_rows(self.path, self.rows)
-        logger.log(", ".join(f"{name} {row[name]:.4g}" for name in COLUMNS))
+        tell(self.path.parent, ", ".join(f"{name} {row[name]:.4g}" for name in COLUMNS))
+
+
+def tell(run: Path, text: str) -> None:
+    """Say it, and add it to the log of all runs."""
+    logger.log(f"{run.name}: {text}")
+    with (run.parent / "learning.log").open("a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {run.name}: {text}\n")
+
+
+def draw(model: th.nn.Module, sampler: Sampler, count: int, batch_size: int, device: th.device) -> Clips:
+    """Clips 0, 1, ... of seed 0."""
+    batches = [range(count)[i : i + batch_size] for i in range(0, count, batch_size)]
+    drawn = [sample_joint(model, sampler, batch, 0, device) for batch in batches]
+    return {name: th.cat([clips[name] for clips in drawn]) for name in drawn[0]}
+
+
+def distances(clips: Clips, true: Clips) -> dict[str, float]:
+    """Frechet distances of `brief` points; they depend on how many clips there are."""
+    points, true_points = (brief(x["video"], x["audio"]) for x in (clips, true))
+    return {f"fd_{name}": standard_frechet_distance(points[name], true_points[name]) for name in points}
+
+
+def judged_data(data: Clips, held_out: Clips) -> dict[str, dict[str, float]]:
+    """What a perfect model would reach, and one that draws picture and sound apart: rows by title."""
+    made = {"data": data, "data, mismatched": parted(data, 1)}
+    return {title: alignments(clips) | distances(clips, held_out) for title, clips in made.items()}
 
 
 def alignments(clips: Clips) -> dict[str, float]:
@@ -308,7 +348,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
@@ -321,28 +361,92 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     os.replace(partial, path)
 
 
-def report(held_out: Clips, runs: dict[str, list[dict[str, float]]]) -> str:
-    """What the held-out clips themselves reach, then the course of every run that has been judged."""
-    lines = [
-        table_line("", COLUMNS.values()),
-        table_line("held-out clips", [alignments(held_out).get(c) for c in COLUMNS]),
+def conclude(root: Path, flags: dict[str, Any], data: dict[str, dict[str, float]], world: World) -> None:
+    """Tables, curves and samples of all runs in the folder."""
+    found = {name: read_rows(root / name / "learning.csv") for name in VARIANTS}
+    runs = {name: rows for name, rows in found.items() if rows}
+    text = report(flags, data, runs)
+    media.atomically(root / "learning.md", lambda temporary: Path(temporary).write_text(text + "\n"))
+    logger.log(f"\n{text}\n\nin {root}: learning.md")
+    if drawn := {name: rows for name, rows in runs.items() if len(rows) > 1}:
+        draw_curves(root, data["data"], drawn)
+        logger.log(f"in {root}: learning.png")
+    if flags["samples_dir"]:
+        write_samples(root / best_run(runs), Path(flags["samples_dir"]), flags, world)
+
+
+def report(flags: dict[str, Any], data: dict[str, dict[str, float]], runs: dict[str, list[dict[str, float]]]) -> str:
+    """As Markdown: what data reach, then the course of every run that has been judged."""
+    parts = [
+        "# Learning the toy clips",
+        f"Frames {flags['video_size']}, sound {flags['audio_size']}, {flags['num_channels']} channels;"
+        f" {flags['drawn_clips']} clips compared with {flags['held_out_clips']} held-out ones. The head of"
+        " `benchmarks/learn_toy.py` says what the columns are.",
+        "## data",
+        table(COLUMNS.values(), [(title, row, COLUMNS) for title, row in data.items()]),
     ]
     for name, rows in runs.items():
-        lines += ["", f"{name}: {VARIANTS[name].text}"]
         shown = sorted({round(k) for k in np.linspace(0, len(rows) - 1, SHOWN_ROWS)})
-        lines += [
-            table_line("" if rows[k]["step"] else "untrained", [rows[k][column] for column in COLUMNS]) for k in shown
+        levels = [
+            (modality, rows[-1], [f"coupling_{modality}_{level}" for level in NOISE_LEVELS])
+            for modality in ("video", "audio")
         ]
-        lines += ["coupling by noise level t / T", table_line("", NOISE_LEVELS)]
-        for modality in held_out:
-            lines.append(table_line(modality, [rows[-1][f"coupling_{modality}_{level}"] for level in NOISE_LEVELS]))
-    return "\n".join(lines)
+        parts += [
+            f"## {name}: {VARIANTS[name].text}",
+            table(COLUMNS.values(), [("" if rows[k]["step"] else "untrained", rows[k], COLUMNS) for k in shown]),
+            "Coupling at the end by noise level t / T:",
+            table(map(str, NOISE_LEVELS), levels),
+        ]
+    return "\n\n".join(parts)
 
 
-def table_line(title: str, cells: Iterable[Any]) -> str:
-    """A title and cells of equal width: texts, numbers, or None for nothing."""
-    texts = [c if isinstance(c, str) else "" if c is None else f"{c:.0f}" if c == int(c) else f"{c:.3f}" for c in cells]
-    return f"{title:<16}" + "".join(f"{text:>12}" for text in texts)
+def table(header: Iterable[str], rows: Iterable[tuple[str, dict[str, float], Iterable[str]]]) -> str:
+    """A Markdown table whose cells are of equal width; rows are a title, numbers by key, and the keys to show."""
+    lines = [["", *header], *([title, *(_cell(row.get(key)) for key in keys)] for title, row, keys in rows)]
+    first = max(len(line[0]) for line in lines)
+    rest = max(len(cell) for line in lines for cell in line[1:])
+    texts = ["| " + " | ".join([f"{line[0]:<{first}}", *(f"{c:>{rest}}" for c in line[1:])]) + " |" for line in lines]
+    rule = "|" + "|".join(["-" * (first + 2), *["-" * (rest + 1) + ":"] * (len(lines[0]) - 1)]) + "|"
+    return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def _cell(number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:.0f}" if float(number).is_integer() else f"{round(number, 3) + 0.0:.3f}"  # + 0.0: no -0.000
+
+
+def draw_curves(root: Path, data: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> None:
+    """learning.png: a panel for each of CURVES, with what data reach as a level line."""
+    drawn = [curves.Run(name, curves.read_columns(root / name / "learning.csv")) for name in runs]
+    last = max(run.columns["step"].max() for run in drawn)
+    level = {"step": np.array([0.0, last])} | {key: np.full(2, data[key]) for key in CURVES if key in data}
+    panels = [curves.Panel(COLUMNS[key], [key], is_log=key.startswith("fd_")) for key in CURVES]
+    curves.save(curves.draw([*drawn, curves.Run("data", level)], panels), root / "learning.png")
+
+
+def best_run(runs: dict[str, list[dict[str, float]]]) -> str:
+    """The run whose last clips are nearest to true ones, picture and sound together; ValueError without any."""
+    judged = {name: rows[-1]["fd_joint"] for name, rows in runs.items() if "fd_joint" in rows[-1]}
+    if not judged:
+        raise ValueError("samples_dir: no run has been judged yet; give it more --minutes")
+    return min(judged, key=lambda name: judged[name])
+
+
+def write_samples(run: Path, folder: Path, flags: dict[str, Any], world: World) -> None:
+    """The first clips of the run's moving average: sample_N.mp4 for any player, and samples.png."""
+    path = checkpoint.find_checkpoints(str(run))[0]
+    weights, trained = checkpoint.load_state(path)
+    flags = flags | trained
+    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    checkpoint.load_weights(model, weights, name=path)
+    sampler = make_sampler(flags["sample_fn"], diffusion)
+    clips = draw(prepare(model.to(world.device)), sampler, NUM_SAMPLES, flags["batch_size"], world.device)
+    for k, (video, audio) in enumerate(zip(clips["video"], clips["audio"], strict=True)):
+        media.write_watchable(folder / f"sample_{k}.mp4", video, flags["video_fps"], audio, flags["audio_fps"])
+    strips = show_heard_place(media.enlarged(clips["video"]), clips["audio"])
+    media.save_contact_sheet(folder / "samples.png", strips)
+    logger.log(f"{NUM_SAMPLES} clips of {path} in {folder}: sample_0.mp4 ... and samples.png")
 
 
 if __name__ == "__main__":

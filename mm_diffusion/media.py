@@ -42,6 +42,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and large pict
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
 PREROLL_SECONDS = 0.5  # decoding starts at least this long before a window, for codecs whose frames overlap
+WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
 SOUND_FRAMES_TO_SETTLE = 2  # after a seek the first sound frames may be damaged or misplaced
 MAX_MISSING_SECONDS = 1.0  # a file whose streams all end earlier than it announces by more than this is truncated
 MIN_BYTES_PER_SECOND = 16  # a file that lasts longer has damaged time stamps: pictures of any codec take more
@@ -628,6 +629,12 @@ def enlarged(images: th.Tensor, min_side: int = 64) -> th.Tensor:
     """[..., H, W] smaller than `min_side` pixels, larger by a whole number, so that pixels stay square and sharp."""
     factor = max(1, -(-min_side // min(images.shape[-2:])))
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def write_watchable(path: str | os.PathLike, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int) -> None:
+    """As `write_clip`, frames and sample rate raised to what any player takes."""
+    loud = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
+    write_clip(path, enlarged(video, WATCH_PIXELS), fps, loud, WATCH_HZ)
 
 
 def save_contact_sheet(path: str | os.PathLike, videos: th.Tensor | Sequence[th.Tensor], min_side: int = 64) -> None:

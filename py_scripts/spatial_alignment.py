@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch as th
-import torchaudio.functional as AF
 
 from mm_diffusion import media
 from mm_diffusion.clip_index import build_index
@@ -11,8 +10,6 @@ from mm_diffusion.datasets import ClipDataset
 from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.metrics.spatial import mismatched_alignment, show_heard_place, spatial_alignment
 from mm_diffusion.script_util import Parser
-
-WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
 
 
 def main() -> None:
@@ -24,7 +21,7 @@ def main() -> None:
     parser.add_argument("--video_fps", type=int, default=4, help="frames per second")
     parser.add_argument("--audio_fps", type=int, default=16000, help="samples per second")
     parser.add_argument("--contact_sheet", help="write a PNG: a row per clip, and below it where the sound comes from")
-    parser.add_argument("--watch_dir", help="write copies that are large and loud enough for any player")
+    parser.add_argument("--watch_dir", help="write copies that are large enough for any player")
     flags = parser.parse_args()
 
     def read(folder: str) -> tuple[th.Tensor, th.Tensor]:
@@ -38,10 +35,8 @@ def main() -> None:
         media.save_contact_sheet(flags.contact_sheet, show_heard_place(videos, audios))
     if flags.watch_dir:
         for k, (video, audio) in enumerate(zip(videos, audios, strict=True)):
-            large = th.nn.functional.interpolate(video, size=(WATCH_PIXELS, WATCH_PIXELS))
-            loud = AF.resample(audio, flags.audio_fps, WATCH_HZ).clamp(-1, 1)
-            Path(flags.watch_dir).mkdir(parents=True, exist_ok=True)
-            media.write_clip(f"{flags.watch_dir}/clip_{k:02d}.mp4", large, flags.video_fps, loud, WATCH_HZ)
+            path = f"{flags.watch_dir}/clip_{k:02d}.mp4"
+            media.write_watchable(path, video, flags.video_fps, audio, flags.audio_fps)
     if flags.data_dir:
         tell("spatial alignment", flags.data_dir, spatial_alignment(*read(flags.data_dir)))
     tell("spatial alignment", flags.samples, spatial_alignment(videos, audios))

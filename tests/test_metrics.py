@@ -29,6 +29,7 @@ from mm_diffusion.metrics.distances import (
     frechet_distance,
     kernel_distance,
     nearest,
+    standard_frechet_distance,
 )
 from mm_diffusion.metrics.spatial import horizontal_place
 from mm_diffusion.metrics.spatial_align import Box, Event, hits
@@ -85,6 +86,15 @@ def test_frechet_distance_is_symmetric_zero_for_one_set_and_blind_to_rotations(c
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(x @ rotation, y @ rotation), rel=1e-9)
     assert frechet_distance(x, x + 1) == pytest.approx(dimensions, rel=1e-9)
+
+
+def test_standard_frechet_distance_is_blind_to_units_and_takes_what_does_not_vary_as_it_is():
+    x, y, units = noise(40, 5), noise(43, 5, seed=1) + 0.5, th.tensor([1, 10, 0.01, 3, 700]).double()
+    assert standard_frechet_distance(x * units, y * units) == pytest.approx(standard_frechet_distance(x, y), rel=1e-9)
+    still = th.zeros(43, 1).double()
+    moved = standard_frechet_distance(th.cat([x, 2 + still[:40]], 1), th.cat([y, still], 1))
+    assert moved == pytest.approx(standard_frechet_distance(x, y) + 4, rel=1e-9)
+    assert standard_frechet_distance(y + 3 * y.std(dim=0), y) == pytest.approx(9 * 5, rel=1e-9)
 
 
 def test_kernel_distance_is_the_mean_over_pairs_written_out():

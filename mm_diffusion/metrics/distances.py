@@ -27,6 +27,17 @@ def frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
     return max(0.0, (apart + r.square().sum() + s.square().sum() - 2 * shared).item())
 
 
+def standard_frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
+    """As `frechet_distance`, each dimension in units of y's standard deviation, so that all of them count alike.
+
+    A dimension in which y does not vary is taken as it is.
+    """
+    _require("a Frechet distance", 2, x, y)
+    spread = y.double().std(dim=0)
+    spread = th.where(spread > 0, spread, 1.0)
+    return frechet_distance(x / spread, y / spread)
+
+
 def _root_of_covariance(x: th.Tensor) -> th.Tensor:
     """[N, D] -> R [min(N, D), D] with R^T R the covariance."""
     return th.linalg.qr((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5, mode="r")[1]

@@ -12,6 +12,8 @@ import torch as th
 import torch.nn.functional as F
 import torchaudio.functional as AF
 
+from .spatial import horizontal_place, level_difference
+
 I3D_PIXELS = 224
 I3D_SOURCE = "a TorchScript I3D of Kinetics-400, such as i3d_torchscript.pt (github.com/universome/fvd-comparison)"
 EMBEDDING_SOURCE = (
@@ -23,6 +25,8 @@ EMBEDDING_HZ = 16000
 MEL = {"window": 400, "hop": 160, "size": 512, "bands": 64, "low": 125.0, "high": 7500.0, "offset": 0.01, "patch": 96}
 VIEWS = ("left", "right", "mid", "side")
 THUMBNAIL_PIXELS = 8
+BRIEF_FRAMES = 8  # of a clip, evenly chosen
+BRIEF_GRID = (2, 2, 2)  # times, rows, columns
 _network_lock = threading.Lock()  # clips are looked at beside each other, a network does one at a time
 
 
@@ -112,3 +116,21 @@ def load_audio_embedding(path: str, takes: str, device: th.device) -> Callable[[
 def thumbnail(frames: th.Tensor) -> th.Tensor:
     """[F, 3, H, W] -> [F, 3, 8, 8]."""
     return F.interpolate(frames, (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), mode="area")
+
+
+def brief(videos: th.Tensor, audios: th.Tensor) -> dict[str, th.Tensor]:
+    """[N, F, C, H, W], [N, 2, L] -> a few numbers of each clip that has one bright object, {"video", "audio", "joint"}.
+
+    video [N, 8 C]: colours on a coarse grid. audio [N, 2 f + 2]: level difference and loudness at f <= 8 frames, and
+    how rough either channel is. joint [N, 4 f]: where the object is and how bright, beside level difference and
+    loudness, so that its covariance tells whether picture and sound fit. Few, so that few clips tell their covariance.
+    """
+    num_frames = videos.shape[1]
+    chosen = th.linspace(0, num_frames - 1, min(num_frames, BRIEF_FRAMES)).round().long()
+    place, shown = horizontal_place(videos)
+    level, heard = level_difference(audios, num_frames)
+    seen = [x[:, chosen] for x in (place, shown.sqrt())]
+    sounding = [x[:, chosen] for x in (level, heard.sqrt())]
+    colours = F.adaptive_avg_pool3d(videos.double().transpose(1, 2), BRIEF_GRID).flatten(1)
+    roughness = audios.double().diff(dim=-1).square().mean(dim=-1).sqrt()
+    return {"video": colours, "audio": th.cat([*sounding, roughness], 1), "joint": th.cat([*seen, *sounding], 1)}
