@@ -60,7 +60,7 @@ def measure_memory(bench: Bench) -> None:
                 with bench.report.trying("memory", name, what, precision, variant):
                     taken = {"pass": memory_of_pass, "step": memory_of_step}[what]
                     before, peak = apart(taken, size, precision, bench.batch_size, variant == "checkpointed")
-                    facts = {"before_gib": before / 2**30}
+                    facts = {"above_model_gib": (peak - before) / 2**30}
                     bench.report.add(Figure("memory", name, what, [peak], "B", precision, variant, facts))
 
 

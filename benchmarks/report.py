@@ -51,7 +51,7 @@ class Figure:
             self.variant,
             pretty(median(self.repeats), self.unit),
         )
-        facts = ", ".join(f"{_fact(key, value)}" for key, value in self.facts.items())
+        facts = ", ".join(_fact(key, value) for key, value in self.facts.items() if key != "flop")
         return ROW.format(*cells, "-" if share is None else f"{share:.1%}", len(self.repeats), facts).rstrip()
 
     def entry(self) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import network
 from bench import Bench, measure_rates
+from breakdown import measure_breakdown
+from checkpoint import measure_checkpoint
+from clips import measure_fidelity, measure_sampling
+from loader import measure_loader
 from measure import device
 from models import MODELS, Size
 from report import HEAD, Report, compare, read
@@ -26,6 +30,11 @@ SECTIONS = {
     "forward": network.measure_forward,
     "training": network.measure_training,
     "memory": network.measure_memory,
+    "breakdown": measure_breakdown,
+    "sampling": measure_sampling,
+    "loader": measure_loader,
+    "checkpoint": measure_checkpoint,
+    "fidelity": measure_fidelity,
 }
 COMPILING = "a compiler takes minutes for a model; ask for it with --variants plain checkpointed compiled"
 
