@@ -5,13 +5,12 @@ backward pass to that of the operation that it belongs to. Profiling costs time,
 """
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
 from bench import Bench
-from measure import device, seconds_of, synchronise
+from measure import device, median, seconds_of, synchronise
 from models import Size, build, forward_of, sample_of, train_loop
 from report import Figure
 from torch import nn
@@ -35,6 +34,8 @@ OPERATIONS = {"aten::silu": "norm and SiLU", "aten::silu_": "norm and SiLU"}  # 
 REST = "skips, embedding, loss"
 UPDATE = "optimizer and average"
 COPIES = ("aten::copy_",)  # to which clone and contiguous lead
+COPYING, ALL = "copies, in all of these", "sum"
+REPEATS = 3
 BACKWARD = "autograd::engine::evaluate_function: "
 
 
@@ -82,32 +83,32 @@ def marked(kind: str, function: Callable) -> Callable:
 
 def add_parts(bench: Bench, name: str, what: str, precision: str, function: Callable[[], object]) -> None:
     """A figure for each kind of part, the largest first, and one for copies, which are among them too."""
-    if seconds_of(function) < bench.seconds:
-        function()
-    taken = seconds_by_kind(function)
-    copies = taken.pop("copies")
-    total = sum(taken.values())
-    parts = sorted(taken.items(), key=lambda part: -part[1])
-    for kind, seconds in [*parts, ("copies, in all of these", copies), ("sum", total)]:
-        facts = {"share": seconds / total}
-        bench.report.add(Figure("breakdown", name, f"{what}: {kind}", [seconds], "s", precision, "plain", facts))
+    count = REPEATS if seconds_of(function) < bench.seconds / REPEATS else 1
+    runs = [seconds_by_kind(function) for _ in range(count)]
+    taken = {kind: [run.get(kind, 0.0) for run in runs] for kind in runs[0]}
+    copies, total = taken.pop(COPYING), taken.pop(ALL)
+    parts = sorted(taken.items(), key=lambda part: -median(part[1]))
+    for kind, seconds in [*parts, (COPYING, copies), (ALL, total)]:
+        facts = {"share": median(seconds) / median(total)}
+        bench.report.add(Figure("breakdown", name, f"{what}: {kind}", seconds, "s", precision, "plain", facts))
 
 
 def seconds_by_kind(function: Callable[[], object]) -> dict[str, float]:
-    """Seconds of each kind of part, and of "copies", which the others contain, in one call."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device().type == "cuda")
+    """Seconds of each kind of part, of all of them, and of the copies in them, in one call."""
+    on_gpu = device().type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities, acc_events=True) as profiler:
         function()
         synchronise()
     events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
     owners = owners_of_sequences(events)
-    taken: dict[str, float] = defaultdict(float, copies=0.0)
+    taken = dict.fromkeys((COPYING, ALL), 0.0)
     for event in events:
-        seconds = (event.self_device_time_total if device().type == "cuda" else event.self_cpu_time_total) / 1e6
-        taken[kind_of(event, owners)] += seconds
-        if event.name in COPIES:
-            taken["copies"] += seconds
-    return dict(taken)
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        kind = kind_of(event, owners)
+        for part in (kind, ALL, *[COPYING] * (event.name in COPIES)):
+            taken[part] = taken.get(part, 0.0) + seconds
+    return taken
 
 
 def owners_of_sequences(events: Iterable[Any]) -> dict[int, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from bench import Bench
 from measure import LeftOut, device, seconds_of, synchronise
-from models import SEED, UPSAMPLED_BY, Size, build, create, sample_of
+from models import SEED, UPSAMPLED_BY, Size, build, create, forward_of, sample_of
 from report import Figure
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -149,16 +149,22 @@ def add(bench: Bench, name: str, what: str, precision: str, done: Drawn) -> None
 
 
 def measure_fidelity(bench: Bench) -> None:
-    """The section "fidelity": samples in half precision against those in float32 from the same noise."""
+    """The section "fidelity": passes and samples in half precision against float32, from the same noise."""
     halves = [precision for precision in bench.precisions if precision != "fp32"]
     for name, size in bench.sizes.items():
         for precision in halves:
             with bench.report.trying("fidelity", name, precision):
-                exact, rough = (finished(bench, name, size, p) for p in ("fp32", precision))
-                for part, decibel in tree_items(tree_map(signal_to_noise, exact.sample, rough.sample)):
-                    what = f"{part} by {SR_SAMPLER if size.upsampler else FIXED_STEPS}"
-                    facts = {"weights": size.weights or "random", "evaluations": exact.evaluations}
-                    bench.report.add(Figure("fidelity", name, what, [decibel], "dB", precision, "", facts))
+                exact, rough = (forward_of(prepare(build(size)[0], p))() for p in ("fp32", precision))
+                add_fidelity(bench, name, "one pass", precision, exact, rough)
+            with bench.report.trying("fidelity", name, precision):
+                exact, rough = (finished(bench, name, size, p).sample for p in ("fp32", precision))
+                add_fidelity(bench, name, SR_SAMPLER if size.upsampler else FIXED_STEPS, precision, exact, rough)
+
+
+def add_fidelity(bench: Bench, name: str, how: str, precision: str, exact: Tree, rough: Tree) -> None:
+    for part, decibel in tree_items(tree_map(signal_to_noise, exact, rough)):
+        facts = {"weights": bench.sizes[name].weights or "random"}
+        bench.report.add(Figure("fidelity", name, f"{part} by {how}", [decibel], "dB", precision, "", facts))
 
 
 def finished(bench: Bench, name: str, size: Size, precision: str) -> Drawn:
