@@ -1,45 +1,83 @@
-"""FLOP/s of the joint network as a share of what a matrix product reaches in the same process.
+"""A pass through a model, a training step, and the memory that they take."""
 
-A share means the same on any machine; seconds do not.
-"""
+import tempfile
+from typing import Any
 
 import torch as th
-from measure import device, matrix_rate, seconds
-from torch.utils.flop_counter import FlopCounterMode
+from bench import Bench
+from measure import apart, memory, peak_memory, repeat, seconds_of, synchronise
+from models import Size, build, forward_of, sample_of, train_loop
+from report import Figure
 
-from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.sampling import DTYPES
-from mm_diffusion.script_util import DiffusionConfig, ModelConfig, create_model_and_diffusion, parse, pick
+from mm_diffusion.sampling import prepare
 
-
-def main() -> None:
-    flags, _ = parse(__doc__, ModelConfig)
-    model, _ = create_model_and_diffusion(**vars(pick(ModelConfig, flags)), **vars(DiffusionConfig()))
-    model = model.to(device())
-    video, audio = (th.randn(1, *size, device=device()) for size in (model.video_size, model.audio_size))
-    t = th.tensor([371], device=device())
-
-    def training_step() -> None:
-        out = model(video, audio, t)
-        (out[0].float().square().mean() + out[1].float().square().mean()).backward()
-        model.zero_grad()
-
-    with th.no_grad(), FlopCounterMode(display=False) as counter:
-        model(video, audio, t)
-    forward_flop = counter.get_total_flops()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {forward_flop / 1e9:.1f} GFLOP forward, batch 1")
-    for name in ("fp32", "bf16"):
-        peak = matrix_rate(name)
-        with th.autocast(device().type, dtype=DTYPES[name], enabled=name != "fp32"):
-            with th.no_grad():
-                forward = forward_flop / seconds(lambda: model(video, audio, t))
-            step = 3 * forward_flop / seconds(training_step)
-        print(
-            f"{name}: matrix product {peak / 1e9:.0f} GFLOP/s; forward {forward / 1e9:.0f} ({forward / peak:.0%}), "
-            f"forward and backward {step / 1e9:.0f} ({step / peak:.0%})"
-        )
+STEP_PASSES = 3  # the backward pass of a matrix product or convolution is two of them
+VARIANTS = ("plain", "checkpointed", "compiled")
 
 
-if __name__ == "__main__":
-    with friendly_errors():
-        main()
+def measure_forward(bench: Bench) -> None:
+    """The section "forward": models as the samplers run them. Checkpointing makes no difference to them."""
+    for name, size, precision in bench.each():
+        for variant in bench.variants:
+            if variant != "checkpointed":
+                with bench.report.trying("forward", name, precision, variant):
+                    forward(bench, name, size, precision, variant)
+
+
+def forward(bench: Bench, name: str, size: Size, precision: str, variant: str) -> None:
+    model = prepare(build(size)[0], precision)
+    if variant == "compiled":
+        model.model.compile()
+    call = forward_of(model, bench.batch_size)
+    facts = {"seconds_to_compile": seconds_of(call)} if variant == "compiled" else {}
+    bench.add_passes("forward", name, "pass", repeat(call, bench.seconds), precision, variant, 1, **facts)
+
+
+def measure_training(bench: Bench) -> None:
+    """The section "training": whole steps of the trainer, optimizer and moving average included."""
+    for name, size, precision in bench.each():
+        for variant in bench.variants:
+            with bench.report.trying("training", name, precision, variant), tempfile.TemporaryDirectory() as folder:
+                training(bench, name, size, precision, variant, folder)
+
+
+def training(bench: Bench, name: str, size: Size, precision: str, variant: str, folder: str) -> None:
+    loop = train_loop(size, precision, folder, use_checkpoint=variant == "checkpointed")
+    batch = sample_of(loop.model, bench.batch_size)
+    facts: dict[str, Any] = {}
+    if variant == "compiled":
+        loop.forward_model = th.compile(loop.model)
+        facts["seconds_to_compile"] = seconds_of(lambda: loop.run_step(*batch))
+    seconds = repeat(lambda: loop.run_step(*batch), bench.seconds)
+    bench.add_passes("training", name, "step", seconds, precision, variant, STEP_PASSES, **facts)
+
+
+def measure_memory(bench: Bench) -> None:
+    """The section "memory": the most that a pass, and a training step, take with all they need."""
+    for name, size, precision in bench.each():
+        for what, variant in (("pass", "plain"), ("step", "plain"), ("step", "checkpointed")):
+            if variant in bench.variants:
+                with bench.report.trying("memory", name, what, precision, variant):
+                    taken = {"pass": memory_of_pass, "step": memory_of_step}[what]
+                    before, peak = apart(taken, size, precision, bench.batch_size, variant == "checkpointed")
+                    facts = {"above_model_gib": (peak - before) / 2**30}
+                    bench.report.add(Figure("memory", name, what, [peak], "B", precision, variant, facts))
+
+
+def memory_of_pass(size: Size, precision: str, batch_size: int, recompute: bool = False) -> tuple[int, int]:
+    """Bytes (with the model as the samplers run it, at the peak of a pass)."""
+    model = prepare(build(size)[0], precision)
+    call, before = forward_of(model, batch_size), memory()
+    call()
+    synchronise()
+    return before, peak_memory()
+
+
+def memory_of_step(size: Size, precision: str, batch_size: int, recompute: bool) -> tuple[int, int]:
+    """Bytes (with the weights and their average, at the peak of a training step)."""
+    with tempfile.TemporaryDirectory() as folder:
+        loop = train_loop(size, precision, folder, use_checkpoint=recompute)
+        batch, before = sample_of(loop.model, batch_size), memory()
+        loop.run_step(*batch)
+        synchronise()
+        return before, peak_memory()

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch as th
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from models import SMALL_FLAGS
 from torch.nn.parallel import DistributedDataParallel
 
 from mm_diffusion.dist_util import friendly_errors, setup_dist
 from mm_diffusion.script_util import create_model_and_diffusion
 from mm_diffusion.unet import window_shift
 
-FLAGS = {"video_size": "8,3,32,32", "audio_size": "2,8192", "channel_mult": "1,2,3", "num_channels": 64}
 REPEATS = 5
 
 
@@ -39,7 +39,7 @@ def rank_main(rank: int) -> None:
     th.set_num_threads(1)
     world = setup_dist()
     th.manual_seed(0)
-    model = create_model_and_diffusion(**FLAGS)[0].to(world.device)
+    model = create_model_and_diffusion(**SMALL_FLAGS)[0].to(world.device)
     with th.no_grad():
         for parameter in model.parameters():  # layers start at zero, and so would their gradients
             parameter.add_(0.01 * th.randn_like(parameter))

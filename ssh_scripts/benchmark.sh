@@ -1,14 +1,10 @@
 #!/usr/bin/env bash
-# Measures the networks at their published sizes, with the settings of the launchers; or one of them, with flags:
-#   bash ssh_scripts/benchmark.sh upsampler --precisions fp32
+# Measures the machine and the models on it, with the settings of the launchers; flags go to benchmarks/run.py (--help):
+#   bash ssh_scripts/benchmark.sh --quick
+#   bash ssh_scripts/benchmark.sh --only forward training --models base --compare earlier.json
+# The gradients' exchange between ranks has a benchmark of its own: python benchmarks/scaling.py
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 use_environment
-if [ $# -gt 0 ]; then
-    exec python "$REPO/benchmarks/$1.py" "${@:2}"
-fi
-for name in network upsampler; do
-    echo "$name"
-    python "$REPO/benchmarks/$name.py"
-done
+exec python "$REPO/benchmarks/run.py" "$@"

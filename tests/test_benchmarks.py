@@ -1,0 +1,211 @@
+"""The benchmark: what it computes from what it measures, and a run over small models from end to end."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch as th
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import breakdown
+import clips
+import measure
+import models
+import network
+import rates
+import report
+import run
+
+MODELS = {"small_base": models.Size(tiny.FLAGS), "small_upsampler": models.Size(tiny.SR_FLAGS, upsampler=True)}
+TINY_RATES = {"matrix": 64, "map": (1, 32, 8, 8), "copy": 2**16}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The benchmark with its small models smaller still."""
+    for name, size in MODELS.items():
+        monkeypatch.setitem(models.MODELS, name, size)
+    for name in rates.SIZES:
+        monkeypatch.setitem(rates.SIZES, name, TINY_RATES)
+
+
+def measured(path, *flags):
+    run.main(["--quick", "--seconds", "0.01", "--json", str(path), *flags])
+    return json.loads(path.read_text())
+
+
+def figures(content, section):
+    return [figure for figure in content["figures"] if figure["section"] == section]
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_spread_is_the_middle_half_over_the_median_whatever_the_unit():
+    assert measure.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
+    assert measure.spread([1000, 2000, 3000, 4000, 5000]) == pytest.approx(2 / 3)
+    assert measure.spread([7.0] * 4) == 0
+    assert measure.spread([7.0]) is None
+
+
+def test_one_slow_repeat_changes_neither_median_nor_spread_much():
+    assert measure.median([1, 1, 1, 1, 50]) == 1
+    assert measure.spread([1, 1, 1, 1, 50]) == 0
+
+
+@pytest.mark.parametrize("call_seconds", [0.0, 0.02])
+def test_repeats_fill_their_time_and_are_at_least_one(call_seconds):
+    calls = []
+    times = measure.repeat(lambda: (calls.append(1), measure.time.sleep(call_seconds)), 0.1)
+    assert 1 <= len(times) < len(calls) <= measure.MOST_REPEATS + 2
+    assert min(times) >= call_seconds
+    assert sum(times) <= 0.1 or not call_seconds or len(times) == 1
+
+
+def test_a_long_call_is_made_only_once(monkeypatch):
+    monkeypatch.setattr(measure, "LONG_CALL", 0.01)
+    calls = []
+    assert len(measure.repeat(lambda: (calls.append(1), measure.time.sleep(0.02)), 0.01)) == len(calls) == 1
+
+
+def test_flop_of_a_convolution_and_of_attention_are_those_on_paper():
+    batch, wide, out, side = 2, 8, 12, 10
+    x, weight = th.randn(batch, wide, side, side), th.randn(out, wide, 3, 3)
+    assert measure.flop_of(lambda: F.conv2d(x, weight, padding=1)) == 2 * batch * out * wide * 9 * side**2
+    q, k = th.randn(3, 4, 20, 16), th.randn(3, 4, 100, 16)
+    attention = 2 * (2 * 3 * 4 * 20 * 100 * 16)  # scores, and the sum of values
+    assert measure.flop_of(lambda: F.scaled_dot_product_attention(q, k, k)) == attention
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flop_are_the_same_counted_with_and_without_computing(name):
+    model, _ = models.build(MODELS[name])
+    assert models.forward_flop(MODELS[name]) == measure.flop_of(models.forward_of(model)) > 0
+
+
+def test_the_published_base_model_takes_the_published_work():
+    assert models.forward_flop(models.MODELS["base"]) == pytest.approx(2.109e12, rel=1e-3)
+
+
+def test_signal_to_noise_of_a_tenth_is_20_dB():
+    x = tiny.inputs()[0]
+    assert clips.signal_to_noise(x, 1.1 * x) == pytest.approx(20, abs=1e-4)
+
+
+def test_the_work_of_a_backward_pass_belongs_to_the_part_it_is_of():
+    layers = [th.nn.Linear(800, 800) for _ in range(2)]
+    first, second = (breakdown.marked(kind, layer) for kind, layer in zip("ab", layers, strict=True))
+    x = th.randn(800, 800)
+    forward = breakdown.seconds_by_kind(lambda: second(first(x)))
+    both = breakdown.seconds_by_kind(lambda: second(first(x)).sum().backward())
+    assert both["a"] + both["b"] > 0.8 * both[breakdown.ALL]
+    assert both["b"] > 1.5 * forward["b"]
+    parts = sum(s for kind, s in both.items() if kind not in (breakdown.ALL, breakdown.COPYING))
+    assert parts == pytest.approx(both[breakdown.ALL])
+
+
+def test_what_will_take_too_long_is_broken_off_and_says_how_long():
+    progress = clips.watch(0.05)
+    progress(0.001)
+    measure.time.sleep(0.01)
+    with pytest.raises(measure.LeftOut, match="would take about"):
+        progress(0.01)
+    clips.watch(0.0)(1.0)  # whatever is done is done
+
+
+@pytest.mark.skipif(th.cuda.is_available(), reason="memory is measured in this process then")
+def test_a_process_that_is_killed_is_a_figure_left_out_and_memory_is_that_of_the_call():
+    with pytest.raises(measure.LeftOut, match="killed"):
+        measure.apart(os._exit, 9)
+    before, peak = measure.apart(network.memory_of_step, MODELS["small_base"], "fp32", 1, False)
+    weights = sum(p.numel() * p.element_size() for p in models.build(MODELS["small_base"])[0].parameters())
+    assert peak - before > 3 * weights  # the gradient and two moments
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_measures_every_section_and_writes_it_down(small, tmp_path, capsys):
+    sections = [name for name in run.SECTIONS if name not in ("memory", "fidelity")]
+    flags = ["--only", *sections, "--samplers", "dpm_solver", "--variants", "plain", "--precisions", "fp32"]
+    content = measured(tmp_path / "new.json", *flags)
+    shown = capsys.readouterr().out
+    for section in sections:
+        assert figures(content, section), section
+        assert f"\n{section} " in shown
+    for figure in content["figures"]:
+        assert figure["median"] > 0
+        assert len(figure["repeats"]) >= 1
+    for figure in figures(content, "forward") + figures(content, "training"):
+        reached = figure["facts"]["flop"] / figure["median"]
+        assert reached == pytest.approx(figure["facts"]["flop_per_second"])
+        rate = next(
+            f
+            for f in figures(content, "rates")
+            if f["what"].startswith("matrix") and f["precision"] == figure["precision"]
+        )
+        assert figure["facts"]["of_matrix_rate"] == pytest.approx(reached / rate["median"])
+    assert content["machine"]["torch"] == th.__version__
+    assert content["left_out"][0]["what"] == "compiled"
+    assert_ratios_to_itself_are_one(content, tmp_path / "new.json", capsys)
+
+
+def test_half_precision_is_told_apart_from_float32_by_some_decibel(small, tmp_path):
+    content = measured(tmp_path / "new.json", "--only", "fidelity", "--precisions", "fp32", "bf16")
+    assert {figure["precision"] for figure in content["figures"]} == {"bf16"}
+    for figure in content["figures"]:
+        assert 0 < figure["median"] < 80
+
+
+def assert_ratios_to_itself_are_one(content, path, capsys):
+    found = report.ratios(content, content)
+    assert len(found) == len(content["figures"])
+    assert set(found.values()) == {1.0}
+    run.main(["--compare", str(path), str(path)])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + len(found)
+    assert all(line.split()[0] == "1.000=" for line in table[1:])
+
+
+def test_twice_the_time_is_a_ratio_of_two_and_other_machines_and_figures_are_told(small, tmp_path):
+    old = measured(tmp_path / "old.json", "--only", "rates")
+    new = json.loads(json.dumps(old))
+    for figure in new["figures"]:
+        figure["median"] *= 2
+        figure["repeats"] = [100 * max(figure["repeats"])]
+    new["machine"]["threads"] = 77
+    new["figures"].append(new["figures"][0] | {"what": "something new"})
+    assert set(report.ratios(old, new).values()) == {2.0}
+    table = report.compare(old, new)
+    assert "note: threads was 1 and is 77" in table
+    assert "only now: rates something new" in table
+    assert "=" not in table.splitlines()[2].split()[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seconds", "0"], "seconds"),
+        (["--weights", "base"], "MODEL=FILE"),
+        (["--json", __file__], "exists already"),
+        (["--compare", __file__], "holds no figures"),
+        (["--compare", "a", "b", "c"], "one or two"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(flags, words):
+    with pytest.raises(ValueError, match=words):
+        run.main(["--quick", "--only", "rates", *flags])
+
+
+def test_weights_come_with_the_flags_they_were_trained_with(tmp_path):
+    model, _ = tiny.build()
+    models.checkpoint.save_weights(str(tmp_path / "model.pt"), model, tiny.FLAGS)
+    size = run.with_weights(["base"], [f"base={tmp_path / 'model.pt'}"])["base"]
+    built, diffusion = models.build(size)
+    assert diffusion.num_timesteps == tiny.FLAGS["diffusion_steps"]
+    for ours, theirs in zip(model.parameters(), built.parameters(), strict=True):
+        assert ours.equal(theirs)
