@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -216,15 +217,26 @@ def show_gallery(folder: str) -> None:
 
 @contextmanager
 def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
-    """`call(function, *args)` that returns at once, to encode files beside the model. Errors surface on leaving."""
-    waiting: list[Future] = []
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    """`call(name, function, *args)` that returns at once: files are encoded beside the model, in order.
 
-        def call(function: Callable, *args: Any) -> None:
-            waiting.append(pool.submit(function, *args))
-            while len(waiting) > most_waiting:
-                waiting.pop(0).result()
+    At most `most_waiting` calls wait; one more waits for the oldest. Leaving waits for all of them. The first error of
+    a call, with a note of its `name`, is raised by the next call, or on leaving; what has been drawn is still written.
+    """
+    waiting: deque[Future] = deque()
 
+    def named(name: str, function: Callable, *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            error.add_note(f"while saving {name}")
+            raise
+
+    def call(name: str, function: Callable, *args: Any) -> None:
+        while waiting and (len(waiting) >= most_waiting or waiting[0].done()):
+            waiting.popleft().result()
+        waiting.append(pool.submit(named, name, function, *args))
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder") as pool:
         yield call
         for future in waiting:
             future.result()
@@ -257,7 +269,7 @@ def draw_clips(
             for k, (index, video, audio) in enumerate(zip(batch, sample["video"], sample["audio"], strict=True)):
                 span = drawn + k * share, drawn + (k + 1) * share
                 large = upscale(index, video, part_of(progress, *span)) if upscale else None
-                call(save, index, video, audio, large)
+                call(f"clip {index}", save, index, video, audio, large)
 
 
 def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:
@@ -272,7 +284,7 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
     except ValueError:
         raise ValueError(f"{note} is damaged: choose another --output_dir") from None
     wanted: dict[str, Any] = json.loads(json.dumps(description))
-    any_clips, any_large = (any(Path(folder, kind).glob("*.mp4")) for kind in ("original", LARGE))
+    any_clips, any_large = (any(Path(folder, kind).glob("[!.]*.mp4")) for kind in ("original", LARGE))
     if any_clips and not note.exists():
         raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
     known = {key: v for key, v in known.items() if (any_large if key.startswith(("upsampler", SR)) else any_clips)}
@@ -291,6 +303,8 @@ def missing_clips(folder: str | os.PathLike, names: Sequence[str], description: 
     """Claim the folder, and the numbers of the clips of these names that it does not hold whole."""
     claim_folder(folder, description)
     more = [LARGE] * ("upsampler" in description) + [TRUTH] * bool(description["given"])
+    for path in clip_paths(folder, "", *more):
+        media.remove_leftovers(path.parent)
     return [k for k, name in enumerate(names) if not all(p.exists() for p in clip_paths(folder, name, *more))]
 
 
