@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from . import checkpoint, gallery, logger, media
+from .compiling import compile_mode
 from .dist_util import World, barrier
 from .respace import SpacedDiffusion
 from .sampling import (
@@ -74,16 +75,22 @@ def load_model(
     """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
     precision = choose_precision(config.precision, flags["use_fp16"], device)
-    return _filled(model, path, weights, config.is_strict, precision, device), diffusion
+    return _filled(model, path, weights, config, precision, device), diffusion
 
 
 def _filled(
-    model: nn.Module, path: str, weights: dict[str, th.Tensor], strict: bool, precision: str, device: th.device
+    model: nn.Module,
+    path: str,
+    weights: dict[str, th.Tensor],
+    config: SampleConfig,
+    precision: str,
+    device: th.device,
 ) -> Prepared:
-    misfits = checkpoint.load_weights(model, weights, strict, name=path)
+    mode = compile_mode(config.compile)
+    misfits = checkpoint.load_weights(model, weights, config.is_strict, name=path)
     if misfits:
         logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
-    return prepare(model.to(device), precision)
+    return prepare(model.to(device), precision, mode)
 
 
 def load_upsampler(
@@ -113,7 +120,7 @@ def load_upsampler(
     noise = load_noise(config.load_noise, model.large_size) if config.load_noise else None
     own = config.precision if flags["sr_use_fp16"] is None else ""
     precision = choose_precision(own, sr_half(flags), device)
-    prepared = _filled(model, path, weights, config.is_strict, precision, device)
+    prepared = _filled(model, path, weights, config, precision, device)
 
     def upscale(index: int, video: th.Tensor, progress: Callable[[float], None]) -> th.Tensor:
         return upscale_video(
@@ -317,6 +324,7 @@ def check_sample_config(config: SampleConfig) -> None:
             raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
     if config.sr_batch_size < 0:
         raise ValueError(f"sr_batch_size {config.sr_batch_size}: need at least 1, or 0 for what fits in memory")
+    compile_mode(config.compile)
     for prefix in ("", SR):
         name = getattr(config, f"{prefix}sample_fn")
         if name not in SAMPLERS:

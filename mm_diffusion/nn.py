@@ -49,7 +49,7 @@ class _Normalize(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
-        long = x.device.type == "cpu" and math.prod(x.shape[d] for d in dims) >= LONG_MAP
+        long = x.device.type == "cpu" and math.prod([x.shape[d] for d in dims]) >= LONG_MAP
         normalize = _native_normalize if long and x.dtype in HALVES else _exact_normalize
         y, mean, rstd = normalize(x, weight, bias, dims, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
@@ -63,7 +63,7 @@ class _Normalize(th.autograd.Function):
         normed = (x - mean).mul_(rstd)
         grad_bias = grad.sum(ctx.dims, keepdim=True)
         grad_weight = (grad * normed).sum(ctx.dims, keepdim=True)
-        count = math.prod(x.shape[d] for d in ctx.dims)
+        count = math.prod([x.shape[d] for d in ctx.dims])
         slope = _group_mean(grad_weight * weight) / count
         offset = _group_mean(grad_bias * weight) / count
         grad_x = (grad * weight).sub_(offset).sub_(normed.mul_(slope)).mul_(rstd)

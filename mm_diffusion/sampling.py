@@ -12,6 +12,7 @@ import torch as th
 from torch import nn
 
 from . import rng
+from .compiling import Compiled
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
@@ -90,24 +91,26 @@ def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
 class Prepared(nn.Module):
     """A model as the samplers run it: evaluation mode, weights in the working precision, float32 in and out."""
 
-    def __init__(self, model: nn.Module, precision: str) -> None:
+    def __init__(self, model: nn.Module, precision: str, compile_mode: str = "", **options: Any) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
+        self.model: Any = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
         self.precision = precision
+        self.run: nn.Module = Compiled(self.model, compile_mode, **options).eval() if compile_mode else self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.model(*args, **kwargs)
+        out = self.run(*args, **kwargs)
         return tuple(x.float() for x in out) if isinstance(out, tuple) else out.float()
 
 
-def prepare(model: nn.Module, precision: str = "fp32") -> Prepared:
+def prepare(model: nn.Module, precision: str = "fp32", compile_mode: str = "", **options: Any) -> Prepared:
     """A copy of the model as the samplers run it (same call, float32 in and out).
 
     `precision`: "fp32", "bf16" or "fp16", of weights and maps; norms, softmax and the schedule stay in float32.
+    `compile_mode`: of torch.compile, "" for none; `options` are more of torch.compile's.
     """
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
-    return Prepared(model, precision)
+    return Prepared(model, precision, compile_mode, **options)
 
 
 def make_sampler(

@@ -30,6 +30,14 @@ def leaves(tree: Any) -> list:
     return list(tree.values()) if isinstance(tree, dict) else [tree]
 
 
+def to_device(x: th.Tensor, device: th.device | str) -> th.Tensor:
+    """`x` on `device`; the host does not wait for the copy, nor for what the device has been given before."""
+    device = th.device(device)
+    if x.device.type != "cpu" or device.type == "cpu":
+        return x.to(device)
+    return (x.pin_memory() if th.cuda.is_available() else x).to(device, non_blocking=True)
+
+
 def append_dims(values: th.Tensor, like: th.Tensor) -> th.Tensor:
     """[B] -> [B, 1, ..., 1] with as many axes as `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))

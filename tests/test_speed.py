@@ -1,14 +1,21 @@
 """What sampling must not wait for: encoders, copies to the device, compilation."""
 
 import os
+import shutil
 import threading
+from functools import partial
 
 import pytest
 import tiny
+import torch as th
 
-from mm_diffusion import drawing, media
+from mm_diffusion import checkpoint, drawing, media, rng, train_util
+from mm_diffusion.compiling import Compiled, compile_mode
 from mm_diffusion.drawing import background, draw_clips, write_sample
 from mm_diffusion.sampling import make_sampler, prepare
+from mm_diffusion.script_util import SampleConfig, TrainConfig
+from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.unet import window_shift
 
 PATIENCE_SECONDS = 20  # after which something that should not wait counts as waiting
 
@@ -110,3 +117,78 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path):
     os.utime(kept[1], (0, 0))
     drawing.missing_clips(tmp_path, ["k"], {"given": []})
     assert sorted(old.parent.iterdir()) == sorted(kept)
+
+
+# ---------------------------------------------------------------- compilation
+
+EAGER = {"backend": "eager"}  # traces, guards and recompiles like any other, and calls the operators as they are
+
+
+@pytest.fixture
+def no_recompilation():
+    """Within it every network is compiled once at most."""
+    th._dynamo.reset()
+    th._dynamo.utils.counters.clear()
+    yield th._dynamo.utils.counters["stats"]
+    th._dynamo.reset()
+
+
+def test_one_graph_serves_all_window_shifts_timesteps_and_smaller_batches(no_recompilation):
+    model, _ = tiny.build()
+    plain, compiled = prepare(model), prepare(model, "fp32", "default", **EAGER)
+    video, audio, t = tiny.inputs()
+    with th.no_grad():
+        for shift, step, batch in (("zero", 0, 2), ("max", 50, 2), ("zero", 7, 1), (None, 99, 2)):
+            given = video[:batch], audio[:batch], (t[:batch] + step) % 100
+            outs = []
+            for network in (plain, compiled):
+                with window_shift(shift or rng.generator(3)):
+                    outs.append(network(*given))
+            for a, b in zip(*outs, strict=True):
+                th.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert no_recompilation["unique_graphs"] == 1
+
+
+def test_the_upsampler_is_one_graph_too(no_recompilation):
+    model, _ = tiny.build_upsampler()
+    plain, compiled = prepare(model), prepare(model, "fp32", "default", **EAGER)
+    x, low_res = th.randn(3, 3, 32, 32), th.randn(3, 3, 8, 8)
+    with th.no_grad():
+        for batch in (3, 2):
+            given = x[:1].expand(batch, -1, -1, -1), th.full((batch,), 10 * batch)
+            th.testing.assert_close(
+                compiled(*given, low_res=low_res[:batch]), plain(*given, low_res=low_res[:batch]), rtol=1e-5, atol=1e-5
+            )
+    assert no_recompilation["unique_graphs"] == 1
+
+
+def test_compiled_training_takes_the_same_steps_and_keeps_the_published_names(tmp_path, monkeypatch, no_recompilation):
+    """With recomputed activations, whose window shifts must be those of the forward pass."""
+    monkeypatch.setattr(train_util, "Compiled", partial(Compiled, **EAGER))
+    trainers = {}
+    for mode in ("False", "True"):
+        config = TrainConfig(output_dir=str(tmp_path / mode), batch_size=2, lr=1e-3, compile=mode)
+        model, diffusion = tiny.build(use_checkpoint=True)
+        trainers[mode] = TrainLoop(model, diffusion, lambda start: iter(()), config)
+        for step in range(2):
+            trainers[mode].run_step(tiny.clips(2 * step, 2), {})
+    for a, b in zip(trainers["False"].params, trainers["True"].params, strict=True):
+        th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert isinstance(trainers["True"].forward_model, Compiled)
+    assert trainers["True"]._published(trainers["True"].params).keys() == checkpoint.published_state_dict(model).keys()
+    assert no_recompilation["unique_graphs"] == 1
+
+
+def test_an_unknown_way_to_compile_is_refused():
+    told = "compile 'fast': choose from False, True, reduce-overhead, max-autotune"
+    with pytest.raises(ValueError, match=told):
+        train_util.check_train_config(TrainConfig(output_dir="x", compile="fast"))
+    with pytest.raises(ValueError, match=told):
+        drawing.check_sample_config(SampleConfig(output_dir="x", compile="fast"))
+
+
+def test_no_compiler_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler; install g\+\+"):
+        compile_mode("True")
+    assert compile_mode(False) == ""
