@@ -162,20 +162,21 @@ def test_the_upsampler_is_one_graph_too(no_recompilation):
     assert no_recompilation["unique_graphs"] == 1
 
 
-def test_compiled_training_takes_the_same_steps_and_keeps_the_published_names(tmp_path, monkeypatch, no_recompilation):
+def test_compiled_training_has_the_same_gradients_and_published_names(tmp_path, monkeypatch, no_recompilation):
     """With recomputed activations, whose window shifts must be those of the forward pass."""
     monkeypatch.setattr(train_util, "Compiled", partial(Compiled, **EAGER))
-    trainers = {}
+    trainers, gradients = {}, {}
     for mode in ("False", "True"):
-        config = TrainConfig(output_dir=str(tmp_path / mode), batch_size=2, lr=1e-3, compile=mode)
+        config = TrainConfig(output_dir=str(tmp_path / mode), batch_size=2, compile=mode)
         model, diffusion = tiny.build(use_checkpoint=True)
-        trainers[mode] = TrainLoop(model, diffusion, lambda start: iter(()), config)
+        trainers[mode] = trainer = TrainLoop(model, diffusion, lambda start: iter(()), config)
+        trainer._optimize = lambda: th.zeros(())
         for step in range(2):
-            trainers[mode].run_step(tiny.clips(2 * step, 2), {})
-    for a, b in zip(trainers["False"].params, trainers["True"].params, strict=True):
-        th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert isinstance(trainers["True"].forward_model, Compiled)
-    assert trainers["True"]._published(trainers["True"].params).keys() == checkpoint.published_state_dict(model).keys()
+            trainer.run_step(tiny.clips(2 * step, 2), {})
+        gradients[mode] = th.cat([p.grad.flatten() for p in trainer.params])
+    assert (gradients["True"] - gradients["False"]).norm() < 1e-5 * gradients["False"].norm()
+    assert isinstance(trainer.forward_model, Compiled)
+    assert trainer._published(trainer.params).keys() == checkpoint.published_state_dict(model).keys()
     assert no_recompilation["unique_graphs"] == 1
 
 
