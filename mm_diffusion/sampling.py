@@ -16,7 +16,7 @@ from .compiling import Compiled
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
-from .tree import Generators, Tree, tree_map
+from .tree import Generators, Tree, to_device, tree_map
 from .unet import ImageSuperResModel, window_shift
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
@@ -200,7 +200,8 @@ def sample_joint(
     generators = rng.per_sample(seed, "sample", indices=indices)
     shapes = {"video": network.video_size, "audio": network.audio_size}
     x_T = {
-        name: th.stack([th.randn(shape, generator=g) for g in generators]).to(device) for name, shape in shapes.items()
+        name: to_device(th.stack([th.randn(shape, generator=g) for g in generators]), device)
+        for name, shape in shapes.items()
     }
     with window_shift(rng.generator(seed, "window shift")):
         sample: Any = sampler(bind(model), x_T, generators, progress, given=given)
@@ -237,9 +238,9 @@ def upscale_video(
     chunk = frames_at_once or frames_that_fit(network, th.device(device), num_frames)
     done = []
     for start in range(0, num_frames, chunk):
-        low_res = video[start : start + chunk].to(device)
-        generators = [rng.generator(seed, "upsampler step", index) for _ in low_res]
-        x_T = noise.to(device).expand(len(low_res), -1, -1, -1)
+        low_res = to_device(video[start : start + chunk], device)
+        generators = [rng.generator(seed, "upsampler step", index)] * len(low_res)  # one: the frames share its noise
+        x_T = to_device(noise, device).expand(len(low_res), -1, -1, -1)
         report = part_of(progress, start / num_frames, (start + len(low_res)) / num_frames)
         sample: Any = sampler(bind(model), x_T, generators, report, {"low_res": low_res})
         done.append(sample.clamp(-1, 1).cpu())

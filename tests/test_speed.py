@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 import tiny
 import torch as th
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mm_diffusion import checkpoint, drawing, media, rng, train_util
 from mm_diffusion.compiling import Compiled, compile_mode
@@ -15,6 +17,7 @@ from mm_diffusion.drawing import background, draw_clips, write_sample
 from mm_diffusion.sampling import make_sampler, prepare
 from mm_diffusion.script_util import SampleConfig, TrainConfig
 from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.tree import append_dims, randn_like
 from mm_diffusion.unet import window_shift
 
 PATIENCE_SECONDS = 20  # after which something that should not wait counts as waiting
@@ -193,3 +196,113 @@ def test_no_compiler_is_told_in_one_line(monkeypatch):
     with pytest.raises(ValueError, match=r"no C\+\+ compiler; install g\+\+"):
         compile_mode("True")
     assert compile_mode(False) == ""
+
+
+# ---------------------------------------------------------------- waits for the device
+
+# What makes the host wait for a device: reading a number, finding out how many numbers a mask picks, and copies that
+# are not told to go on beside.
+READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal"}
+
+
+class Remote(th.Tensor):
+    """A tensor of a device of its own, called "meta", whose numbers lie on the host."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return th.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="meta",
+        )
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func}: outside of Device")
+
+
+class Device(TorchDispatchMode):
+    """Runs what is told to run on "meta", refuses to mix it with the host, and notes `waits` and `copies`."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.copies = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = func.name().split(".")[0]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, th.Tensor)]
+        remote = [isinstance(x, Remote) for x in inputs]
+        to_remote = any(remote)
+        if "device" in kwargs and kwargs["device"] is not None:
+            to_remote = th.device(kwargs["device"]).type == "meta"
+            kwargs["device"] = "cpu"
+            if inputs and to_remote != remote[0]:
+                (self.copies if kwargs.get("non_blocking") and to_remote else self.waits).append(name)
+        elif any(remote):
+            assert all(r or x.ndim == 0 for r, x in zip(remote, inputs, strict=True)), f"{name} mixes devices"
+            picks_by_mask = name == "aten::index" and any(x.dtype == th.bool for x in inputs[1:])
+            if name in READS or picks_by_mask:
+                self.waits.append(name)
+        out = func(*tree_map_only(Remote, held, args), **tree_map_only(Remote, held, kwargs))
+        if any(remote) and out is not None and any(out is x.held for x in inputs if isinstance(x, Remote)):
+            return args[0]  # changed in place
+        return tree_map_only(th.Tensor, Remote, out) if to_remote else out
+
+
+def held(x):
+    return x.held
+
+
+def remote_model():
+    """A function from trees to trees of the same kind, on any device, and the list of its calls."""
+    calls = []
+
+    def model_fn(x, t, **cond):
+        calls.append(len(t))
+        return {key: 0.3 * leaf + 0.1 * append_dims(t / 100, leaf) for key, leaf in x.items()}
+
+    return model_fn, calls
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "respacing", "waits", "copies"),
+    [
+        ("ddpm", {}, "6", 0, 2),  # the noise of both modalities
+        ("ddim", {}, "6", 0, 0),
+        ("dpm_solver", {"steps": 6}, "", 0, 3),  # the timestep and the weights of the step
+        ("dpm_solver++", {"steps": 6, "method": "multistep"}, "", 0, 4),  # and of the change to data
+        ("dpm_solver++", {}, "", 0.5, 5),  # the error of a step, once in two evaluations
+    ],
+    ids=str,
+)
+def test_the_host_waits_for_the_device_only_where_steps_are_adaptive(name, settings, respacing, waits, copies):
+    _, diffusion = tiny.build(as_built=True, timestep_respacing=respacing)
+    sampler, (model_fn, calls) = make_sampler(name, diffusion, **settings), remote_model()
+    generators = rng.per_sample(3, indices=range(2))
+    noise = {key: th.randn(2, *shape) for key, shape in tiny.SHAPES.items()}
+    wanted = sampler(model_fn, noise, rng.per_sample(3, indices=range(2)))
+    with Device() as first:
+        sampler(model_fn, {key: Remote(x) for key, x in noise.items()}, generators)  # takes tables to the device
+    calls.clear()
+    with Device() as device:
+        found = sampler(model_fn, {key: Remote(x) for key, x in noise.items()}, rng.per_sample(3, indices=range(2)))
+    assert all(kind == "aten::_to_copy" for kind in first.waits)
+    assert len(device.waits) == waits * len(calls)
+    assert len(device.copies) <= copies * len(calls) + 8  # the few when clips are done
+    for key, x in wanted.items():
+        th.testing.assert_close(found[key].held, x)
+
+
+def test_frames_of_a_clip_share_one_draw_of_noise():
+    shared, like, x = rng.generator(5), rng.generator(5), th.zeros(6, 3, 4)
+    noise = randn_like(x, [shared] * 4 + [like, rng.generator(6)])
+    assert all(th.equal(noise[0], row) for row in noise[:5])
+    assert not th.equal(noise[0], noise[5])
+    assert th.equal(th.randn(3, generator=shared), th.randn(3, generator=like))  # either has drawn once
