@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from mm_diffusion.tree import Tree, append_dims, checked_given, leaves, split_doubled, tree_map, weighted_sum
+from mm_diffusion.tree import (
+    Tree,
+    append_dims,
+    checked_given,
+    leaves,
+    split_doubled,
+    to_device,
+    tree_map,
+    weighted_sum,
+)
 
 SOLVER_TYPES = ("dpm_solver", "taylor")
 STEP_CONTROLS = ("batch", "sample")
@@ -98,7 +107,11 @@ class _Adaptive:
 
     def where(self, mask: th.Tensor) -> _Adaptive:
         """The samples for which `mask` [R] holds."""
-        return _Adaptive(self.rows[mask], _rows(self.x, mask), _rows(self.lower, mask), self.s[mask], self.h[mask])
+        if mask.all():
+            return self
+        places = mask.nonzero().squeeze(1)  # on the host, which a mask on the device would make wait
+        parts = (_rows(tree, places) for tree in (self.rows, self.x, self.lower, self.s, self.h))
+        return _Adaptive(*parts)
 
 
 class DPMSolver:
@@ -186,7 +199,7 @@ class DPMSolver:
         """
         self.evaluations += 1
         batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
-        steps = self.schedule.model_timesteps(t).to(device).expand(batch)
+        steps = to_device(self.schedule.model_timesteps(t), device).expand(batch)
         output: Any = self.model_fn(x if seen is None else seen, steps, **cond)
         if seen is not None and isinstance(x, dict):
             output = {key: output[key] for key in x}
@@ -196,7 +209,8 @@ class DPMSolver:
             if data:
                 known, wanted = wanted, known
             rest = weighted_sum((th.ones_like(known), x), (-known, output))
-            output = tree_map(lambda leaf: leaf / append_dims(wanted.to(leaf.device), leaf), rest)
+            divisor = to_device(wanted, device)
+            output = tree_map(lambda leaf: leaf / append_dims(divisor, leaf), rest)
         return tree_map(_threshold, output) if data and self.thresholding else output
 
 
@@ -309,10 +323,11 @@ class _Run:
         rows = th.arange(leaves(x)[0].shape[0])
         state = _Adaptive(rows, x, x, self.schedule.times[-1:].expand(len(rows)), th.full((len(rows),), FIRST_H))
         while len(state.rows):
-            state = self.attempt(state, last)
+            state = self.attempt(state, last)  # in which the host waits once for the device, for the error
             done = (state.s - self.end).abs() <= END_TOLERANCE
-            finished, state = state.where(done), state.where(~done)
-            _put(result, finished.rows, finished.x)
+            if done.any():
+                finished, state = state.where(done), state.where(~done)
+                _put(result, finished.rows, finished.x)
             furthest_back = self.schedule.lambda_(state.s).min() if len(state.rows) else last
             self.progress(float((furthest_back - first) / (last - first)))
         return result
@@ -397,13 +412,21 @@ def _threshold(x0: th.Tensor) -> th.Tensor:
     return x0.clamp(-limit, limit) / limit
 
 
-def _rows(tree: Tree, rows: Any) -> Tree:
-    return tree_map(lambda leaf: leaf[rows.to(leaf.device) if isinstance(rows, th.Tensor) else rows], tree)
+def _rows(tree: Any, rows: Any) -> Any:
+    """The samples `rows`, a slice or ascending numbers on the host."""
+    first = leaves(tree)[0]
+    if isinstance(rows, th.Tensor):
+        if len(rows) == len(first):  # all of them
+            return tree
+        rows = to_device(rows, first.device)
+    return tree_map(lambda leaf: leaf[rows], tree)
 
 
 def _put(tree: Tree, rows: th.Tensor, values: Tree) -> None:
-    tree_map(lambda leaf, value: leaf.index_copy_(0, rows.to(leaf.device), value), tree, values)
+    places = to_device(rows, leaves(tree)[0].device)
+    tree_map(lambda leaf, value: leaf.index_copy_(0, places, value), tree, values)
 
 
 def _choose(mask: th.Tensor, yes: Tree, no: Tree) -> Tree:
-    return tree_map(lambda a, b: th.where(append_dims(mask.to(a.device), a), a, b), yes, no)
+    mask = to_device(mask, leaves(yes)[0].device)
+    return tree_map(lambda a, b: th.where(append_dims(mask, a), a, b), yes, no)

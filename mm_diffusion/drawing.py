@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from . import checkpoint, gallery, logger, media
+from .compiling import compile_mode
 from .dist_util import World, barrier
 from .respace import SpacedDiffusion
 from .sampling import (
@@ -73,16 +75,22 @@ def load_model(
     """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
     precision = choose_precision(config.precision, flags["use_fp16"], device)
-    return _filled(model, path, weights, config.is_strict, precision, device), diffusion
+    return _filled(model, path, weights, config, precision, device), diffusion
 
 
 def _filled(
-    model: nn.Module, path: str, weights: dict[str, th.Tensor], strict: bool, precision: str, device: th.device
+    model: nn.Module,
+    path: str,
+    weights: dict[str, th.Tensor],
+    config: SampleConfig,
+    precision: str,
+    device: th.device,
 ) -> Prepared:
-    misfits = checkpoint.load_weights(model, weights, strict, name=path)
+    mode = compile_mode(config.compile)
+    misfits = checkpoint.load_weights(model, weights, config.is_strict, name=path)
     if misfits:
         logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
-    return prepare(model.to(device), precision)
+    return prepare(model.to(device), precision, mode)
 
 
 def load_upsampler(
@@ -112,7 +120,7 @@ def load_upsampler(
     noise = load_noise(config.load_noise, model.large_size) if config.load_noise else None
     own = config.precision if flags["sr_use_fp16"] is None else ""
     precision = choose_precision(own, sr_half(flags), device)
-    prepared = _filled(model, path, weights, config.is_strict, precision, device)
+    prepared = _filled(model, path, weights, config, precision, device)
 
     def upscale(index: int, video: th.Tensor, progress: Callable[[float], None]) -> th.Tensor:
         return upscale_video(
@@ -216,15 +224,26 @@ def show_gallery(folder: str) -> None:
 
 @contextmanager
 def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
-    """`call(function, *args)` that returns at once, to encode files beside the model. Errors surface on leaving."""
-    waiting: list[Future] = []
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    """`call(name, function, *args)` that returns at once: files are encoded beside the model, in order.
 
-        def call(function: Callable, *args: Any) -> None:
-            waiting.append(pool.submit(function, *args))
-            while len(waiting) > most_waiting:
-                waiting.pop(0).result()
+    At most `most_waiting` calls wait; one more waits for the oldest. Leaving waits for all of them. The first error of
+    a call, with a note of its `name`, is raised by the next call, or on leaving; what has been drawn is still written.
+    """
+    waiting: deque[Future] = deque()
 
+    def named(name: str, function: Callable, *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            error.add_note(f"while saving {name}")
+            raise
+
+    def call(name: str, function: Callable, *args: Any) -> None:
+        while waiting and (len(waiting) >= most_waiting or waiting[0].done()):
+            waiting.popleft().result()
+        waiting.append(pool.submit(named, name, function, *args))
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder") as pool:
         yield call
         for future in waiting:
             future.result()
@@ -257,7 +276,7 @@ def draw_clips(
             for k, (index, video, audio) in enumerate(zip(batch, sample["video"], sample["audio"], strict=True)):
                 span = drawn + k * share, drawn + (k + 1) * share
                 large = upscale(index, video, part_of(progress, *span)) if upscale else None
-                call(save, index, video, audio, large)
+                call(f"clip {index}", save, index, video, audio, large)
 
 
 def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:
@@ -272,7 +291,7 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
     except ValueError:
         raise ValueError(f"{note} is damaged: choose another --output_dir") from None
     wanted: dict[str, Any] = json.loads(json.dumps(description))
-    any_clips, any_large = (any(Path(folder, kind).glob("*.mp4")) for kind in ("original", LARGE))
+    any_clips, any_large = (any(Path(folder, kind).glob("[!.]*.mp4")) for kind in ("original", LARGE))
     if any_clips and not note.exists():
         raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
     known = {key: v for key, v in known.items() if (any_large if key.startswith(("upsampler", SR)) else any_clips)}
@@ -291,6 +310,8 @@ def missing_clips(folder: str | os.PathLike, names: Sequence[str], description: 
     """Claim the folder, and the numbers of the clips of these names that it does not hold whole."""
     claim_folder(folder, description)
     more = [LARGE] * ("upsampler" in description) + [TRUTH] * bool(description["given"])
+    for path in clip_paths(folder, "", *more):
+        media.remove_leftovers(path.parent)
     return [k for k, name in enumerate(names) if not all(p.exists() for p in clip_paths(folder, name, *more))]
 
 
@@ -303,6 +324,7 @@ def check_sample_config(config: SampleConfig) -> None:
             raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
     if config.sr_batch_size < 0:
         raise ValueError(f"sr_batch_size {config.sr_batch_size}: need at least 1, or 0 for what fits in memory")
+    compile_mode(config.compile)
     for prefix in ("", SR):
         name = getattr(config, f"{prefix}sample_fn")
         if name not in SAMPLERS:

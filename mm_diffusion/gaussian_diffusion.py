@@ -28,6 +28,7 @@ from mm_diffusion.tree import (
     mean_flat,
     randn_like,
     split_doubled,
+    to_device,
     tree_map,
     weighted_sum,
 )
@@ -141,7 +142,7 @@ class GaussianDiffusion:
         """[B] float32 entries of a table; tables are copied to a device once."""
         key = (table, t.device)
         if key not in self._on_device:
-            self._on_device[key] = th.from_numpy(getattr(self, table)).float().to(t.device)
+            self._on_device[key] = to_device(th.from_numpy(getattr(self, table)).float(), t.device)
         return self._on_device[key][t]
 
     def _fill(self, table: str, t: th.Tensor, like: Tree) -> Tree:
@@ -152,7 +153,7 @@ class GaussianDiffusion:
         """[B] indices -> [B] what the model receives: original step numbers, or floats 0..1000 if rescaled."""
         key = ("timestep_map", t.device)
         if key not in self._on_device:
-            self._on_device[key] = th.tensor(self.timestep_map, device=t.device)
+            self._on_device[key] = to_device(th.tensor(self.timestep_map), t.device)
         steps = self._on_device[key][t]
         return steps.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else steps
 
@@ -256,11 +257,10 @@ class GaussianDiffusion:
         epsilon = self._epsilon(pred_xstart, x, t)
         alpha_bar, previous = self._at("alphas_cumprod", t), self._at("alphas_cumprod_prev", t)
         sigma = eta * ((1 - previous) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / previous).sqrt()
-        sample = weighted_sum(
-            (previous.sqrt(), pred_xstart),
-            ((1 - previous - sigma**2).clamp(min=0).sqrt(), epsilon),
-            ((t > 0) * sigma, randn_like(epsilon, generator)),
-        )
+        terms = [(previous.sqrt(), pred_xstart), ((1 - previous - sigma**2).clamp(min=0).sqrt(), epsilon)]
+        if eta:
+            terms.append(((t > 0) * sigma, randn_like(epsilon, generator)))
+        sample = weighted_sum(*terms)
         return {"sample": sample, "pred_xstart": pred_xstart}
 
     # Loops

@@ -13,7 +13,9 @@ import functools
 import itertools
 import math
 import os
+import re
 import tempfile
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,6 +51,7 @@ MIN_BYTES_PER_SECOND = 16  # a file that lasts longer has damaged time stamps: p
 MAX_RESAMPLING_KERNEL = 8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
 RESAMPLING_CONTEXT = 64  # samples of the lower rate on either side of a window: more than the filter reaches
 DECODER = {module.__name__: module.__version__ for module in (av, PIL, th, torchaudio, torchvision)}  # may decide bits
+LEFTOVER, LEFTOVER_SECONDS = re.compile(r"\.[0-9a-f]{32}\.\w+"), 3600  # names of unfinished files, and their least age
 END_OF_JPEG = b"\xff\xd9"
 EXIF_ORIENTATION = 0x0112
 TRANSPOSITIONS = {  # that make a picture of this orientation upright
@@ -525,6 +528,22 @@ def atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove what `atomically` left in a local folder when it was killed, once nobody can be writing it any more."""
+    for path in Path(folder).glob(".*"):
+        if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: str | os.PathLike) -> Iterator[None]:
+    """What stands in an encoder's way becomes an OSError of one line that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, av.error.FFmpegError, soundfile.LibsndfileError, blobfile.Error) as error:
+        raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
 def to_uint8(images: th.Tensor) -> th.Tensor:
     """[-1, 1] floats -> 0..255, the inverse of `uint8 / 127.5 - 1`; uint8 passes through."""
     return images if images.dtype == th.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255).to(th.uint8)
@@ -561,7 +580,8 @@ def write_clip(
             _encode_video(container, picture, frames)
             _encode_audio(container, sound, samples)
 
-    atomically(path, encode)
+    with _writing(path):
+        atomically(path, encode)
 
 
 def _add_video_stream(container, size: tuple[int, int], fps: float | Fraction):
@@ -613,7 +633,8 @@ def jpeg_round_trip(image: th.Tensor, quality: int) -> th.Tensor:
 def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> None:
     """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
     samples = _to_int16(audio).T
-    atomically(path, lambda temporary: soundfile.write(temporary, samples, sample_rate, "PCM_16", format="WAV"))
+    with _writing(path):
+        atomically(path, lambda temporary: soundfile.write(temporary, samples, sample_rate, "PCM_16", format="WAV"))
 
 
 def read_wav(path: str | os.PathLike) -> tuple[th.Tensor, int]:

@@ -50,7 +50,7 @@ class _Normalize(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
-        long = x.device.type == "cpu" and math.prod(x.shape[d] for d in dims) >= LONG_MAP
+        long = x.device.type == "cpu" and math.prod([x.shape[d] for d in dims]) >= LONG_MAP
         normalize = _native_normalize if long and x.dtype in HALVES else _exact_normalize
         y, mean, rstd = normalize(x, weight, bias, dims, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
@@ -141,6 +141,8 @@ class GroupNorm32(nn.Module):
 
 def _normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
     with th.autocast(x.device.type, enabled=False):
+        if th.compiler.is_compiling():  # which derives and fuses the backward itself; torch 2.11 makes zeros of ours
+            return _exact_normalize(x, weight.float(), bias.float(), dims, eps)[0]
         return _Normalize.apply(x, weight.float(), bias.float(), dims, eps)
 
 
@@ -152,7 +154,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         dropped = round(self.p * 2**16)
-        if x.device.type != "cpu" or not self.training or dropped in (0, 2**16):
+        own = x.device.type == "cpu" and not th.compiler.is_compiling()  # compiled, the mask is fused with what follows
+        if not own or not self.training or dropped in (0, 2**16):
             return super().forward(x)
         bits = th.empty(-(-x.numel() // 4), dtype=th.int64).random_(-(2**63), None).view(th.int16)[: x.numel()]
         mask = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))

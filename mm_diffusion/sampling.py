@@ -12,10 +12,11 @@ import torch as th
 from torch import nn
 
 from . import rng
+from .compiling import Compiled
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
-from .tree import Generators, Tree, tree_map
+from .tree import Generators, Tree, to_device, tree_map
 from .unet import ImageSuperResModel, window_shift
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
@@ -90,24 +91,26 @@ def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
 class Prepared(nn.Module):
     """A model as the samplers run it: evaluation mode, weights in the working precision, float32 in and out."""
 
-    def __init__(self, model: nn.Module, precision: str) -> None:
+    def __init__(self, model: nn.Module, precision: str, compile_mode: str = "", **options: Any) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
+        self.model: Any = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
         self.precision = precision
+        self.run: nn.Module = Compiled(self.model, compile_mode, **options).eval() if compile_mode else self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.model(*args, **kwargs)
+        out = self.run(*args, **kwargs)
         return tuple(x.float() for x in out) if isinstance(out, tuple) else out.float()
 
 
-def prepare(model: nn.Module, precision: str = "fp32") -> Prepared:
+def prepare(model: nn.Module, precision: str = "fp32", compile_mode: str = "", **options: Any) -> Prepared:
     """A copy of the model as the samplers run it (same call, float32 in and out).
 
     `precision`: "fp32", "bf16" or "fp16", of weights and maps; norms, softmax and the schedule stay in float32.
+    `compile_mode`: of torch.compile, "" for none; `options` are more of torch.compile's.
     """
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
-    return Prepared(model, precision)
+    return Prepared(model, precision, compile_mode, **options)
 
 
 def make_sampler(
@@ -197,7 +200,8 @@ def sample_joint(
     generators = rng.per_sample(seed, "sample", indices=indices)
     shapes = {"video": network.video_size, "audio": network.audio_size}
     x_T = {
-        name: th.stack([th.randn(shape, generator=g) for g in generators]).to(device) for name, shape in shapes.items()
+        name: to_device(th.stack([th.randn(shape, generator=g) for g in generators]), device)
+        for name, shape in shapes.items()
     }
     with window_shift(rng.generator(seed, "window shift")):
         sample: Any = sampler(bind(model), x_T, generators, progress, given=given)
@@ -234,9 +238,9 @@ def upscale_video(
     chunk = frames_at_once or frames_that_fit(network, th.device(device), num_frames)
     done = []
     for start in range(0, num_frames, chunk):
-        low_res = video[start : start + chunk].to(device)
-        generators = [rng.generator(seed, "upsampler step", index) for _ in low_res]
-        x_T = noise.to(device).expand(len(low_res), -1, -1, -1)
+        low_res = to_device(video[start : start + chunk], device)
+        generators = [rng.generator(seed, "upsampler step", index)] * len(low_res)  # one: the frames share its noise
+        x_T = to_device(noise, device).expand(len(low_res), -1, -1, -1)
         report = part_of(progress, start / num_frames, (start + len(low_res)) / num_frames)
         sample: Any = sampler(bind(model), x_T, generators, report, {"low_res": low_res})
         done.append(sample.clamp(-1, 1).cpu())

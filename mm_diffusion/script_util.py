@@ -165,6 +165,9 @@ class TrainConfig:
     max_hours: float = flag(0.0, "save and stop after this many hours of this run; 0: no limit")
     max_skipped_steps: int = flag(20, "give up when more gradients than this in a row are not finite")
     precision: str = flag("", "fp32, bf16 or fp16; empty: as use_fp16 says")
+    compile: str = flag(
+        "False", "compile the network first, which takes minutes: True, reduce-overhead or max-autotune"
+    )
     keep_last: int = flag(0, "states to keep, the newest; 0: all")
     keep_every: int = flag(0, "keep those at multiples of this many steps as well; 0: none")
     resume_checkpoint: str = flag(
@@ -190,6 +193,9 @@ class DrawConfig:
     batch_size: int = flag(4, "clips per rank at a time")
     seed: int = flag(42, "clip k depends on (seed, k) only")
     precision: str = flag("", "fp32, bf16 or fp16; empty: as use_fp16 says")
+    compile: str = flag(
+        "False", "compile the network first, which takes minutes: True, reduce-overhead or max-autotune"
+    )
     clip_denoised: bool = flag(True, "clamp predicted clips to [-1, 1] (ddpm, ddim)")
     is_strict: bool = flag(True, "refuse a checkpoint with misfitting tensors; False: skip and list them")
     sample_steps: int = flag(0, "model evaluations of dpm_solver; 0: the sampler's own")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from . import checkpoint, logger, rng, states
 from .checkpoint import CheckpointError
+from .compiling import Compiled, compile_mode
 from .datasets import prefetch_to_device
 from .dist_util import ALONE, World, all_sum, barrier, from_rank_0, max_of_ranks
 from .gaussian_diffusion import GaussianDiffusion
@@ -94,11 +95,12 @@ class TrainLoop:
             logger.log(
                 f"note: --init_checkpoint {config.init_checkpoint} is not read: the run goes on from its own state"
             )
-        self.forward_model: nn.Module = self.model
+        mode = compile_mode(config.compile)
+        self.forward_model: nn.Module = Compiled(self.model, mode) if mode else self.model
         if world.size > 1:  # first of all: every rank gets the weights of rank 0
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.forward_model = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.forward_model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
         self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
@@ -536,5 +538,6 @@ def check_train_config(config: TrainConfig) -> None:
     for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise ValueError(f"{name} {getattr(config, name)}: must not be negative")
+    compile_mode(config.compile)
     if not config.output_dir:
         raise ValueError("output_dir is empty: say where the checkpoints go with --output_dir")

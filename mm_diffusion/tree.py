@@ -30,6 +30,14 @@ def leaves(tree: Any) -> list:
     return list(tree.values()) if isinstance(tree, dict) else [tree]
 
 
+def to_device(x: th.Tensor, device: th.device | str) -> th.Tensor:
+    """`x` on `device`; the host does not wait for the copy, nor for what the device has been given before."""
+    device = th.device(device)
+    if x.device.type != "cpu" or device.type == "cpu":
+        return x.to(device)
+    return (x.pin_memory() if th.cuda.is_available() else x).to(device, non_blocking=True)
+
+
 def append_dims(values: th.Tensor, like: th.Tensor) -> th.Tensor:
     """[B] -> [B, 1, ..., 1] with as many axes as `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
@@ -42,10 +50,12 @@ def mean_flat(x: th.Tensor) -> th.Tensor:
 
 def weighted_sum(*terms: tuple[th.Tensor, Tree]) -> Tree:
     """Sum of weight * tree over `(weight [B] or [1], tree)` terms, in float32 whatever comes in."""
-    weights = [weight for weight, _ in terms]
+    weights, device = [weight for weight, _ in terms], leaves(terms[0][1])[0].device
+    if any(weight.device != device for weight in weights):  # a solver's, which take one copy together
+        weights = list(to_device(th.stack(th.broadcast_tensors(*weights)), device))
 
     def total(*xs: th.Tensor) -> th.Tensor:
-        scaled = [append_dims(w.to(x.device), x) * x.float() for w, x in zip(weights, xs, strict=True)]
+        scaled = [append_dims(w, x) * x.float() for w, x in zip(weights, xs, strict=True)]
         return functools.reduce(th.add, scaled)
 
     return tree_map(total, *(tree for _, tree in terms))
@@ -88,17 +98,28 @@ def randn_like(tree: Tree, generator: Generators = None) -> Tree:
     """Standard normal noise in the shape of `tree`.
 
     `generator`: None (torch's global state), one generator, or one per sample of the batch; with one per sample a
-    sample's noise does not depend on its neighbours. Noise is drawn on the generator's device and then moved.
+    sample's noise does not depend on its neighbours, and samples with the very same generator share their noise. Noise
+    is drawn on the generator's device, once, and moved in one piece.
     """
     if generator is None:
         return tree_map(th.randn_like, tree)
     if isinstance(generator, th.Generator):
         return tree_map(lambda x: _randn(x.shape, x, generator), tree)
-    return tree_map(lambda x: th.stack([_randn(x.shape[1:], x, g) for g in _one_each(generator, x)]), tree)
+    return tree_map(lambda x: _randn_each(x, _one_each(generator, x)), tree)
 
 
 def _randn(shape: Sequence[int], like: th.Tensor, generator: th.Generator) -> th.Tensor:
-    return th.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+    return to_device(th.randn(shape, generator=generator, device=generator.device, dtype=like.dtype), like.device)
+
+
+def _randn_each(x: th.Tensor, generators: Sequence[th.Generator]) -> th.Tensor:
+    distinct = list({id(g): g for g in generators}.values())
+    drawn = [th.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in distinct]
+    moved = to_device(th.stack(drawn), x.device)
+    if len(distinct) == len(generators):
+        return moved
+    place = {id(g): i for i, g in enumerate(distinct)}
+    return th.stack([moved[place[id(g)]] for g in generators])
 
 
 def _one_each(generators: Sequence[th.Generator], x: th.Tensor) -> Sequence[th.Generator]:

@@ -8,7 +8,7 @@ modality.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -365,26 +365,34 @@ class UNet(nn.Module):
                 self.output_blocks.append(nn.ModuleList(blocks))
         return width
 
-    def _walk(self, h: Maps, timesteps: th.Tensor) -> Maps:
-        """Maps as the input convolution takes them -> maps as the output convolutions take them."""
+    def draw_shifts(self, num_frames: int) -> list[int]:
+        """The window shift of each cross-attention, in the order in which they are walked."""
+        return [block.draw_shift(num_frames) for block in self.modules() if isinstance(block, CrossAttention)]
+
+    def _walk(self, h: Maps, timesteps: th.Tensor, shifts: Iterable[Any] = ()) -> Maps:
+        """Maps as the input convolution takes them -> maps as the output convolutions take them.
+
+        The shifts are drawn outside, as nothing that is recomputed for the gradient, or compiled, may draw them.
+        """
+        shifts = iter(shifts)
         emb = timestep_embedding(timesteps, self.config.num_channels)
         emb = self.time_embed(emb.to(next(self.parameters()).dtype))
         wanted = self.training or any(x.requires_grad for x in h.values())  # the latter in guided sampling
         recompute = _Rates(h, self.config) if self.use_checkpoint and th.is_grad_enabled() and wanted else None
         skips = []
         for blocks in self.input_blocks:
-            h = self._run(blocks, h, emb, recompute)
+            h = self._run(blocks, h, emb, recompute, shifts)
             skips.append(h)
-        h = self._run(getattr(self, self.middle), h, emb, recompute)
+        h = self._run(getattr(self, self.middle), h, emb, recompute, shifts)
         for blocks in self.output_blocks:
             skip = skips.pop()
-            h = self._run(blocks, {name: concat_channels(x, skip[name]) for name, x in h.items()}, emb, recompute)
+            h = {name: concat_channels(x, skip[name]) for name, x in h.items()}
+            h = self._run(blocks, h, emb, recompute, shifts)
         return h
 
-    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, recompute: _Rates | None) -> Maps:
-        """Run blocks in order; shifts are drawn here, outside whatever is recomputed for the gradient."""
+    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, recompute: _Rates | None, shifts: Iterator[Any]) -> Maps:
         for block in blocks.children():
-            shift = block.draw_shift(h["video"].shape[2]) if isinstance(block, CrossAttention) else 0
+            shift = next(shifts) if isinstance(block, CrossAttention) else 0
             if recompute and recompute.chosen(h):
                 h = checkpoint(block, h, emb, shift, use_reentrant=False)
             else:
@@ -424,6 +432,7 @@ class UNetConfig:
 class MultimodalUNet(UNet):
     """`model(video [B, F, C, H, W], audio [B, C, L], timesteps [B]) -> (video, audio)`, in the same layouts.
 
+    `shifts`: one per cross-attention, numbers or tensors without axes; drawn (`draw_shifts`) unless given.
     Takes the fields of UNetConfig. With `learn_sigma` both outputs have twice the channels (the published model forgets
     the audio). Raises ValueError for sizes the network cannot hold.
     """
@@ -488,9 +497,13 @@ class MultimodalUNet(UNet):
         heads = self.config.num_heads if per_head == -1 else channels // per_head
         return CrossAttention(channels, heads, window, shifts)
 
-    def forward(self, video: th.Tensor, audio: th.Tensor, timesteps: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def forward(
+        self, video: th.Tensor, audio: th.Tensor, timesteps: th.Tensor, shifts: Iterable[Any] | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
         dtype = next(self.parameters()).dtype
-        h = self._walk({"video": VIDEO.enter(video.to(dtype)), "audio": AUDIO.enter(audio.to(dtype))}, timesteps)
+        shifts = self.draw_shifts(video.shape[1]) if shifts is None else shifts
+        maps = {"video": VIDEO.enter(video.to(dtype)), "audio": AUDIO.enter(audio.to(dtype))}
+        h = self._walk(maps, timesteps, shifts)
         return VIDEO.leave(self.out["video"](h["video"])), AUDIO.leave(self.out["audio"](h["audio"]))
 
 

@@ -383,7 +383,7 @@ def test_loops_of_pairs_are_the_published_ones(case, recorded_noise):
     diffusion = make(respacing=respacing, **settings)
     assert_golden("multimodal_diffusion", case, run_loop(diffusion, kind, listening, start_noise(case), **options))
     assert listening.timesteps == facts["model_timesteps"]
-    assert next(calls) == facts["like_draws"]
+    assert next(calls) == (facts["like_draws"] if kind == "p" or "eta" in options else 0)  # as published, or none
     assert diffusion.timestep_map == facts["timestep_map"]
 
 
@@ -399,7 +399,7 @@ def test_loops_of_images_are_the_published_ones(case, recorded_noise):
         "image_diffusion", case, run_loop(make(respacing=respacing, **settings), kind, listening, x_T, **options)
     )
     assert listening.timesteps == facts["model_timesteps"]
-    assert next(calls) == facts["like_draws"]
+    assert next(calls) == (facts["like_draws"] if kind == "p" or "eta" in options else 0)  # as published, or none
 
 
 @pytest.mark.parametrize(("case", "t", "eta"), [("ddim_step", [3, 3], 0.0), ("ddim_step_eta", [3, 0], 0.5)])
