@@ -111,8 +111,8 @@ def forward_flop(size: Size) -> int:
         return flop_of(forward_of(model))
 
 
-def train_loop(size: Size, precision: str, folder: str, **flags: Any) -> TrainLoop:
+def train_loop(size: Size, precision: str, folder: str, compiled: bool = False, **flags: Any) -> TrainLoop:
     """The trainer as the scripts use it, but for its data: call `run_step` with a batch of `sample_of`."""
     model, diffusion = build(size, **flags)
-    config = TrainConfig(output_dir=folder, precision=precision, preview_clips=0, keep_last=1)
+    config = TrainConfig(output_dir=folder, precision=precision, preview_clips=0, keep_last=1, compile=str(compiled))
     return TrainLoop(model, diffusion, lambda start_sample: iter(()), config, World(device=device()))

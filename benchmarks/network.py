@@ -1,9 +1,7 @@
 """A pass through a model, a training step, and the memory that they take."""
 
 import tempfile
-from typing import Any
 
-import torch as th
 from bench import Bench
 from measure import apart, memory, peak_memory, repeat, seconds_of, synchronise
 from models import Size, build, forward_of, sample_of, train_loop
@@ -25,9 +23,7 @@ def measure_forward(bench: Bench) -> None:
 
 
 def forward(bench: Bench, name: str, size: Size, precision: str, variant: str) -> None:
-    model = prepare(build(size)[0], precision)
-    if variant == "compiled":
-        model.model.compile()
+    model = prepare(build(size)[0], precision, "default" if variant == "compiled" else "")
     call = forward_of(model, bench.batch_size)
     facts = {"seconds_to_compile": seconds_of(call)} if variant == "compiled" else {}
     bench.add_passes("forward", name, "pass", repeat(call, bench.seconds), precision, variant, 1, **facts)
@@ -42,12 +38,10 @@ def measure_training(bench: Bench) -> None:
 
 
 def training(bench: Bench, name: str, size: Size, precision: str, variant: str, folder: str) -> None:
-    loop = train_loop(size, precision, folder, use_checkpoint=variant == "checkpointed")
+    compiled = variant == "compiled"
+    loop = train_loop(size, precision, folder, compiled, use_checkpoint=variant == "checkpointed")
     batch = sample_of(loop.model, bench.batch_size)
-    facts: dict[str, Any] = {}
-    if variant == "compiled":
-        loop.forward_model = th.compile(loop.model)
-        facts["seconds_to_compile"] = seconds_of(lambda: loop.run_step(*batch))
+    facts = {"seconds_to_compile": seconds_of(lambda: loop.run_step(*batch))} if compiled else {}
     seconds = repeat(lambda: loop.run_step(*batch), bench.seconds)
     bench.add_passes("training", name, "step", seconds, precision, variant, STEP_PASSES, **facts)
 
