@@ -541,7 +541,9 @@ def _writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, av.error.FFmpegError, soundfile.LibsndfileError, blobfile.Error) as error:
-        raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        _, _, told = getattr(error, "log", None) or ("", "", "")  # FFmpeg's own words
+        reason = told or getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: cannot be written ({reason})") from error
 
 
 def to_uint8(images: th.Tensor) -> th.Tensor:

@@ -11,4 +11,4 @@ mypy
 if [ "${SLOW:-0}" != 0 ]; then
     set -- -m slow "$@"
 fi
-exec python -m pytest "$@"
+exec python -m pytest -n auto --maxprocesses 8 "$@"  # a core each: a test uses one thread

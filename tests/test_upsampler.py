@@ -461,8 +461,8 @@ def loaded_upsampler(tmp_path, monkeypatch, **options):
     _, sr = saved(tmp_path)
     seen = {}
 
-    def filled(model, path, weights, strict, precision, device):
-        seen.update(strict=strict, precision=precision)
+    def filled(model, path, weights, config, precision, device):
+        seen.update(strict=config.is_strict, precision=precision)
         return model
 
     def made(name, diffusion, clip_denoised, prefix, **settings):
