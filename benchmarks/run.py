@@ -13,6 +13,7 @@ from pathlib import Path
 import network
 from bench import Bench, measure_rates
 from breakdown import measure_breakdown
+from changes import measure_changes
 from checkpoint import measure_checkpoint
 from clips import measure_fidelity, measure_sampling
 from loader import measure_loader
@@ -35,7 +36,9 @@ SECTIONS = {
     "loader": measure_loader,
     "checkpoint": measure_checkpoint,
     "fidelity": measure_fidelity,
+    "changes": measure_changes,
 }
+ASKED_FOR = ("changes",)
 COMPILING = "a compiler takes minutes for a model; ask for it with --variants plain checkpointed compiled"
 
 
@@ -59,9 +62,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--only",
         nargs="+",
         choices=SECTIONS,
-        default=list(SECTIONS),
+        default=[name for name in SECTIONS if name not in ASKED_FOR],
         metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)}",
+        help=f"of {', '.join(SECTIONS)}; the usual are all but {', '.join(ASKED_FOR)}",
     )
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, help="which to measure; None: all, with --quick the small ones"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import breakdown
+import changes
 import clips
 import measure
 import models
@@ -19,6 +20,9 @@ import network
 import rates
 import report
 import run
+
+from mm_diffusion import train_util
+from mm_diffusion.unet import window_shift
 
 MODELS = {"small_base": models.Size(tiny.FLAGS), "small_upsampler": models.Size(tiny.SR_FLAGS, upsampler=True)}
 TINY_RATES = {"matrix": 64, "map": (1, 32, 8, 8), "copy": 2**16}
@@ -130,7 +134,7 @@ def test_a_process_that_is_killed_is_a_figure_left_out_and_memory_is_that_of_the
 
 
 def test_a_run_measures_every_section_and_writes_it_down(small, tmp_path, capsys):
-    sections = [name for name in run.SECTIONS if name not in ("memory", "fidelity")]
+    sections = [name for name in run.SECTIONS if name not in ("memory", "fidelity", "changes")]
     flags = ["--only", *sections, "--samplers", "dpm_solver", "--variants", "plain", "--precisions", "fp32"]
     content = measured(tmp_path / "new.json", *flags)
     shown = capsys.readouterr().out
@@ -152,6 +156,50 @@ def test_a_run_measures_every_section_and_writes_it_down(small, tmp_path, capsys
     assert content["machine"]["torch"] == th.__version__
     assert content["left_out"][0]["what"] == "compiled"
     assert_ratios_to_itself_are_one(content, tmp_path / "new.json", capsys)
+
+
+@pytest.mark.parametrize("title", [title for title in changes.CHANGES if title != "moving average"])
+def test_a_change_that_is_undone_changes_the_time_and_not_the_result(title):
+    """Gradients too, but for dropout, whose masks are drawn in another way."""
+    model, _ = tiny.build(dropout=0.0 if title != "dropout" else 0.5)
+    clip, t = tiny.clips(0, 2), th.tensor([3, 60])
+
+    def gradients():
+        model.zero_grad()
+        with window_shift("max"):
+            sum(out.square().mean() for out in model(clip["video"], clip["audio"], t)).backward()
+        return th.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    kept = gradients()
+    with changes.CHANGES[title].undo():
+        undone = gradients()
+    after = gradients()
+    if title == "dropout":
+        assert not undone.equal(kept)
+    else:
+        assert after.equal(kept)
+        assert (undone - kept).norm() < 1e-5 * kept.norm()
+
+
+def test_the_moving_average_at_once_is_that_of_one_weight_after_the_other():
+    at_once, slow, weights = ([th.full((3,), value + k) for k in range(2)] for value in (1.0, 1.0, 5.0))
+    train_util.update_ema(at_once, weights, 0.75)
+    changes.slow_average(slow, weights, 0.75)
+    for mine, other in zip(at_once, slow, strict=True):
+        th.testing.assert_close(mine, other)
+
+
+def test_changes_are_told_as_ratios_of_the_time_without_to_the_time_with_them(small, tmp_path, monkeypatch):
+    some = {title: changes.CHANGES[title] for title in ("norm, one kernel", "dropout", "moving average")}
+    monkeypatch.setattr(changes, "CHANGES", some)
+    content = measured(tmp_path / "new.json", "--only", "changes", "--models", "small_base", "--precisions", "bf16")
+    for figure in figures(content, "changes"):
+        assert figure["unit"] == "x"
+        facts = figure["facts"]
+        assert figure["repeats"][-1] == pytest.approx(facts["seconds_without"] / facts["seconds_with"])
+    told = {figure["what"].split(": ")[1] for figure in figures(content, "changes")}
+    assert told >= {"half precision", *changes.CHANGES}
+    assert "changes" not in run.parse([]).only
 
 
 def test_half_precision_is_told_apart_from_float32_by_some_decibel(small, tmp_path):
