@@ -26,6 +26,8 @@ import torchaudio.functional as AF
 from matplotlib import colormaps
 
 from . import clip_index, media
+from .metrics import stereo
+from .metrics.scores import BLACK
 from .metrics.spatial import horizontal_place, level_difference, spatial_alignment
 
 PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
@@ -43,7 +45,6 @@ RANGE_DB = 80  # from the loudest to what is drawn black
 SPECTROGRAM = (64, 400)  # most rows for a channel, and columns
 JPEG_QUALITY = 85
 
-SILENT_DB = -90  # dBFS, below which a sound is none
 BLANK = (0.5 / 127.5) ** 2  # mean square of the brightness above its median, below which a picture shows nothing
 STILL = 1e-3  # spread of a place or a level difference below which it does not change
 FAINT = 0.05  # share of the mean energy of a clip's frames below which a frame has no place
@@ -95,11 +96,9 @@ class Clip:
 
 def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
     """[F, 3, H, W] and [2, L] in [-1, 1] -> the SCORES of a clip, each a number or the words why there is none."""
-    left, right = (channel.double() for channel in audio)
-    energies = th.stack([left.square().mean(), right.square().mean()])
-    silent = _decibel(energies.mean()) < SILENT_DB
-    quiet = [_decibel(energy) < SILENT_DB for energy in energies]
-    both = th.corrcoef(th.stack([left, right]))[0, 1].item() if not any(quiet) and len(left) > 1 else math.nan
+    energies = audio.double().square().mean(dim=-1)
+    silent, quiet = _is_silent(audio), [_is_silent(channel[None]) for channel in audio]
+    both = math.nan if any(quiet) else stereo.correlation(audio.double())
     steady = "a channel does not vary" if not any(quiet) else f"{'left' if quiet[0] else 'right'} is silent"
     return {
         "alignment": _why_unaligned(video, audio, silent) or spatial_alignment(video[None], audio[None]),
@@ -108,6 +107,11 @@ def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
         "balance": "silent" if silent else (energies.diff() / energies.sum()).item(),
         "motion": 50 * video.diff(dim=0).abs().mean().item() if len(video) > 1 else "one frame",
     }
+
+
+def _is_silent(audio: th.Tensor) -> bool:
+    """[C, L] -> whether it is silent as a whole, to the ears of the metrics."""
+    return not stereo.is_heard(audio.double()[None]).item()
 
 
 def _decibel(power: th.Tensor) -> float:
@@ -120,8 +124,8 @@ def _why_unaligned(video: th.Tensor, audio: th.Tensor, silent: bool) -> str:
         return "one frame"
     if silent:
         return "silent"
-    if _is_blank(video):
-        return "nothing stands out in the picture"
+    if unseen := _why_unseen(video):
+        return unseen
     seen, heard = places(video, audio)
     together = [(a, b) for a, b in zip(seen, heard, strict=True) if a is not None and b is not None]
     if len(together) < 2:
@@ -130,8 +134,12 @@ def _why_unaligned(video: th.Tensor, audio: th.Tensor, silent: bool) -> str:
     return "the object stays where it is" if spreads[0] < STILL else "the sound stays" if spreads[1] < STILL else ""
 
 
-def _is_blank(video: th.Tensor) -> bool:
-    return horizontal_place(video[None])[1].mean().item() < BLANK * video.shape[-2] * video.shape[-1]
+def _why_unseen(video: th.Tensor) -> str:
+    """Why nothing is to be seen in a picture; empty if something is."""
+    if video.max() < BLACK:
+        return "black"
+    blank = horizontal_place(video[None])[1].mean().item() < BLANK * video.shape[-2] * video.shape[-1]
+    return "nothing stands out in the picture" if blank else ""
 
 
 def places(video: th.Tensor, audio: th.Tensor) -> tuple[list[float | None], list[float | None]]:
@@ -142,7 +150,7 @@ def places(video: th.Tensor, audio: th.Tensor) -> tuple[list[float | None], list
     place, shown = (x[0] for x in horizontal_place(video[None]))
     level, loud = (x[0] for x in level_difference(audio[None], len(video)))
     least_shown = max(FAINT * shown.mean().item(), BLANK * video.shape[-2] * video.shape[-1])
-    least_loud = max(FAINT * loud.mean().item(), 2 * 10 ** (SILENT_DB / 10) * audio.shape[-1] / len(video))
+    least_loud = max(FAINT * loud.mean().item(), 2 * stereo.SILENT**2 * audio.shape[-1] / len(video))
     return _kept(2 * place - 1, shown >= least_shown), _kept(level, loud >= least_loud)
 
 
@@ -160,7 +168,7 @@ def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
     power = AF.spectrogram(padded, 0, th.hann_window(n_fft), n_fft, n_fft // 4, n_fft, 2.0, normalized="window")
     rows, columns = (min(most, size) for most, size in zip(SPECTROGRAM, power.shape[1:], strict=True))
     power = F.adaptive_avg_pool2d(power, (rows, columns)).flip(1)
-    loudest = max(power.max().item(), 10 ** (SILENT_DB / 10))
+    loudest = max(power.max().item(), stereo.SILENT**2)
     decibel = AF.amplitude_to_DB(power, 10.0, amin=1e-16, db_multiplier=math.log10(loudest))
     index = ((decibel / RANGE_DB + 1).clamp(0, 1) * 255).byte()
     colours = th.from_numpy(colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy())
@@ -240,9 +248,10 @@ def _small(image: th.Tensor) -> th.Tensor:
 
 def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) -> list[str]:
     """What one should know of a clip before reading its numbers."""
+    unseen = _why_unseen(video)
     found = {
-        "silent": _decibel(audio.double().square().mean()) < SILENT_DB,
-        "black" if video.max() < -0.9 else "nothing stands out in the picture": _is_blank(video),
+        "silent": _is_silent(audio),
+        unseen: bool(unseen),
         "mono": info.channels == 1,
         f"only the first {MAX_SECONDS} s are shown": info.duration_seconds > MAX_SECONDS,
         f"browsers play no sound of {info.sample_rate} Hz": info.sample_rate < LOWEST_RATE,

@@ -20,6 +20,7 @@ from media_files import make_clip, noise
 
 from mm_diffusion import drawing, gallery, media
 from mm_diffusion.dist_util import World
+from mm_diffusion.metrics import scores, stereo
 from mm_diffusion.script_util import DataConfig
 
 SCRIPT = Path(__file__).parents[1] / "py_scripts/gallery.py"
@@ -84,11 +85,11 @@ def test_sound_that_follows_the_object_is_aligned_and_its_mirror_opposed():
 def test_scores_have_their_closed_forms():
     count = 2 * RATE
     tone = th.sin(2 * math.pi * 440 * th.arange(count) / RATE)
-    scores = gallery.measure(moving([0.5] * FRAMES), th.stack([tone / 2, -tone / 4]))
-    assert scores["level"] == pytest.approx(10 * math.log10((1 / 8 + 1 / 32) / 2), abs=1e-3)
-    assert scores["balance"] == pytest.approx((1 / 16 - 1 / 4) / (1 / 16 + 1 / 4), abs=1e-5)
-    assert scores["correlation"] == pytest.approx(-1, abs=1e-5)
-    assert scores["motion"] == 0
+    found = gallery.measure(moving([0.5] * FRAMES), th.stack([tone / 2, -tone / 4]))
+    assert found["level"] == pytest.approx(10 * math.log10((1 / 8 + 1 / 32) / 2), abs=1e-3)
+    assert found["balance"] == pytest.approx((1 / 16 - 1 / 4) / (1 / 16 + 1 / 4), abs=1e-5)
+    assert found["correlation"] == pytest.approx(-1, abs=1e-5)
+    assert found["motion"] == 0
     blinking = th.tensor([-1.0, 1.0])[th.arange(FRAMES) % 2].view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     assert gallery.measure(blinking, th.stack([tone, tone]))["motion"] == pytest.approx(100)
 
@@ -109,11 +110,33 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_a_score_that_does_not_exist_is_words_and_the_others_are_finite(name):
     video, audio, without = NOTHING[name]
-    scores = gallery.measure(video, audio)
-    assert {key for key, value in scores.items() if isinstance(value, str)} == without
-    assert all(scores[key] for key in without)
-    assert all(math.isfinite(value) for key, value in scores.items() if key not in without)
-    assert set(scores) == set(gallery.SCORES)
+    found = gallery.measure(video, audio)
+    assert {key for key, value in found.items() if isinstance(value, str)} == without
+    assert all(found[key] for key in without)
+    assert all(math.isfinite(value) for key, value in found.items() if key not in without)
+    assert set(found) == set(gallery.SCORES)
+
+
+def test_the_correlation_of_the_channels_is_pearsons():
+    left, right = th.randn(2, 1000, generator=th.Generator().manual_seed(0)) / 9
+    audio = th.stack([left, 0.6 * left + 0.8 * right + 0.1])
+    expected = np.corrcoef(audio.double().numpy())[0, 1]
+    assert gallery.measure(moving(THERE), audio)["correlation"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("factor", "silent"), [(0.99, True), (1.01, False)])
+def test_silence_is_what_the_metrics_call_silence(factor, silent):
+    audio = factor * stereo.SILENT * th.tensor([1.0, -1.0]).repeat(2, RATE)
+    assert (gallery.measure(moving(THERE), audio)["level"] == "silent") == silent
+    assert bool(stereo.is_heard(audio[None])) != silent
+    heard = gallery.places(moving(THERE), audio)[1]
+    assert heard == [None if silent else pytest.approx(0, abs=1e-4)] * FRAMES
+
+
+@pytest.mark.parametrize(("above", "reason"), [(-0.005, "black"), (0.005, "nothing stands out in the picture")])
+def test_black_is_what_the_metrics_call_black(above, reason):
+    video = th.full((FRAMES, 3, 16, 16), scores.BLACK + above)
+    assert gallery.measure(video, panned(THERE))["alignment"] == reason
 
 
 def test_places_run_from_left_to_right_with_gaps_where_nothing_is_seen_or_heard():
