@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,8 +33,10 @@ from .metrics.scores import BLACK
 from .metrics.spatial import horizontal_place, level_difference, spatial_alignment
 
 PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
-MEASURED = "measured_1.json"  # below PICTURES: what is known of clips that have not changed; 1 is its format
+MEASURED = "measured_2.json"  # below PICTURES: what is known of clips that have not changed; 2 is its format
+KINDS = ("poster", "strip", "sound")  # of pictures that a clip has
 GENERATOR = "mm-diffusion-stereo gallery"  # by which the page is known as ours
+OURS = re.compile(rf"[0-9a-f]{{16}}_({'|'.join(KINDS)})\.jpg|measured_\d+\.json")  # below PICTURES, beside SHEET
 TEMPLATE = Path(__file__).with_name("gallery.html")
 
 MAX_SECONDS = 60  # of a clip that are looked at
@@ -83,7 +87,7 @@ class Clip:
     height: int
     fps: float
     sample_rate: int
-    pictures: dict[str, str]  # "poster", "strip", "sound" -> file below PICTURES
+    pictures: dict[str, str]  # of KINDS -> file below PICTURES
     top_hz: float  # of the spectrogram
     scores: dict[str, float | str]
     seen: list[float | None]  # the object's place in each frame, -1 left to 1 right
@@ -219,10 +223,10 @@ def examine(path: str, pictures: Path) -> Clip:
     _, audio = media.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
     video = media.to_float(frames)
     name = hashlib.sha256(os.fsencode(os.path.relpath(path, pictures))).hexdigest()[:16]
-    poster = media.enlarged(frames[len(frames) // 2])
-    drawn = {"poster": poster, "strip": strip(frames), "sound": spectrogram(audio, rate)}
-    for kind, picture in drawn.items():
-        media.write_image(pictures / f"{name}_{kind}.jpg", picture, JPEG_QUALITY)
+    files = {kind: f"{name}_{kind}.jpg" for kind in KINDS}
+    drawn = media.enlarged(frames[len(frames) // 2]), strip(frames), spectrogram(audio, rate)
+    for file, picture in zip(files.values(), drawn, strict=True):
+        media.write_image(pictures / file, picture, JPEG_QUALITY)
     seen, heard = places(video, audio)
     return Clip(
         seconds=info.duration_seconds,
@@ -231,7 +235,7 @@ def examine(path: str, pictures: Path) -> Clip:
         height=info.height,
         fps=info.fps,
         sample_rate=info.sample_rate,
-        pictures={kind: f"{name}_{kind}.jpg" for kind in drawn},
+        pictures=files,
         top_hz=rate / 2,
         scores=measure(video, audio),
         seen=seen,
@@ -266,8 +270,8 @@ def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) 
 def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = "", num_workers: int = 4) -> Path:
     """Write the page of the clips below `folder` (local) and a contact sheet; -> the path of the page.
 
-    Clips that have not changed since the last time are not looked at again. Files that cannot be read are listed on
-    the page. `scores_file`: see `read_scores`; empty: `folder`/scores.json if it is there. DataError where no clip can
+    Clips that have not changed since the last time, and whose pictures are there, are not looked at again. Files that
+    cannot be read are listed on the page. `scores_file`: see `read_scores`; empty: `folder`/scores.json if it is there. DataError where no clip can
     be read, ValueError where the folder holds a page of someone else's or the scores make no sense.
     """
     root = Path(clip_index.absolute(os.path.expanduser(os.fspath(folder))))
@@ -276,20 +280,22 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     given = Path(scores_file) if scores_file else root / "scores.json"
     more = read_scores(given, names.values()) if scores_file or given.exists() else {}
     cache = _claim(root)
+    pictures = cache.parent
 
     def look(path: str) -> dict[str, Any]:
-        return dataclasses.asdict(examine(path, cache.parent))
+        return dataclasses.asdict(examine(path, pictures))
 
     index = clip_index.look_up(paths, look, cache, num_workers, barrier=lambda: None)
     clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
-    clips = {names[path]: Clip(**info) for path, info in index.clips}
+    found = [(path, Clip(**info)) for path, info in index.clips]
+    _redraw_lost(found, pictures, num_workers)
+    clips = {names[path]: clip for path, clip in found}
     first = list(clips.values())[:SHEET_CLIPS]
-    write_sheet(
-        cache.parent / SHEET, [(cache.parent / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first]
-    )
+    write_sheet(pictures / SHEET, [(pictures / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first])
     bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
     text = render(root.name, clips, more, bad)
     media.atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    _sweep(pictures, clips.values())
     return root / PAGE
 
 
@@ -298,12 +304,42 @@ def _claim(root: Path) -> Path:
     page, pictures = root / PAGE, root / PICTURES
     if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{page} is no gallery of ours: move it, or put the clips into a folder of their own")
-    cache = pictures / MEASURED
-    if pictures.exists() and not cache.exists() and any(pictures.iterdir()):
-        raise ValueError(f"{pictures} holds something else: rename it, or put the clips into a folder of their own")
+    held = {path.name for path in pictures.iterdir()} if pictures.exists() else set()
+    ours = set(filter(OURS.fullmatch, held))
+    strange = sorted(held - ours - ({SHEET} if ours else set()))
+    if strange and not any(name.startswith("measured_") for name in ours):
+        raise ValueError(
+            f"{pictures} holds something else ({strange[0]}): rename it, or put the clips into a folder of their own"
+        )
     pictures.mkdir(exist_ok=True)
+    cache = pictures / MEASURED
     cache.touch()
     return cache
+
+
+def _redraw_lost(clips: Iterable[tuple[str, Clip]], pictures: Path, num_workers: int) -> None:
+    """Draw the pictures of clips of which one has been removed or damaged since it was drawn."""
+    lost = [path for path, clip in clips if not all(_is_whole(pictures / file) for file in clip.pictures.values())]
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for future in [pool.submit(examine, path, pictures) for path in lost]:
+            future.result()
+
+
+def _is_whole(picture: Path) -> bool:
+    try:
+        media.check_image(picture)
+    except media.MediaError:
+        return False
+    return True
+
+
+def _sweep(pictures: Path, clips: Iterable[Clip]) -> None:
+    """Remove what earlier runs left of clips that are gone; files that are not of OURS stay."""
+    used = {MEASURED, *(file for clip in clips for file in clip.pictures.values())}
+    for path in pictures.iterdir():
+        if path.is_file() and OURS.fullmatch(path.name) and path.name not in used:
+            path.unlink(missing_ok=True)
+    media.remove_leftovers(pictures)
 
 
 def read_scores(path: Path, names: Collection[str]) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -263,6 +264,65 @@ def test_what_has_not_changed_is_not_measured_again(tmp_path):
     assert "none: silent" in " ".join(Reader(tmp_path / "index.html").text)
 
 
+def pictures_of(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.glob("gallery/*.jpg")}
+
+
+DAMAGES = {
+    "removed": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-200]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", gallery.KINDS)
+def test_a_picture_that_is_lost_is_drawn_again(kind, damage, tmp_path):
+    write(tmp_path / "a.mp4")
+    write(tmp_path / "b.mp4", audio=panned(BACK))
+    gallery.write_gallery(tmp_path)
+    before = pictures_of(tmp_path)
+    lost, kept = sorted(tmp_path.glob(f"gallery/*_{kind}.jpg"))
+    DAMAGES[damage](lost)
+    time = kept.stat().st_mtime_ns
+    gallery.write_gallery(tmp_path)
+    assert pictures_of(tmp_path) == before
+    assert kept.stat().st_mtime_ns == time
+
+
+def test_pictures_of_clips_that_are_gone_go_and_files_of_others_stay(tmp_path):
+    write(tmp_path / "a.mp4")
+    write(tmp_path / "b.mp4")
+    gallery.write_gallery(tmp_path)
+    before = pictures_of(tmp_path)
+    stranger = "0123456789abcdef_mine.jpg"
+    for name in ("notes.txt", "a_strip.jpg", stranger):
+        (tmp_path / "gallery" / name).write_text("mine")
+    (tmp_path / "gallery/measured_1.json").touch()
+    (tmp_path / "a.mp4").unlink()
+    page = gallery.write_gallery(tmp_path)
+    shown = {Path(file).name for file in Reader(page).files}
+    left = {path.name for path in tmp_path.glob("gallery/*")}
+    assert len(before) == 2 * 3
+    assert left == (set(before) & shown) | {gallery.SHEET, gallery.MEASURED, "notes.txt", "a_strip.jpg", stranger}
+
+
+@pytest.mark.parametrize("older", ["measured_1.json", ""])
+def test_a_gallery_of_an_earlier_version_or_without_its_memory_is_still_ours(older, tmp_path):
+    write(tmp_path / "a.mp4")
+    gallery.write_gallery(tmp_path)
+    before = pictures_of(tmp_path)
+    memory = tmp_path / "gallery" / gallery.MEASURED
+    if older:
+        memory.rename(memory.with_name(older))
+        (tmp_path / "gallery/mine.txt").touch()
+    else:
+        memory.unlink()
+    gallery.write_gallery(tmp_path)
+    assert pictures_of(tmp_path) == before
+    assert memory.exists()
+
+
 def show(monkeypatch, capsys, *args: str | Path) -> tuple[int, str]:
     """Run the script -> its exit status and what it says."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
@@ -286,16 +346,20 @@ def foreign_page(root: Path) -> None:
     (root / "index.html").write_text("my page")
 
 
-def foreign_pictures(root: Path) -> None:
-    (root / "gallery").mkdir()
-    (root / "gallery/mine.jpg").write_text("my picture")
+def foreign_pictures(name: str) -> Callable[[Path], None]:
+    def put(root: Path) -> None:
+        (root / "gallery").mkdir()
+        (root / "gallery" / name).write_text("my picture")
+
+    return put
 
 
 REFUSED = {
     "holds no clips": lambda root: (root / "a.mp4").unlink(),
     "none of its 1 files": lambda root: (root / "a.mp4").write_bytes(b"no film"),
     "is no gallery of ours": foreign_page,
-    "holds something else": foreign_pictures,
+    "holds something else (mine.jpg)": foreign_pictures("mine.jpg"),
+    "holds something else (contact_sheet.png)": foreign_pictures(gallery.SHEET),
     "cannot be read as JSON": lambda root: (root / "scores.json").write_text("{"),
     "need {": lambda root: (root / "scores.json").write_text('{"a": 1}'),
     "is 'high', need a number": lambda root: (root / "scores.json").write_text('{"a": {"x": "high"}}'),
