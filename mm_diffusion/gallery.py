@@ -289,7 +289,7 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
     found = [(path, Clip(**info)) for path, info in index.clips]
     _redraw_lost(found, pictures, num_workers)
-    clips = {names[path]: clip for path, clip in found}
+    clips = {names[path]: clip for path, clip in sorted(found, key=lambda pair: _order(names[pair[0]]))}
     first = list(clips.values())[:SHEET_CLIPS]
     write_sheet(pictures / SHEET, [(pictures / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first])
     bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
@@ -297,6 +297,16 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     media.atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     _sweep(pictures, clips.values())
     return root / PAGE
+
+
+def _order(name: str) -> tuple:
+    """By file name, numbers by their value, then by folder: what was generated stands beside its ground truth."""
+    folder, file = os.path.split(os.path.splitext(name)[0])
+    return _natural(file), _natural(folder), name
+
+
+def _natural(text: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part.casefold() for part in re.split(r"(\d+)", text)]
 
 
 def _claim(root: Path) -> Path:
@@ -377,7 +387,7 @@ def _number(path: Path, clip: str, label: str, value: Any) -> float:
 def render(
     title: str, clips: Mapping[str, Clip], more: Mapping[str, Mapping[str, float]], bad: Mapping[str, str]
 ) -> str:
-    """The page: clips by name, what `more` scores there are, and the reasons why other files cannot be shown."""
+    """The page: clips in that order, what `more` scores there are, and the reasons why other files cannot be shown."""
     given = {name: {f"given {label}": value for label, value in row.items()} for name, row in more.items()}
     labels = SCORES | {
         key: Score(key.removeprefix("given "), "{:.4g}", "from the file of scores")
