@@ -47,6 +47,8 @@ MAX_RATE = 16000  # Hz, of the sound that is looked at
 WINDOW_SECONDS = 1 / 50  # of the spectrogram, about
 RANGE_DB = 80  # from the loudest to what is drawn black
 SPECTROGRAM = (64, 400)  # most rows for a channel, and columns
+MEL_CORNER_HZ = 700  # above which the scale of frequencies turns from linear to logarithmic
+MARKED_HZ = 1000  # marked beside the spectrogram
 JPEG_QUALITY = 85
 
 BLANK = (0.5 / 127.5) ** 2  # mean square of the brightness above its median, below which a picture shows nothing
@@ -166,12 +168,15 @@ def _kept(values: th.Tensor, keep: th.Tensor) -> list[float | None]:
 
 
 def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
-    """[2, L] -> [3, rows, columns] uint8: left above right, 0 Hz to half the rate upwards, RANGE_DB from black on."""
+    """[2, L] -> [3, rows, columns] uint8: left above right, 0 Hz to half the rate upwards, RANGE_DB from black on.
+
+    Frequencies are at their `mel_height`.
+    """
     n_fft = max(64, 2 ** int(math.log2(sample_rate * WINDOW_SECONDS)))
     padded = F.pad(audio, (0, max(0, n_fft - audio.shape[-1])))
     power = AF.spectrogram(padded, 0, th.hann_window(n_fft), n_fft, n_fft // 4, n_fft, 2.0, normalized="window")
     rows, columns = (min(most, size) for most, size in zip(SPECTROGRAM, power.shape[1:], strict=True))
-    power = F.adaptive_avg_pool2d(power, (rows, columns)).flip(1)
+    power = F.adaptive_avg_pool1d(_mel_rows(power.double(), rows, sample_rate / 2), columns).flip(1)
     loudest = max(power.max().item(), stereo.SILENT**2)
     decibel = AF.amplitude_to_DB(power, 10.0, amin=1e-16, db_multiplier=math.log10(loudest))
     index = ((decibel / RANGE_DB + 1).clamp(0, 1) * 255).byte()
@@ -179,6 +184,22 @@ def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
     left, right = colours[index.long()]
     gap = th.full((1, columns, 3), 128, dtype=th.uint8)
     return th.cat([left, gap, right]).permute(2, 0, 1).contiguous()
+
+
+def mel_height(hz: float, top_hz: float) -> float:
+    """Where a frequency is in a spectrogram up to top_hz: 0 at the bottom, 1 at the top, equal steps on the mel scale."""
+    return math.log1p(hz / MEL_CORNER_HZ) / math.log1p(top_hz / MEL_CORNER_HZ)
+
+
+def _mel_rows(power: th.Tensor, rows: int, top_hz: float) -> th.Tensor:
+    """[2, K, T] power in bands around K frequencies from 0 to top_hz -> [2, rows, T]: between steps of `mel_height`."""
+    bands = power.shape[1]
+    share = th.linspace(0, 1, rows + 1, dtype=th.float64)
+    hz = MEL_CORNER_HZ * th.expm1(share * math.log1p(top_hz / MEL_CORNER_HZ))
+    edges = 0.5 + (bands - 1) * hz / top_hz  # band k lies between k and k + 1
+    band = edges.long()
+    below = F.pad(power.cumsum(1), (0, 0, 1, 0))[:, band] + (edges - band)[:, None] * power[:, band]
+    return below.diff(dim=1).clamp(min=0) / edges.diff()[:, None]
 
 
 def strip(frames: th.Tensor) -> th.Tensor:
@@ -406,6 +427,7 @@ def render(
         bad={_printable(name): _printable(reason) for name, reason in bad.items()},
         sheet=f"{PICTURES}/{SHEET}",
         range_db=RANGE_DB,
+        marked_hz=MARKED_HZ,
         sheet_clips=min(SHEET_CLIPS, len(rows)),
     )
 
@@ -421,6 +443,7 @@ def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, flo
         **{kind: f"{PICTURES}/{file}" for kind, file in clip.pictures.items()},
         "aspect": f"{clip.width} / {clip.height}",
         "frames": min(STRIP_FRAMES, len(clip.seen)),
+        "marked": f"{50 * (1 - mel_height(MARKED_HZ, clip.top_hz)):.1f}%" if clip.top_hz >= 2 * MARKED_HZ else "",
         "seen": curve(clip.seen),
         "heard": curve(clip.heard),
         "clip": clip,

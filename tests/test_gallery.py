@@ -162,13 +162,26 @@ def test_a_curve_breaks_at_gaps_and_shows_single_points():
     assert re.sub(r"[\d. ]+", "", path) == "MLMh"
 
 
-def test_a_tone_shows_in_its_channel_at_its_frequency():
-    tone = th.sin(2 * math.pi * 3000 * th.arange(2 * RATE) / RATE)
+@pytest.mark.parametrize("hz", [250, 1000, 3000])
+def test_a_tone_shows_in_its_channel_at_its_frequency(hz):
+    tone = th.sin(2 * math.pi * hz * th.arange(2 * RATE) / RATE)
     picture = gallery.spectrogram(th.stack([tone, tone * 0]), RATE).sum(0).double()
     rows = (len(picture) - 1) // 2
     left, right = picture[:rows], picture[-rows:]
-    assert left.mean(1).argmax().item() == pytest.approx(rows * (1 - 3000 / (RATE / 2)), abs=1)
+    assert left.mean(1).argmax().item() == pytest.approx(rows * (1 - gallery.mel_height(hz, RATE / 2)), abs=1.5)
     assert right.max() < left.max() / 4
+
+
+def test_frequencies_are_at_equal_steps_of_the_mel_scale():
+    mels = [2595 * math.log10(1 + hz / 700) for hz in (0, 250, 1000, 4000)]
+    for hz, mel in zip((0, 250, 1000, 4000), mels, strict=True):
+        assert gallery.mel_height(hz, 4000) == pytest.approx(mel / mels[-1])
+
+
+def test_white_noise_is_equally_bright_at_all_frequencies():
+    noise = th.randn(2, 60 * RATE, generator=th.Generator().manual_seed(0)) / 9
+    brightness = gallery.spectrogram(noise, RATE).sum(0).double().mean(1)
+    assert brightness[2:-2].std() < 0.05 * brightness.mean()
 
 
 @pytest.mark.parametrize(("count", "rate"), [(1, 8), (50, 512), (1024, 512), (16000, 16000), (3, 96000)])
