@@ -187,7 +187,7 @@ def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
 
 
 def mel_height(hz: float, top_hz: float) -> float:
-    """Where a frequency is in a spectrogram up to top_hz: 0 at the bottom, 1 at the top, equal steps on the mel scale."""
+    """Where a frequency is in a spectrogram up to top_hz, 0 at the bottom to 1 at the top, by the mel scale."""
     return math.log1p(hz / MEL_CORNER_HZ) / math.log1p(top_hz / MEL_CORNER_HZ)
 
 
@@ -292,8 +292,9 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     """Write the page of the clips below `folder` (local) and a contact sheet; -> the path of the page.
 
     Clips that have not changed since the last time, and whose pictures are there, are not looked at again. Files that
-    cannot be read are listed on the page. `scores_file`: see `read_scores`; empty: `folder`/scores.json if it is there. DataError where no clip can
-    be read, ValueError where the folder holds a page of someone else's or the scores make no sense.
+    cannot be read are listed on the page. `scores_file`: see `read_scores`; empty: `folder`/scores.json if it is there.
+    DataError where no clip can be read, ValueError where the folder holds a page of someone else's or the scores make
+    no sense.
     """
     root = Path(clip_index.absolute(os.path.expanduser(os.fspath(folder))))
     paths = clip_index.find_files([os.fspath(root)], clip_index.EXTENSIONS, "clips", "give a folder of clips")

@@ -10,6 +10,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import tiny
 import torch as th
 from chromium import chromium, find_chromium
-from media_files import make_clip, noise
+from media_files import MEDIA, make_clip, noise, real_media
 
 from mm_diffusion import drawing, gallery, media
 from mm_diffusion.dist_util import World
@@ -57,11 +58,15 @@ def write(path: Path, video=None, audio=None) -> Path:
 
 
 class Reader(html.parser.HTMLParser):
-    """The text of a page, and the files that it asks for."""
+    """What is on a page: its text, the files that it asks for, the rows of its tables, and its clips.
+
+    A clip is the attributes of its element, with those of its player and pictures under their class or else their tag.
+    """
 
     def __init__(self, page: Path) -> None:
         super().__init__()
-        self.text, self.files, self.data = [], [], []
+        self.text, self.files, self.data, self.table = [], [], [], []
+        self.cell = False
         self.feed(page.read_text())
 
     def handle_starttag(self, tag, attributes):
@@ -69,9 +74,16 @@ class Reader(html.parser.HTMLParser):
         self.files += [held[key] for key in ("src", "data-poster") if key in held]
         self.files += [held["href"]] if tag == "a" and not held["href"].startswith("#") else []
         self.data += [held] if held.get("class") == "clip" else []
+        if self.data and tag in ("video", "img", "path"):
+            self.data[-1].setdefault(held.get("class", tag), held)
+        self.table += [[]] if tag == "tr" else []
+        self.cell = tag in ("th", "td")
 
     def handle_data(self, data):
         self.text.append(data)
+        if self.cell:
+            self.table[-1].append(data)
+            self.cell = False
 
 
 # ---------------------------------------------------------------- numbers
@@ -157,8 +169,7 @@ def test_places_run_from_left_to_right_with_gaps_where_nothing_is_seen_or_heard(
 def test_a_curve_breaks_at_gaps_and_shows_single_points():
     assert gallery.curve([]) == gallery.curve([None, None]) == ""
     path = gallery.curve([-1, 1, None, 0, None])
-    points = [tuple(map(float, point)) for point in re.findall(r"[ML](\S+) ([\d.]+)", path)]
-    assert points == [(100, 2), (300, 98), (700, 50)]
+    assert points(path) == [(100, 2), (300, 98), (700, 50)]
     assert re.sub(r"[\d. ]+", "", path) == "MLMh"
 
 
@@ -246,6 +257,55 @@ def test_names_are_shown_as_they_are(mixed):
     names = [row["data-name"] for row in Reader(mixed / "index.html").data]
     assert os.path.splitext(ODD_NAME)[0] in names
     assert "sub/aligned" in names
+
+
+def read_clips(page: Path) -> dict[str, dict[str, Any]]:
+    return {row["data-name"]: row for row in Reader(page).data}
+
+
+def points(path: str) -> list[tuple[float, float]]:
+    return [tuple(map(float, point)) for point in re.findall(r"[ML](\S+) ([\d.]+)", path)]
+
+
+def test_the_curves_of_a_clip_are_where_its_object_is_and_where_its_sound_comes_from(mixed):
+    clip = read_clips(mixed / "index.html")["sub/mirrored"]
+    for kind, places, tolerance in (("seen", THERE, 5), ("heard", BACK, 2)):
+        drawn = points(clip[kind]["d"])
+        assert [x for x, _ in drawn] == pytest.approx([1000 * (k + 0.5) / FRAMES for k in range(FRAMES)], abs=1)
+        assert [y for _, y in drawn] == pytest.approx([50 + 48 * (2 * place - 1) for place in places], abs=tolerance)
+
+
+def test_the_pictures_of_a_clip_are_its_frames_its_poster_and_its_spectrograms(mixed):
+    clip = read_clips(mixed / "index.html")["sub/aligned"]
+    sources = clip["strip"]["src"], clip["video"]["data-poster"], clip["sound"]["src"]
+    strip, poster, sound = (media.read_image(mixed / source) for source in sources)
+    assert len(set(sources)) == 3
+    assert strip.shape == (3, 64, FRAMES * 64)
+    for picture, place in zip([*strip.chunk(FRAMES, dim=-1), poster], [*THERE, THERE[FRAMES // 2]], strict=True):
+        assert picture.double().mean((0, 1)).argmax().item() == pytest.approx(64 * place, abs=3)
+    assert sound.shape[1] == 2 * gallery.SPECTROGRAM[0] + 1
+
+
+def test_nothing_of_a_clip_is_fetched_before_it_is_near(mixed):
+    for clip in read_clips(mixed / "index.html").values():
+        assert clip["video"]["preload"] == "none"
+        assert "poster" not in clip["video"]
+        assert clip["strip"]["loading"] == clip["sound"]["loading"] == "lazy"
+
+
+def test_the_table_tells_the_median_of_the_clips_that_have_a_score_and_how_many_have_not(mixed):
+    page = Reader(mixed / "index.html")
+    header, *rows = (row for row in page.table if len(row) == 3)
+    told = {label: (median, int(missing)) for label, median, missing in rows}
+    held = [json.loads(row["data-scores"]) for row in page.data]
+    for key, score in gallery.SCORES.items():
+        values = sorted(row[key] for row in held if key in row)
+        middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+        assert told[score.label] == (score.form.format(middle), 7 - len(values))
+    assert header == ["Score", "Median", "Clips without"]
+    assert told["good"] == ("4", 5)
+    assert told["level"] == ("7", 6)
+    assert told["odd"] == ("no clip has it", 7)
 
 
 def test_given_scores_find_their_clips_and_leave_the_measured_ones(mixed):
@@ -365,6 +425,26 @@ def test_the_script_tells_where_the_page_is(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "index.html").is_file()
 
 
+def test_the_script_takes_scores_from_the_file_that_it_is_given(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "clips/a.mp4")
+    (tmp_path / "clips/scores.json").write_text('{"a": {"here": 1}}')
+    (tmp_path / "mine.json").write_text('{"a": {"mine": 2}}')
+    status, _ = show(monkeypatch, capsys, tmp_path / "clips", "--scores", tmp_path / "mine.json")
+    found = json.loads(read_clips(tmp_path / "clips/index.html")["a"]["data-scores"])
+    assert status == 0
+    assert {key: value for key, value in found.items() if key.startswith("given")} == {"given mine": 2}
+
+
+@pytest.mark.parametrize("seconds", [60, 62])
+def test_of_a_long_clip_a_minute_is_shown_and_a_note_says_so(seconds, tmp_path):
+    video = moving([k / seconds for k in range(seconds)])
+    media.write_clip(tmp_path / "a.mp4", video, 1, panned([0.5], seconds), RATE)
+    page = Reader(gallery.write_gallery(tmp_path))
+    assert ("only the first 60 s are shown" in " ".join(page.text)) == (seconds > 60)
+    assert float(page.data[0]["data-seconds"]) == pytest.approx(60, abs=0.1)
+    assert len(points(page.data[0]["seen"]["d"])) == 60
+
+
 def foreign_page(root: Path) -> None:
     (root / "index.html").write_text("my page")
 
@@ -402,6 +482,25 @@ def test_what_cannot_be_shown_is_told_in_one_line_and_nothing_is_lost(words, tmp
     assert words in line
     assert str(tmp_path) in line
     assert all(path.read_bytes() == held for path, held in mine.items())
+
+
+@real_media
+def test_real_clips_are_shown_whole_and_with_every_score(tmp_path):
+    names = ["big_buck_bunny_0_30", "nasa_13013"]
+    for path in MEDIA.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    page = Reader(gallery.write_gallery(tmp_path))
+    assert [row["data-name"] for row in page.data] == names
+    assert "cannot be shown" not in " ".join(page.text)
+    for row in page.data:
+        found = json.loads(row["data-scores"])
+        assert set(found) == set(gallery.SCORES)
+        assert -1 <= found["alignment"] <= 1
+        assert -60 < found["level"] < 0
+        assert found["motion"] > 0
+        assert points(row["seen"]["d"])
+        assert points(row["heard"]["d"])
+    assert all((tmp_path / unquote(file)).is_file() for file in page.files)
 
 
 # ---------------------------------------------------------------- beside training
