@@ -444,7 +444,7 @@ def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, flo
         **{kind: f"{PICTURES}/{file}" for kind, file in clip.pictures.items()},
         "aspect": f"{clip.width} / {clip.height}",
         "frames": min(STRIP_FRAMES, len(clip.seen)),
-        "marked": f"{50 * (1 - mel_height(MARKED_HZ, clip.top_hz)):.1f}%" if clip.top_hz >= 2 * MARKED_HZ else "",
+        "marked": f"{50 * (1 - mel_height(MARKED_HZ, clip.top_hz)):.1f}%" if clip.top_hz >= 4 * MARKED_HZ else "",
         "seen": curve(clip.seen),
         "heard": curve(clip.heard),
         "clip": clip,
