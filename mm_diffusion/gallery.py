@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,11 +28,15 @@ import torchaudio.functional as AF
 from matplotlib import colormaps
 
 from . import clip_index, media
+from .metrics import stereo
+from .metrics.scores import BLACK
 from .metrics.spatial import horizontal_place, level_difference, spatial_alignment
 
 PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
-MEASURED = "measured_1.json"  # below PICTURES: what is known of clips that have not changed; 1 is its format
+MEASURED = "measured_2.json"  # below PICTURES: what is known of clips that have not changed; 2 is its format
+KINDS = ("poster", "strip", "sound")  # of pictures that a clip has
 GENERATOR = "mm-diffusion-stereo gallery"  # by which the page is known as ours
+OURS = re.compile(rf"[0-9a-f]{{16}}_({'|'.join(KINDS)})\.jpg|measured_\d+\.json")  # below PICTURES, beside SHEET
 TEMPLATE = Path(__file__).with_name("gallery.html")
 
 MAX_SECONDS = 60  # of a clip that are looked at
@@ -41,9 +47,10 @@ MAX_RATE = 16000  # Hz, of the sound that is looked at
 WINDOW_SECONDS = 1 / 50  # of the spectrogram, about
 RANGE_DB = 80  # from the loudest to what is drawn black
 SPECTROGRAM = (64, 400)  # most rows for a channel, and columns
+MEL_CORNER_HZ = 700  # above which the scale of frequencies turns from linear to logarithmic
+MARKED_HZ = 1000  # marked beside the spectrogram
 JPEG_QUALITY = 85
 
-SILENT_DB = -90  # dBFS, below which a sound is none
 BLANK = (0.5 / 127.5) ** 2  # mean square of the brightness above its median, below which a picture shows nothing
 STILL = 1e-3  # spread of a place or a level difference below which it does not change
 FAINT = 0.05  # share of the mean energy of a clip's frames below which a frame has no place
@@ -82,7 +89,7 @@ class Clip:
     height: int
     fps: float
     sample_rate: int
-    pictures: dict[str, str]  # "poster", "strip", "sound" -> file below PICTURES
+    pictures: dict[str, str]  # of KINDS -> file below PICTURES
     top_hz: float  # of the spectrogram
     scores: dict[str, float | str]
     seen: list[float | None]  # the object's place in each frame, -1 left to 1 right
@@ -95,11 +102,9 @@ class Clip:
 
 def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
     """[F, 3, H, W] and [2, L] in [-1, 1] -> the SCORES of a clip, each a number or the words why there is none."""
-    left, right = (channel.double() for channel in audio)
-    energies = th.stack([left.square().mean(), right.square().mean()])
-    silent = _decibel(energies.mean()) < SILENT_DB
-    quiet = [_decibel(energy) < SILENT_DB for energy in energies]
-    both = th.corrcoef(th.stack([left, right]))[0, 1].item() if not any(quiet) and len(left) > 1 else math.nan
+    energies = audio.double().square().mean(dim=-1)
+    silent, quiet = _is_silent(audio), [_is_silent(channel[None]) for channel in audio]
+    both = math.nan if any(quiet) else stereo.correlation(audio.double())
     steady = "a channel does not vary" if not any(quiet) else f"{'left' if quiet[0] else 'right'} is silent"
     return {
         "alignment": _why_unaligned(video, audio, silent) or spatial_alignment(video[None], audio[None]),
@@ -108,6 +113,11 @@ def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
         "balance": "silent" if silent else (energies.diff() / energies.sum()).item(),
         "motion": 50 * video.diff(dim=0).abs().mean().item() if len(video) > 1 else "one frame",
     }
+
+
+def _is_silent(audio: th.Tensor) -> bool:
+    """[C, L] -> whether it is silent as a whole, to the ears of the metrics."""
+    return not stereo.is_heard(audio.double()[None]).item()
 
 
 def _decibel(power: th.Tensor) -> float:
@@ -120,8 +130,8 @@ def _why_unaligned(video: th.Tensor, audio: th.Tensor, silent: bool) -> str:
         return "one frame"
     if silent:
         return "silent"
-    if _is_blank(video):
-        return "nothing stands out in the picture"
+    if unseen := _why_unseen(video):
+        return unseen
     seen, heard = places(video, audio)
     together = [(a, b) for a, b in zip(seen, heard, strict=True) if a is not None and b is not None]
     if len(together) < 2:
@@ -130,8 +140,12 @@ def _why_unaligned(video: th.Tensor, audio: th.Tensor, silent: bool) -> str:
     return "the object stays where it is" if spreads[0] < STILL else "the sound stays" if spreads[1] < STILL else ""
 
 
-def _is_blank(video: th.Tensor) -> bool:
-    return horizontal_place(video[None])[1].mean().item() < BLANK * video.shape[-2] * video.shape[-1]
+def _why_unseen(video: th.Tensor) -> str:
+    """Why nothing is to be seen in a picture; empty if something is."""
+    if video.max() < BLACK:
+        return "black"
+    blank = horizontal_place(video[None])[1].mean().item() < BLANK * video.shape[-2] * video.shape[-1]
+    return "nothing stands out in the picture" if blank else ""
 
 
 def places(video: th.Tensor, audio: th.Tensor) -> tuple[list[float | None], list[float | None]]:
@@ -142,7 +156,7 @@ def places(video: th.Tensor, audio: th.Tensor) -> tuple[list[float | None], list
     place, shown = (x[0] for x in horizontal_place(video[None]))
     level, loud = (x[0] for x in level_difference(audio[None], len(video)))
     least_shown = max(FAINT * shown.mean().item(), BLANK * video.shape[-2] * video.shape[-1])
-    least_loud = max(FAINT * loud.mean().item(), 2 * 10 ** (SILENT_DB / 10) * audio.shape[-1] / len(video))
+    least_loud = max(FAINT * loud.mean().item(), 2 * stereo.SILENT**2 * audio.shape[-1] / len(video))
     return _kept(2 * place - 1, shown >= least_shown), _kept(level, loud >= least_loud)
 
 
@@ -154,19 +168,38 @@ def _kept(values: th.Tensor, keep: th.Tensor) -> list[float | None]:
 
 
 def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
-    """[2, L] -> [3, rows, columns] uint8: left above right, 0 Hz to half the rate upwards, RANGE_DB from black on."""
+    """[2, L] -> [3, rows, columns] uint8: left above right, 0 Hz to half the rate upwards, RANGE_DB from black on.
+
+    Frequencies are at their `mel_height`.
+    """
     n_fft = max(64, 2 ** int(math.log2(sample_rate * WINDOW_SECONDS)))
     padded = F.pad(audio, (0, max(0, n_fft - audio.shape[-1])))
     power = AF.spectrogram(padded, 0, th.hann_window(n_fft), n_fft, n_fft // 4, n_fft, 2.0, normalized="window")
     rows, columns = (min(most, size) for most, size in zip(SPECTROGRAM, power.shape[1:], strict=True))
-    power = F.adaptive_avg_pool2d(power, (rows, columns)).flip(1)
-    loudest = max(power.max().item(), 10 ** (SILENT_DB / 10))
+    power = F.adaptive_avg_pool1d(_mel_rows(power.double(), rows, sample_rate / 2), columns).flip(1)
+    loudest = max(power.max().item(), stereo.SILENT**2)
     decibel = AF.amplitude_to_DB(power, 10.0, amin=1e-16, db_multiplier=math.log10(loudest))
     index = ((decibel / RANGE_DB + 1).clamp(0, 1) * 255).byte()
     colours = th.from_numpy(colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy())
     left, right = colours[index.long()]
     gap = th.full((1, columns, 3), 128, dtype=th.uint8)
     return th.cat([left, gap, right]).permute(2, 0, 1).contiguous()
+
+
+def mel_height(hz: float, top_hz: float) -> float:
+    """Where a frequency is in a spectrogram up to top_hz, 0 at the bottom to 1 at the top, by the mel scale."""
+    return math.log1p(hz / MEL_CORNER_HZ) / math.log1p(top_hz / MEL_CORNER_HZ)
+
+
+def _mel_rows(power: th.Tensor, rows: int, top_hz: float) -> th.Tensor:
+    """[2, K, T] power in bands around K frequencies from 0 to top_hz -> [2, rows, T]: between steps of `mel_height`."""
+    bands = power.shape[1]
+    share = th.linspace(0, 1, rows + 1, dtype=th.float64)
+    hz = MEL_CORNER_HZ * th.expm1(share * math.log1p(top_hz / MEL_CORNER_HZ))
+    edges = 0.5 + (bands - 1) * hz / top_hz  # band k lies between k and k + 1
+    band = edges.long()
+    below = F.pad(power.cumsum(1), (0, 0, 1, 0))[:, band] + (edges - band)[:, None] * power[:, band]
+    return below.diff(dim=1).clamp(min=0) / edges.diff()[:, None]
 
 
 def strip(frames: th.Tensor) -> th.Tensor:
@@ -211,10 +244,10 @@ def examine(path: str, pictures: Path) -> Clip:
     _, audio = media.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
     video = media.to_float(frames)
     name = hashlib.sha256(os.fsencode(os.path.relpath(path, pictures))).hexdigest()[:16]
-    poster = media.enlarged(frames[len(frames) // 2])
-    drawn = {"poster": poster, "strip": strip(frames), "sound": spectrogram(audio, rate)}
-    for kind, picture in drawn.items():
-        media.write_image(pictures / f"{name}_{kind}.jpg", picture, JPEG_QUALITY)
+    files = {kind: f"{name}_{kind}.jpg" for kind in KINDS}
+    drawn = media.enlarged(frames[len(frames) // 2]), strip(frames), spectrogram(audio, rate)
+    for file, picture in zip(files.values(), drawn, strict=True):
+        media.write_image(pictures / file, picture, JPEG_QUALITY)
     seen, heard = places(video, audio)
     return Clip(
         seconds=info.duration_seconds,
@@ -223,7 +256,7 @@ def examine(path: str, pictures: Path) -> Clip:
         height=info.height,
         fps=info.fps,
         sample_rate=info.sample_rate,
-        pictures={kind: f"{name}_{kind}.jpg" for kind in drawn},
+        pictures=files,
         top_hz=rate / 2,
         scores=measure(video, audio),
         seen=seen,
@@ -240,9 +273,10 @@ def _small(image: th.Tensor) -> th.Tensor:
 
 def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) -> list[str]:
     """What one should know of a clip before reading its numbers."""
+    unseen = _why_unseen(video)
     found = {
-        "silent": _decibel(audio.double().square().mean()) < SILENT_DB,
-        "black" if video.max() < -0.9 else "nothing stands out in the picture": _is_blank(video),
+        "silent": _is_silent(audio),
+        unseen: bool(unseen),
         "mono": info.channels == 1,
         f"only the first {MAX_SECONDS} s are shown": info.duration_seconds > MAX_SECONDS,
         f"browsers play no sound of {info.sample_rate} Hz": info.sample_rate < LOWEST_RATE,
@@ -257,9 +291,10 @@ def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) 
 def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = "", num_workers: int = 4) -> Path:
     """Write the page of the clips below `folder` (local) and a contact sheet; -> the path of the page.
 
-    Clips that have not changed since the last time are not looked at again. Files that cannot be read are listed on
-    the page. `scores_file`: see `read_scores`; empty: `folder`/scores.json if it is there. DataError where no clip can
-    be read, ValueError where the folder holds a page of someone else's or the scores make no sense.
+    Clips that have not changed since the last time, and whose pictures are there, are not looked at again. Files that
+    cannot be read are listed on the page. `scores_file`: see `read_scores`; empty: `folder`/scores.json if it is there.
+    DataError where no clip can be read, ValueError where the folder holds a page of someone else's or the scores make
+    no sense.
     """
     root = Path(clip_index.absolute(os.path.expanduser(os.fspath(folder))))
     paths = clip_index.find_files([os.fspath(root)], clip_index.EXTENSIONS, "clips", "give a folder of clips")
@@ -267,21 +302,33 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     given = Path(scores_file) if scores_file else root / "scores.json"
     more = read_scores(given, names.values()) if scores_file or given.exists() else {}
     cache = _claim(root)
+    pictures = cache.parent
 
     def look(path: str) -> dict[str, Any]:
-        return dataclasses.asdict(examine(path, cache.parent))
+        return dataclasses.asdict(examine(path, pictures))
 
     index = clip_index.look_up(paths, look, cache, num_workers, barrier=lambda: None)
     clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
-    clips = {names[path]: Clip(**info) for path, info in index.clips}
+    found = [(path, Clip(**info)) for path, info in index.clips]
+    _redraw_lost(found, pictures, num_workers)
+    clips = {names[path]: clip for path, clip in sorted(found, key=lambda pair: _order(names[pair[0]]))}
     first = list(clips.values())[:SHEET_CLIPS]
-    write_sheet(
-        cache.parent / SHEET, [(cache.parent / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first]
-    )
+    write_sheet(pictures / SHEET, [(pictures / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first])
     bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
     text = render(root.name, clips, more, bad)
     media.atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    _sweep(pictures, clips.values())
     return root / PAGE
+
+
+def _order(name: str) -> tuple:
+    """By file name, numbers by their value, then by folder: what was generated stands beside its ground truth."""
+    folder, file = os.path.split(os.path.splitext(name)[0])
+    return _natural(file), _natural(folder), name
+
+
+def _natural(text: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part.casefold() for part in re.split(r"(\d+)", text)]
 
 
 def _claim(root: Path) -> Path:
@@ -289,12 +336,42 @@ def _claim(root: Path) -> Path:
     page, pictures = root / PAGE, root / PICTURES
     if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{page} is no gallery of ours: move it, or put the clips into a folder of their own")
-    cache = pictures / MEASURED
-    if pictures.exists() and not cache.exists() and any(pictures.iterdir()):
-        raise ValueError(f"{pictures} holds something else: rename it, or put the clips into a folder of their own")
+    held = {path.name for path in pictures.iterdir()} if pictures.exists() else set()
+    ours = set(filter(OURS.fullmatch, held))
+    strange = sorted(held - ours - ({SHEET} if ours else set()))
+    if strange and not any(name.startswith("measured_") for name in ours):
+        raise ValueError(
+            f"{pictures} holds something else ({strange[0]}): rename it, or put the clips into a folder of their own"
+        )
     pictures.mkdir(exist_ok=True)
+    cache = pictures / MEASURED
     cache.touch()
     return cache
+
+
+def _redraw_lost(clips: Iterable[tuple[str, Clip]], pictures: Path, num_workers: int) -> None:
+    """Draw the pictures of clips of which one has been removed or damaged since it was drawn."""
+    lost = [path for path, clip in clips if not all(_is_whole(pictures / file) for file in clip.pictures.values())]
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for future in [pool.submit(examine, path, pictures) for path in lost]:
+            future.result()
+
+
+def _is_whole(picture: Path) -> bool:
+    try:
+        media.check_image(picture)
+    except media.MediaError:
+        return False
+    return True
+
+
+def _sweep(pictures: Path, clips: Iterable[Clip]) -> None:
+    """Remove what earlier runs left of clips that are gone; files that are not of OURS stay."""
+    used = {MEASURED, *(file for clip in clips for file in clip.pictures.values())}
+    for path in pictures.iterdir():
+        if path.is_file() and OURS.fullmatch(path.name) and path.name not in used:
+            path.unlink(missing_ok=True)
+    media.remove_leftovers(pictures)
 
 
 def read_scores(path: Path, names: Collection[str]) -> dict[str, dict[str, float]]:
@@ -332,7 +409,7 @@ def _number(path: Path, clip: str, label: str, value: Any) -> float:
 def render(
     title: str, clips: Mapping[str, Clip], more: Mapping[str, Mapping[str, float]], bad: Mapping[str, str]
 ) -> str:
-    """The page: clips by name, what `more` scores there are, and the reasons why other files cannot be shown."""
+    """The page: clips in that order, what `more` scores there are, and the reasons why other files cannot be shown."""
     given = {name: {f"given {label}": value for label, value in row.items()} for name, row in more.items()}
     labels = SCORES | {
         key: Score(key.removeprefix("given "), "{:.4g}", "from the file of scores")
@@ -351,6 +428,7 @@ def render(
         bad={_printable(name): _printable(reason) for name, reason in bad.items()},
         sheet=f"{PICTURES}/{SHEET}",
         range_db=RANGE_DB,
+        marked_hz=MARKED_HZ,
         sheet_clips=min(SHEET_CLIPS, len(rows)),
     )
 
@@ -366,6 +444,7 @@ def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, flo
         **{kind: f"{PICTURES}/{file}" for kind, file in clip.pictures.items()},
         "aspect": f"{clip.width} / {clip.height}",
         "frames": min(STRIP_FRAMES, len(clip.seen)),
+        "marked": f"{50 * (1 - mel_height(MARKED_HZ, clip.top_hz)):.1f}%" if clip.top_hz >= 4 * MARKED_HZ else "",
         "seen": curve(clip.seen),
         "heard": curve(clip.heard),
         "clip": clip,

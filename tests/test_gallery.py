@@ -8,7 +8,9 @@ import os
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -16,10 +18,11 @@ import pytest
 import tiny
 import torch as th
 from chromium import chromium, find_chromium
-from media_files import make_clip, noise
+from media_files import MEDIA, make_clip, noise, real_media
 
 from mm_diffusion import drawing, gallery, media
 from mm_diffusion.dist_util import World
+from mm_diffusion.metrics import scores, stereo
 from mm_diffusion.script_util import DataConfig
 
 SCRIPT = Path(__file__).parents[1] / "py_scripts/gallery.py"
@@ -55,11 +58,15 @@ def write(path: Path, video=None, audio=None) -> Path:
 
 
 class Reader(html.parser.HTMLParser):
-    """The text of a page, and the files that it asks for."""
+    """What is on a page: its text, the files that it asks for, the rows of its tables, and its clips.
+
+    A clip is the attributes of its element, with those of its player and pictures under their class or else their tag.
+    """
 
     def __init__(self, page: Path) -> None:
         super().__init__()
-        self.text, self.files, self.data = [], [], []
+        self.text, self.files, self.data, self.table = [], [], [], []
+        self.cell = False
         self.feed(page.read_text())
 
     def handle_starttag(self, tag, attributes):
@@ -67,9 +74,16 @@ class Reader(html.parser.HTMLParser):
         self.files += [held[key] for key in ("src", "data-poster") if key in held]
         self.files += [held["href"]] if tag == "a" and not held["href"].startswith("#") else []
         self.data += [held] if held.get("class") == "clip" else []
+        if self.data and tag in ("video", "img", "path"):
+            self.data[-1].setdefault(held.get("class", tag), held)
+        self.table += [[]] if tag == "tr" else []
+        self.cell = tag in ("th", "td")
 
     def handle_data(self, data):
         self.text.append(data)
+        if self.cell:
+            self.table[-1].append(data)
+            self.cell = False
 
 
 # ---------------------------------------------------------------- numbers
@@ -84,11 +98,11 @@ def test_sound_that_follows_the_object_is_aligned_and_its_mirror_opposed():
 def test_scores_have_their_closed_forms():
     count = 2 * RATE
     tone = th.sin(2 * math.pi * 440 * th.arange(count) / RATE)
-    scores = gallery.measure(moving([0.5] * FRAMES), th.stack([tone / 2, -tone / 4]))
-    assert scores["level"] == pytest.approx(10 * math.log10((1 / 8 + 1 / 32) / 2), abs=1e-3)
-    assert scores["balance"] == pytest.approx((1 / 16 - 1 / 4) / (1 / 16 + 1 / 4), abs=1e-5)
-    assert scores["correlation"] == pytest.approx(-1, abs=1e-5)
-    assert scores["motion"] == 0
+    found = gallery.measure(moving([0.5] * FRAMES), th.stack([tone / 2, -tone / 4]))
+    assert found["level"] == pytest.approx(10 * math.log10((1 / 8 + 1 / 32) / 2), abs=1e-3)
+    assert found["balance"] == pytest.approx((1 / 16 - 1 / 4) / (1 / 16 + 1 / 4), abs=1e-5)
+    assert found["correlation"] == pytest.approx(-1, abs=1e-5)
+    assert found["motion"] == 0
     blinking = th.tensor([-1.0, 1.0])[th.arange(FRAMES) % 2].view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     assert gallery.measure(blinking, th.stack([tone, tone]))["motion"] == pytest.approx(100)
 
@@ -109,11 +123,33 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_a_score_that_does_not_exist_is_words_and_the_others_are_finite(name):
     video, audio, without = NOTHING[name]
-    scores = gallery.measure(video, audio)
-    assert {key for key, value in scores.items() if isinstance(value, str)} == without
-    assert all(scores[key] for key in without)
-    assert all(math.isfinite(value) for key, value in scores.items() if key not in without)
-    assert set(scores) == set(gallery.SCORES)
+    found = gallery.measure(video, audio)
+    assert {key for key, value in found.items() if isinstance(value, str)} == without
+    assert all(found[key] for key in without)
+    assert all(math.isfinite(value) for key, value in found.items() if key not in without)
+    assert set(found) == set(gallery.SCORES)
+
+
+def test_the_correlation_of_the_channels_is_pearsons():
+    left, right = th.randn(2, 1000, generator=th.Generator().manual_seed(0)) / 9
+    audio = th.stack([left, 0.6 * left + 0.8 * right + 0.1])
+    expected = np.corrcoef(audio.double().numpy())[0, 1]
+    assert gallery.measure(moving(THERE), audio)["correlation"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("factor", "silent"), [(0.99, True), (1.01, False)])
+def test_silence_is_what_the_metrics_call_silence(factor, silent):
+    audio = factor * stereo.SILENT * th.tensor([1.0, -1.0]).repeat(2, RATE)
+    assert (gallery.measure(moving(THERE), audio)["level"] == "silent") == silent
+    assert bool(stereo.is_heard(audio[None])) != silent
+    heard = gallery.places(moving(THERE), audio)[1]
+    assert heard == [None if silent else pytest.approx(0, abs=1e-4)] * FRAMES
+
+
+@pytest.mark.parametrize(("above", "reason"), [(-0.005, "black"), (0.005, "nothing stands out in the picture")])
+def test_black_is_what_the_metrics_call_black(above, reason):
+    video = th.full((FRAMES, 3, 16, 16), scores.BLACK + above)
+    assert gallery.measure(video, panned(THERE))["alignment"] == reason
 
 
 def test_places_run_from_left_to_right_with_gaps_where_nothing_is_seen_or_heard():
@@ -133,18 +169,30 @@ def test_places_run_from_left_to_right_with_gaps_where_nothing_is_seen_or_heard(
 def test_a_curve_breaks_at_gaps_and_shows_single_points():
     assert gallery.curve([]) == gallery.curve([None, None]) == ""
     path = gallery.curve([-1, 1, None, 0, None])
-    points = [tuple(map(float, point)) for point in re.findall(r"[ML](\S+) ([\d.]+)", path)]
-    assert points == [(100, 2), (300, 98), (700, 50)]
+    assert points(path) == [(100, 2), (300, 98), (700, 50)]
     assert re.sub(r"[\d. ]+", "", path) == "MLMh"
 
 
-def test_a_tone_shows_in_its_channel_at_its_frequency():
-    tone = th.sin(2 * math.pi * 3000 * th.arange(2 * RATE) / RATE)
+@pytest.mark.parametrize("hz", [250, 1000, 3000])
+def test_a_tone_shows_in_its_channel_at_its_frequency(hz):
+    tone = th.sin(2 * math.pi * hz * th.arange(2 * RATE) / RATE)
     picture = gallery.spectrogram(th.stack([tone, tone * 0]), RATE).sum(0).double()
     rows = (len(picture) - 1) // 2
     left, right = picture[:rows], picture[-rows:]
-    assert left.mean(1).argmax().item() == pytest.approx(rows * (1 - 3000 / (RATE / 2)), abs=1)
+    assert left.mean(1).argmax().item() == pytest.approx(rows * (1 - gallery.mel_height(hz, RATE / 2)), abs=1.5)
     assert right.max() < left.max() / 4
+
+
+def test_frequencies_are_at_equal_steps_of_the_mel_scale():
+    mels = [2595 * math.log10(1 + hz / 700) for hz in (0, 250, 1000, 4000)]
+    for hz, mel in zip((0, 250, 1000, 4000), mels, strict=True):
+        assert gallery.mel_height(hz, 4000) == pytest.approx(mel / mels[-1])
+
+
+def test_white_noise_is_equally_bright_at_all_frequencies():
+    noise = th.randn(2, 60 * RATE, generator=th.Generator().manual_seed(0)) / 9
+    brightness = gallery.spectrogram(noise, RATE).sum(0).double().mean(1)
+    assert brightness[2:-2].std() < 0.05 * brightness.mean()
 
 
 @pytest.mark.parametrize(("count", "rate"), [(1, 8), (50, 512), (1024, 512), (16000, 16000), (3, 96000)])
@@ -207,9 +255,57 @@ def test_the_page_shows_reasons_instead_of_numbers_that_do_not_exist(mixed):
 
 def test_names_are_shown_as_they_are(mixed):
     names = [row["data-name"] for row in Reader(mixed / "index.html").data]
-    assert names == sorted(names)
     assert os.path.splitext(ODD_NAME)[0] in names
     assert "sub/aligned" in names
+
+
+def read_clips(page: Path) -> dict[str, dict[str, Any]]:
+    return {row["data-name"]: row for row in Reader(page).data}
+
+
+def points(path: str) -> list[tuple[float, float]]:
+    return [tuple(map(float, point)) for point in re.findall(r"[ML](\S+) ([\d.]+)", path)]
+
+
+def test_the_curves_of_a_clip_are_where_its_object_is_and_where_its_sound_comes_from(mixed):
+    clip = read_clips(mixed / "index.html")["sub/mirrored"]
+    for kind, places, tolerance in (("seen", THERE, 5), ("heard", BACK, 2)):
+        drawn = points(clip[kind]["d"])
+        assert [x for x, _ in drawn] == pytest.approx([1000 * (k + 0.5) / FRAMES for k in range(FRAMES)], abs=1)
+        assert [y for _, y in drawn] == pytest.approx([50 + 48 * (2 * place - 1) for place in places], abs=tolerance)
+
+
+def test_the_pictures_of_a_clip_are_its_frames_its_poster_and_its_spectrograms(mixed):
+    clip = read_clips(mixed / "index.html")["sub/aligned"]
+    sources = clip["strip"]["src"], clip["video"]["data-poster"], clip["sound"]["src"]
+    strip, poster, sound = (media.read_image(mixed / source) for source in sources)
+    assert len(set(sources)) == 3
+    assert strip.shape == (3, 64, FRAMES * 64)
+    for picture, place in zip([*strip.chunk(FRAMES, dim=-1), poster], [*THERE, THERE[FRAMES // 2]], strict=True):
+        assert picture.double().mean((0, 1)).argmax().item() == pytest.approx(64 * place, abs=3)
+    assert sound.shape[1] == 2 * gallery.SPECTROGRAM[0] + 1
+
+
+def test_nothing_of_a_clip_is_fetched_before_it_is_near(mixed):
+    for clip in read_clips(mixed / "index.html").values():
+        assert clip["video"]["preload"] == "none"
+        assert "poster" not in clip["video"]
+        assert clip["strip"]["loading"] == clip["sound"]["loading"] == "lazy"
+
+
+def test_the_table_tells_the_median_of_the_clips_that_have_a_score_and_how_many_have_not(mixed):
+    page = Reader(mixed / "index.html")
+    header, *rows = (row for row in page.table if len(row) == 3)
+    told = {label: (median, int(missing)) for label, median, missing in rows}
+    held = [json.loads(row["data-scores"]) for row in page.data]
+    for key, score in gallery.SCORES.items():
+        values = sorted(row[key] for row in held if key in row)
+        middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+        assert told[score.label] == (score.form.format(middle), 7 - len(values))
+    assert header == ["Score", "Median", "Clips without"]
+    assert told["good"] == ("4", 5)
+    assert told["level"] == ("7", 6)
+    assert told["odd"] == ("no clip has it", 7)
 
 
 def test_given_scores_find_their_clips_and_leave_the_measured_ones(mixed):
@@ -219,6 +315,17 @@ def test_given_scores_find_their_clips_and_leave_the_measured_ones(mixed):
     assert rows["silent"] == {"given level": 7, "motion": rows["silent"]["motion"]}
     assert rows["sub/aligned"]["alignment"] == pytest.approx(1, abs=0.05)
     assert rows["sub/mirrored"]["alignment"] == pytest.approx(-rows["sub/aligned"]["alignment"], abs=0.01)
+
+
+def test_clips_of_one_name_stand_beside_each_other_and_numbers_count_by_value(tmp_path):
+    whole = write(tmp_path / "original/clip_2.mp4")
+    names = [f"{kind}/clip_{k}" for k in (2, 10) for kind in ("ground_truth", "original", "sr_mp4")]
+    for name in names:
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            os.link(whole, path)
+    assert [row["data-name"] for row in Reader(gallery.write_gallery(tmp_path)).data] == names
 
 
 def test_the_contact_sheet_has_a_row_for_every_clip(mixed):
@@ -240,6 +347,65 @@ def test_what_has_not_changed_is_not_measured_again(tmp_path):
     assert "none: silent" in " ".join(Reader(tmp_path / "index.html").text)
 
 
+def pictures_of(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.glob("gallery/*.jpg")}
+
+
+DAMAGES = {
+    "removed": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-200]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", gallery.KINDS)
+def test_a_picture_that_is_lost_is_drawn_again(kind, damage, tmp_path):
+    write(tmp_path / "a.mp4")
+    write(tmp_path / "b.mp4", audio=panned(BACK))
+    gallery.write_gallery(tmp_path)
+    before = pictures_of(tmp_path)
+    lost, kept = sorted(tmp_path.glob(f"gallery/*_{kind}.jpg"))
+    DAMAGES[damage](lost)
+    time = kept.stat().st_mtime_ns
+    gallery.write_gallery(tmp_path)
+    assert pictures_of(tmp_path) == before
+    assert kept.stat().st_mtime_ns == time
+
+
+def test_pictures_of_clips_that_are_gone_go_and_files_of_others_stay(tmp_path):
+    write(tmp_path / "a.mp4")
+    write(tmp_path / "b.mp4")
+    gallery.write_gallery(tmp_path)
+    before = pictures_of(tmp_path)
+    stranger = "0123456789abcdef_mine.jpg"
+    for name in ("notes.txt", "a_strip.jpg", stranger):
+        (tmp_path / "gallery" / name).write_text("mine")
+    (tmp_path / "gallery/measured_1.json").touch()
+    (tmp_path / "a.mp4").unlink()
+    page = gallery.write_gallery(tmp_path)
+    shown = {Path(file).name for file in Reader(page).files}
+    left = {path.name for path in tmp_path.glob("gallery/*")}
+    assert len(before) == 2 * 3
+    assert left == (set(before) & shown) | {gallery.SHEET, gallery.MEASURED, "notes.txt", "a_strip.jpg", stranger}
+
+
+@pytest.mark.parametrize("older", ["measured_1.json", ""])
+def test_a_gallery_of_an_earlier_version_or_without_its_memory_is_still_ours(older, tmp_path):
+    write(tmp_path / "a.mp4")
+    gallery.write_gallery(tmp_path)
+    before = pictures_of(tmp_path)
+    memory = tmp_path / "gallery" / gallery.MEASURED
+    if older:
+        memory.rename(memory.with_name(older))
+        (tmp_path / "gallery/mine.txt").touch()
+    else:
+        memory.unlink()
+    gallery.write_gallery(tmp_path)
+    assert pictures_of(tmp_path) == before
+    assert memory.exists()
+
+
 def show(monkeypatch, capsys, *args: str | Path) -> tuple[int, str]:
     """Run the script -> its exit status and what it says."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
@@ -259,20 +425,44 @@ def test_the_script_tells_where_the_page_is(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "index.html").is_file()
 
 
+def test_the_script_takes_scores_from_the_file_that_it_is_given(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "clips/a.mp4")
+    (tmp_path / "clips/scores.json").write_text('{"a": {"here": 1}}')
+    (tmp_path / "mine.json").write_text('{"a": {"mine": 2}}')
+    status, _ = show(monkeypatch, capsys, tmp_path / "clips", "--scores", tmp_path / "mine.json")
+    found = json.loads(read_clips(tmp_path / "clips/index.html")["a"]["data-scores"])
+    assert status == 0
+    assert {key: value for key, value in found.items() if key.startswith("given")} == {"given mine": 2}
+
+
+@pytest.mark.parametrize("seconds", [60, 62])
+def test_of_a_long_clip_a_minute_is_shown_and_a_note_says_so(seconds, tmp_path):
+    video = moving([k / seconds for k in range(seconds)])
+    media.write_clip(tmp_path / "a.mp4", video, 1, panned([0.5], seconds), RATE)
+    page = Reader(gallery.write_gallery(tmp_path))
+    assert ("only the first 60 s are shown" in " ".join(page.text)) == (seconds > 60)
+    assert float(page.data[0]["data-seconds"]) == pytest.approx(60, abs=0.1)
+    assert len(points(page.data[0]["seen"]["d"])) == 60
+
+
 def foreign_page(root: Path) -> None:
     (root / "index.html").write_text("my page")
 
 
-def foreign_pictures(root: Path) -> None:
-    (root / "gallery").mkdir()
-    (root / "gallery/mine.jpg").write_text("my picture")
+def foreign_pictures(name: str) -> Callable[[Path], None]:
+    def put(root: Path) -> None:
+        (root / "gallery").mkdir()
+        (root / "gallery" / name).write_text("my picture")
+
+    return put
 
 
 REFUSED = {
     "holds no clips": lambda root: (root / "a.mp4").unlink(),
     "none of its 1 files": lambda root: (root / "a.mp4").write_bytes(b"no film"),
     "is no gallery of ours": foreign_page,
-    "holds something else": foreign_pictures,
+    "holds something else (mine.jpg)": foreign_pictures("mine.jpg"),
+    "holds something else (contact_sheet.png)": foreign_pictures(gallery.SHEET),
     "cannot be read as JSON": lambda root: (root / "scores.json").write_text("{"),
     "need {": lambda root: (root / "scores.json").write_text('{"a": 1}'),
     "is 'high', need a number": lambda root: (root / "scores.json").write_text('{"a": {"x": "high"}}'),
@@ -292,6 +482,25 @@ def test_what_cannot_be_shown_is_told_in_one_line_and_nothing_is_lost(words, tmp
     assert words in line
     assert str(tmp_path) in line
     assert all(path.read_bytes() == held for path, held in mine.items())
+
+
+@real_media
+def test_real_clips_are_shown_whole_and_with_every_score(tmp_path):
+    names = ["big_buck_bunny_0_30", "nasa_13013"]
+    for path in MEDIA.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    page = Reader(gallery.write_gallery(tmp_path))
+    assert [row["data-name"] for row in page.data] == names
+    assert "cannot be shown" not in " ".join(page.text)
+    for row in page.data:
+        found = json.loads(row["data-scores"])
+        assert set(found) == set(gallery.SCORES)
+        assert -1 <= found["alignment"] <= 1
+        assert -60 < found["level"] < 0
+        assert found["motion"] > 0
+        assert points(row["seen"]["d"])
+        assert points(row["heard"]["d"])
+    assert all((tmp_path / unquote(file)).is_file() for file in page.files)
 
 
 # ---------------------------------------------------------------- beside training
@@ -360,6 +569,8 @@ def test_scores_are_read_and_clips_sorted_and_filtered_by_keyboard(mixed, browse
     assert float(rows["sub/aligned"]["Spatial alignment"]) == pytest.approx(1, abs=0.05)
     assert float(rows["sub/mirrored"]["Spatial alignment"]) == pytest.approx(-1, abs=0.05)
     assert rows["silent"]["Balance"] == "none: silent"
+    by_name = [row["data-name"] for row in Reader(mixed / "index.html").data]
+    assert browser.run(VISIBLE) == by_name
     browser.run("document.getElementById('sort').focus()")
     browser.key("S", 83, "S")  # types ahead to "Spatial alignment"
     assert browser.run("document.getElementById('sort').value") == "alignment"
