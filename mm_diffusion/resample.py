@@ -101,11 +101,11 @@ class LossSecondMomentResampler(UniformSampler):
 
 
 def noise_level_weights(alphas_cumprod: Sequence[float], predicts_noise: bool, limit: float) -> th.Tensor:
-    """[T] weights of the squared error at each timestep, of mean one: SNR + 1 on the clip, up to `limit` times the least.
+    """[T] weights of the squared error at each timestep, of mean one: SNR + 1 on the clip, up to `limit` times the
+    least; 0: all alike, as published.
 
     The error of the noise is SNR times that of the clip, so that it is weighted by 1 + 1 / SNR (arXiv 2202.00512,
     section 4): what is decided in strong noise, as where things are and whether modalities agree, counts for more.
-    0: all alike, as published.
     """
     alpha_bar = th.as_tensor(alphas_cumprod, dtype=th.float64)
     if not limit:
