@@ -168,11 +168,41 @@ def test_onsets_are_found_where_sounds_begin():
     assert temporal_align.onsets(clicks(*times), HZ) == pytest.approx(times, abs=0.03)
 
 
+def steady(seconds=5.0, hz=440):
+    """[L] a tone that neither begins nor ends."""
+    return 0.3 * (2 * math.pi * hz * th.arange(int(seconds * HZ), dtype=th.float64) / HZ).sin()
+
+
+def test_a_sound_that_is_cut_at_either_end_of_the_clip_has_no_onset_there():
+    """The reach of a spectrum beyond the clip once made an onset at 4.99 s, and its size hid others."""
+    for hz in (110, 440, 3000):
+        assert temporal_align.onsets(steady(hz=hz).expand(2, -1).float(), HZ) == []
+    loud_end = clicks(0.5, 1.2) + th.cat([th.zeros(int(1.5 * HZ)), steady(0.5)]).float()
+    assert temporal_align.onsets(loud_end, HZ) == pytest.approx([0.5, 1.2, 1.5], abs=0.03)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_every_burst_of_a_toy_clip_is_an_onset_and_nothing_else_is(index):
+    config = toy.ToyConfig(height=8, width=8)
+    (thing,) = toy.draw_things(config, np.random.default_rng([config.seed, index]))
+    bursts = (np.arange(1, 30) - thing.burst_phase) / thing.bursts_per_second
+    bursts = bursts[(bursts > 0.05) & (bursts < config.seconds - 0.1)]
+    found = np.array(temporal_align.onsets(toy.make_clip(config, index)[1], HZ))
+    found = found[(found > 0.03) & (found < config.seconds - 0.1)]
+    assert len(found) == len(bursts)
+    assert ((found - bursts > -0.03) & (found - bursts < 0.08)).all()
+
+
+def moving(*moves):
+    """[F, 3, 64, 64]: a texture that has moved by so many pixels in each frame."""
+    texture = th.nn.functional.interpolate(noise(1, 3, 24, 24).float(), (96, 96), mode="bicubic").clamp(-1, 1)[0]
+    return th.stack([texture.roll(s, -1)[:, 16:80, 16:80] for s in np.cumsum(moves).tolist()])
+
+
 def test_motion_is_the_displacement_and_its_peak_the_jump():
     """A texture that moves by d pixels a frame has a flow of about d everywhere."""
-    texture = th.nn.functional.interpolate(noise(1, 3, 24, 24).float(), (96, 96), mode="bicubic").clamp(-1, 1)[0]
     moves = [0, 1, 1, 3, 1, 1, 1]
-    frames = th.stack([texture.roll(s, -1)[:, 16:80, 16:80] for s in np.cumsum(moves).tolist()])
+    frames = moving(*moves)
     assert temporal_align.motion(frames).tolist() == pytest.approx(moves[1:], rel=0.2)
     assert temporal_align.motion_peaks(frames, fps=4) == [3 / 4]
 
@@ -183,6 +213,14 @@ def test_matching_pairs_nothing_twice_and_finds_the_most_pairs():
     assert temporal_align.matched([1.0, 1.4], [1.2, 1.6], 0.25) == 2
     assert temporal_align.matched([1.0, 2.0], [1.25, 2.3], 0.25) == 1
     assert temporal_align.matched([], [1.0], 0.25) == 0
+
+
+@pytest.mark.parametrize(
+    ("fps", "apart", "pairs"), [(4, 0.2, 1), (4, -0.2, 1), (4, 0.3, 0), (4, -0.3, 0), (8, 0.1, 1), (8, 0.2, 0)]
+)
+def test_an_onset_and_a_peak_of_motion_are_a_pair_if_at_most_one_frame_apart(fps, apart, pairs):
+    found = temporal_align.look(moving(0, 1, 1, 3, 1, 1, 1), clicks(3 / fps + apart), fps, HZ)
+    assert {name: count.item() for name, count in found.items()} == {"peaks": 1, "onsets": 1, "pairs": pairs}
 
 
 def test_overlap_is_intersection_over_union_of_the_clips_that_have_anything():
