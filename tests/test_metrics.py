@@ -22,7 +22,7 @@ from test_upsampler import flags_for, sample, saved
 from mm_diffusion import media, toy
 from mm_diffusion.clip_index import DataError
 from mm_diffusion.dist_util import ALONE
-from mm_diffusion.metrics import evaluation, features, spatial_align, stereo, temporal_align
+from mm_diffusion.metrics import evaluation, features, scores, spatial_align, stereo, temporal_align
 from mm_diffusion.metrics.distances import (
     TooFewError,
     earth_movers_distance,
@@ -255,7 +255,161 @@ def test_correlation_of_channels_is_the_cosine_of_their_angle():
     assert math.isnan(stereo.correlation(th.zeros(2, 100)))
 
 
+def panned(gain_db=0.0, delay=0, seed=0):
+    """[2, L]: noise louder on the right by so much, and later on the left by so many samples."""
+    source = 0.1 * noise(HZ // 2, seed=seed)
+    return th.stack([source.roll(delay), 10 ** (gain_db / 20) * source]).float()
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_channel_has_a_level_but_no_delay(silent):
+    """Once it was one of -1 ms."""
+    audio = panned()
+    audio[silent] = 0
+    found = stereo.look(audio, HZ)
+    assert found["heard"] == 5 == found["levels"][-1 if silent == 0 else 0]
+    assert not found["delays"].any()
+    audio[silent, HZ // 10 : HZ // 5] = audio[1 - silent, HZ // 10 : HZ // 5]
+    assert stereo.look(audio, HZ)["delays"].sum() == stereo.look(audio, HZ)["delays"][20] == 1
+
+
+def seen_in(videos, audios, fps=4):
+    """What the measures without weights see of clips [N, F, 3, H, W] and [N, 2, L]."""
+    looks = {
+        "temporal": [temporal_align.look(video, audio, fps, HZ) for video, audio in zip(videos, audios, strict=True)],
+        "stereo": [stereo.look(audio, HZ) for audio in audios],
+        "thumbnail": [{"seen": features.thumbnail(video)} for video in videos],
+    }
+    return {name: {row: th.stack([rows[row] for rows in seen]) for row in seen[0]} for name, seen in looks.items()}
+
+
+def scores_of(audios, true_audios):
+    """Scores by name of sounds, each beside a still picture."""
+    seen, true = (seen_in(th.zeros(len(sounds), 3, 3, 16, 16), sounds) for sounds in (audios, true_audios))
+    return {score.name: score for score in scores.rated(seen, true, str, str)[0]}
+
+
+def test_differences_are_told_in_decibels_and_milliseconds():
+    ours, true = panned(6, 8), panned(-3, -4)
+    found = scores_of([ours], [true])
+    assert found["level difference, mean |R - L| (dB)"].value == pytest.approx(6, abs=0.5)
+    assert found["level difference, mean |R - L| (dB)"].reference == pytest.approx(3, abs=0.5)
+    assert found["delay, mean |L - R| (ms)"].value == pytest.approx(0.5, abs=0.025)
+    assert found["delay, mean |L - R| (ms)"].reference == pytest.approx(0.25, abs=0.025)
+    assert found["level differences apart (dB)"].value == pytest.approx(9, abs=1)
+    assert found["delays apart (ms)"].value == pytest.approx(0.75, abs=0.05)
+
+
+def test_histograms_have_their_bins_where_the_differences_are():
+    seen, nothing = (seen_in(th.zeros(1, 3, 3, 16, 16), [audio]) for audio in (panned(6, 8), th.zeros(2, HZ)))
+    for name, place in {"level difference, R - L (dB)": 6, "delay, L - R (ms)": 0.5}.items():
+        told = scores.histograms(seen, nothing)[name]
+        edges, shares = told["edges"], told["samples"]
+        bins = zip(itertools.pairwise(edges), shares, strict=True)
+        assert sum(share for (low, high), share in bins if low <= place <= high) == 1
+        assert edges == pytest.approx([-edge for edge in reversed(edges)])
+        assert told["reference"] is None is scores.histograms(seen, {})[name]["reference"]
+
+
+def test_a_dash_has_a_note_that_says_why():
+    one_sided = panned() * th.tensor([[0.0], [1]])
+    found = scores_of([one_sided], [th.zeros(2, HZ)])
+    for name in ("delay, mean |L - R| (ms)", "left-right correlation"):
+        assert found[name].note == "never heard in both channels; true clips: nothing is heard"
+    assert found["level difference, mean |R - L| (dB)"].note == "true clips: nothing is heard"
+    assert found["delays apart (ms)"].note == "samples: never heard in both channels; true clips: nothing is heard"
+    assert found["level differences apart (dB)"].note == "true clips: nothing is heard"
+    without = "1 clips without onsets or peaks of motion left out"
+    assert scores_of([clicks(0.5)], [th.zeros(2, HZ)])["Temporal AV-Align"].note == f"true clips: {without}"
+    aims = {name: score for name, score in found.items() if "apart" not in name}
+    assert all(score.note for score in aims.values() if None in (score.value, score.reference))
+
+
+# ---------------------------------------------------------------- memorisation
+
+
+def lit(places):
+    """[N] in 0..1 -> clips [N, 2, 3, 8, 8] with a spot at this place of their width."""
+    x = (th.arange(8) + 0.5) / 8
+    row = (-((x - places[:, None]) ** 2) / 0.05).exp()
+    return row[:, None, None, None].expand(-1, 2, 3, 8, -1).float().clone()
+
+
+def memorisation(videos, true_videos):
+    quiet = [th.zeros(2, HZ)]
+    seen, true = (seen_in(clips, quiet * len(clips)) for clips in (videos, true_videos))
+    found, notes = scores.rated(seen, true, "sample {}".format, "true {}".format)
+    return found[-1], notes
+
+
+def test_of_two_sets_of_one_distribution_neither_is_nearer_to_the_other_than_to_itself():
+    """Mirrored neighbours count for both: else the samples, which have twice as many, would be twice as near."""
+    draw = th.rand(2, 200, generator=th.Generator().manual_seed(0))
+    score, _ = memorisation(lit(draw[0]), lit(draw[1]))
+    assert score.value / score.reference == pytest.approx(1, abs=0.25)
+
+
+def test_a_copy_of_a_true_clip_is_found_also_mirrored():
+    true = lit(th.tensor([0.1, 0.25, 0.4]))
+    score, notes = memorisation(th.stack([true[1].flip(-1), true[2], lit(th.tensor([0.7]))[0]]), true)
+    assert score.value == pytest.approx(0, abs=1e-7)
+    assert score.reference > 0.01
+    assert any("0.000 away: sample 0 and true 1 (mirrored)" in note for note in notes)
+    assert any(note.endswith("0.000 away: sample 1 and true 2") for note in notes)
+
+
 # ---------------------------------------------------------------- features
+
+
+def tone(hz, rate, seconds=1.0):
+    return 0.5 * (2 * math.pi * hz * th.arange(int(seconds * rate)) / rate).sin()
+
+
+class TakesWaveform(th.nn.Module):
+    """A sound is its own features."""
+
+    def forward(self, x: th.Tensor):
+        return x
+
+
+class TakesPictures(th.nn.Module):
+    """Depends on every pixel by its place, and on whether it is bright or dark."""
+
+    def forward(self, x: th.Tensor):
+        place = th.arange(x.size(4)) * 0.01 + th.arange(x.size(3))[:, None] * 0.02
+        return ((x + x * x) * (5 * place).cos()).mean(dim=4).flatten(1)
+
+
+def saved_script(folder, module):
+    th.jit.script(module).save(str(folder / "network.pt"))
+    return str(folder / "network.pt")
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_the_audio_embedding_gets_each_view_at_16_khz(tmp_path, rate):
+    embed = features.load_audio_embedding(saved_script(tmp_path, TakesWaveform()), "waveform", ALONE.device)
+    found = embed(th.stack([tone(300, rate), tone(700, rate)]), rate)
+    left, right = tone(300, HZ), tone(700, HZ)
+    inner = slice(1000, 15000)
+    for view, expected in {"left": left, "right": right, "mid": (left + right) / 2, "side": (left - right) / 2}.items():
+        assert found[view].shape == (1, HZ)
+        th.testing.assert_close(found[view][0, inner], expected[inner], rtol=0, atol=5e-3)
+
+
+def test_i3d_gets_the_frames_in_their_range_interpolated_between_pixels(tmp_path):
+    frames = noise(4, 3, 20, 28).float().clamp(-1, 1)
+    rows, columns = (((th.arange(224) + 0.5) * size / 224 - 0.5).clamp(0, size - 1).double() for size in (20, 28))
+
+    def between(x, at):
+        """The last axis at fractional places."""
+        low = at.floor().long()
+        high = (low + 1).clamp(max=x.shape[-1] - 1)
+        return x[..., low] * (1 - at + low) + x[..., high] * (at - low)
+
+    large = between(between(frames.double(), columns).transpose(-1, -2), rows).transpose(-1, -2)
+    expected = TakesPictures()(large.transpose(0, 1)[None].float())[0]
+    found = features.load_i3d(saved_script(tmp_path, TakesPictures()), ALONE.device)(frames)
+    th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_log_mel_front_end_is_torchaudios_in_patches():
@@ -603,7 +757,9 @@ def test_equal_channels_are_no_difference_and_slow_files_are_told(tmp_path):
 
 def test_too_few_clips_for_a_covariance_are_told(clips, networks):
     report = report_on(flags_of(clips, **networks))
-    assert next(s for s in report.scores if s.name == "FVD").note.startswith("too few")
+    notes = {score.name: score.note for score in report.scores}
+    assert notes["FVD"].startswith("too few")
+    assert notes["KVD"] == ""  # which is unbiased for any number
     assert "samples: 3 clips only" in report.text()
 
 
