@@ -52,6 +52,7 @@ class Clip:
     path: str
     start: Fraction
     file_seconds: float
+    file_fps: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,19 +105,19 @@ def _spatial_measure(config: MetricsConfig, device: th.device) -> Measure:
     detect = None if config.boxes_dir else spatial_align.load_detector(config.detector, config.detector_path, device)
 
     def look(clip: Clip) -> Rows:
-        window = clip.start, Fraction(len(clip.video)) / Fraction(clip.fps)
         name = f"{Path(clip.path).stem}.csv"
         if detect:
-            boxes = detect(clip.video)
-        else:
-            told = spatial_align.read_boxes(Path(config.boxes_dir, name), clip.fps, clip.file_seconds)
-            boxes = spatial_align.cut(told, clip.fps, *window)
+            boxes, fps, boxes_start = detect(clip.video), clip.fps, clip.start
+        else:  # all of the file's, so that those just outside the window count for events at its edges
+            told = spatial_align.read_boxes(Path(config.boxes_dir, name), clip.file_fps, clip.file_seconds)
+            boxes, fps, boxes_start = told, clip.file_fps, spatial_align.FILE_START
         if config.events_dir:
             heard = spatial_align.read_events(Path(config.events_dir, name), clip.file_seconds)
-            events = spatial_align.cut(heard, spatial_align.EVENT_HZ, *window)
+            events = spatial_align.within(heard, clip.start, Fraction(len(clip.video)) / Fraction(clip.fps))
+            events_start = spatial_align.FILE_START
         else:
-            events = spatial_align.localise(clip.audio, clip.sample_rate)
-        found, missed = spatial_align.hits(events, boxes, clip.fps, config.match_categories)
+            events, events_start = spatial_align.localise(clip.audio, clip.sample_rate), clip.start
+        found, missed = spatial_align.hits(events, boxes, fps, config.match_categories, events_start, boxes_start)
         return {"hits": th.tensor(float(found)), "misses": th.tensor(float(missed))}
 
     from_files = bool(config.boxes_dir or config.events_dir)
@@ -170,9 +171,8 @@ class ClipFolder:
         """Clip `number`; MediaError where it cannot be decoded."""
         path, info, start = self.windows.place(number)
         sample, sizes = self.windows[number], self.sizes
-        return Clip(
-            sample["video"], sample["audio"], sizes.video_fps, sizes.audio_fps, path, start, info.duration_seconds
-        )
+        rates = sizes.video_fps, sizes.audio_fps
+        return Clip(sample["video"], sample["audio"], *rates, path, start, info.duration_seconds, info.fps)
 
     def name(self, number: int) -> str:
         """What to call clip `number` in a report."""
