@@ -702,14 +702,19 @@ def test_the_localiser_in_place_of_the_metadata_finds_the_boxes_as_well(clips):
     assert score.count == 60
 
 
-def test_with_a_detector_and_the_localiser_the_true_clips_get_a_score_too(clips, monkeypatch):
-    """The detector here takes the brightest spot of a frame for the object."""
+@pytest.fixture
+def detector(monkeypatch):
+    """In place of a network: takes the brightest spot of a frame for the object."""
 
     def detect(video):
         x = 256 * horizontal_place(video[None])[0][0]
         return [Box(frame, 1, place - 40, 0, place + 40, 256) for frame, place in enumerate(x.tolist())]
 
     monkeypatch.setattr(spatial_align, "load_detector", lambda name, path, device: detect)
+
+
+@pytest.mark.usefixtures("detector")
+def test_with_a_detector_and_the_localiser_the_true_clips_get_a_score_too(clips):
     report = report_on(flags_of(clips, boxes_dir="", events_dir="", detector_path=__file__))
     (score,) = [score for score in report.scores if score.name == "Spatial AV-Align"]
     assert score.value > 0.9 < score.reference
@@ -944,6 +949,19 @@ def test_what_is_located_in_the_sound_of_a_later_window_is_compared_with_boxes_o
     score = spatial_score(flags, evaluation.Sizes("5,3,32,32", "2,5000", 4, 4000))
     assert score.count >= 37
     assert score.value > 0.95
+
+
+@pytest.mark.usefixtures("detector")
+@pytest.mark.parametrize("located", [True, False])
+def test_what_a_detector_sees_in_a_later_window_is_compared_with_events_of_its_time(tmp_path, located):
+    config = toy.ToyConfig(**{**vars(TOY), "seconds": 4})
+    video, audio, rows = toy.make_clip(config, 0)
+    flags = {"samples_path": written(tmp_path / "long", "a", video, audio), "detector_path": __file__}
+    events = [Event(*map(int, row.split(",")[:3])) for row in rows]
+    flags |= {} if located else {"events_dir": told_of(tmp_path, "a", events, [])["events_dir"]}
+    score = spatial_score(flags, evaluation.Sizes("5,3,32,32", "2,5000", 4, 4000))
+    assert score.count >= 37
+    assert score.value > 0.9
 
 
 def test_clips_of_one_name_that_would_share_a_csv_are_refused(tmp_path):
