@@ -2,18 +2,18 @@
 
 from mm_diffusion import logger
 from mm_diffusion.dist_util import friendly_errors, setup_dist
-from mm_diffusion.metrics.evaluation import evaluate, make_measures, sizes_of, tell
+from mm_diffusion.metrics.evaluation import evaluate, make_measures, report_folder, sizes_asked, tell
 from mm_diffusion.script_util import EvalConfig, parse, pick
 
 
 def main() -> None:
     flags, _ = parse(__doc__, EvalConfig)
     config = pick(EvalConfig, flags)
+    sizes, folder = sizes_asked(flags), report_folder(config)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
     measures = make_measures(config, world.device)
-    report = evaluate(config.samples_path, config, sizes_of(flags), measures, world)
-    tell(report, config.output_dir or config.samples_path, world)
+    tell(evaluate(config.samples_path, config, sizes, measures, world), folder, world)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Does the sound of clips come from where the object is? One number for a data set and for clips drawn from a model."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch as th
@@ -8,7 +10,7 @@ from mm_diffusion import media
 from mm_diffusion.clip_index import build_index
 from mm_diffusion.datasets import ClipDataset
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.metrics.spatial import mismatched_alignment, show_heard_place, spatial_alignment
+from mm_diffusion.metrics.spatial import mismatched_alignment, show_heard_place, spatial_alignment, why_unaligned
 from mm_diffusion.script_util import Parser
 
 
@@ -38,14 +40,17 @@ def main() -> None:
             path = f"{flags.watch_dir}/clip_{k:02d}.mp4"
             media.write_watchable(path, video, flags.video_fps, audio, flags.audio_fps)
     if flags.data_dir:
-        tell("spatial alignment", flags.data_dir, spatial_alignment(*read(flags.data_dir)))
-    tell("spatial alignment", flags.samples, spatial_alignment(videos, audios))
+        tell("spatial alignment", flags.data_dir, spatial_alignment, *read(flags.data_dir))
+    tell("spatial alignment", flags.samples, spatial_alignment, videos, audios)
     if len(videos) > 1:
-        tell("mismatched pairs", flags.samples, mismatched_alignment(videos, audios))
+        tell("mismatched pairs", flags.samples, mismatched_alignment, videos, audios)
 
 
-def tell(what: str, folder: str, value: float) -> None:
-    print(f"{f'{what} of {Path(folder).name}':40} {value:6.3f}")
+def tell(what: str, folder: str, measure: Callable[..., float], videos: th.Tensor, audios: th.Tensor) -> None:
+    value, reason = measure(videos, audios), why_unaligned(videos, audios)
+    if math.isnan(value):
+        reason = reason or "nothing is seen and heard at once"
+    print(f"{f'{what} of {Path(folder).name}':40} {f'     - ({reason})' if reason else f'{value:6.3f}'}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Evaluation: every distance has its closed form, every score its known value, and bad input is told in words."""
 
+import dataclasses
 import itertools
 import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import types
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +18,16 @@ import pytest
 import torch as th
 import torchaudio
 import torchvision
+from media_files import MEDIA, real_media
 from media_files import make_clip as write_any_clip
 from test_dist import LAUNCHERS, REPOSITORY, untouched
 from test_launchers import assert_refused, recorded, run
 from test_upsampler import flags_for, sample, saved
 
-from mm_diffusion import media, toy
+from mm_diffusion import datasets, media, toy
 from mm_diffusion.clip_index import DataError
 from mm_diffusion.dist_util import ALONE
-from mm_diffusion.metrics import evaluation, features, spatial_align, stereo, temporal_align
+from mm_diffusion.metrics import evaluation, features, scores, spatial_align, stereo, temporal_align
 from mm_diffusion.metrics.distances import (
     TooFewError,
     earth_movers_distance,
@@ -31,7 +36,7 @@ from mm_diffusion.metrics.distances import (
     nearest,
     standard_frechet_distance,
 )
-from mm_diffusion.metrics.spatial import horizontal_place
+from mm_diffusion.metrics.spatial import horizontal_place, why_unaligned
 from mm_diffusion.metrics.spatial_align import Box, Event, hits
 from mm_diffusion.script_util import EvalConfig, MetricsConfig
 
@@ -168,11 +173,41 @@ def test_onsets_are_found_where_sounds_begin():
     assert temporal_align.onsets(clicks(*times), HZ) == pytest.approx(times, abs=0.03)
 
 
+def steady(seconds=5.0, hz=440):
+    """[L] a tone that neither begins nor ends."""
+    return 0.3 * (2 * math.pi * hz * th.arange(int(seconds * HZ), dtype=th.float64) / HZ).sin()
+
+
+def test_a_sound_that_is_cut_at_either_end_of_the_clip_has_no_onset_there():
+    """The reach of a spectrum beyond the clip once made an onset at 4.99 s, and its size hid others."""
+    for hz in (110, 440, 3000):
+        assert temporal_align.onsets(steady(hz=hz).expand(2, -1).float(), HZ) == []
+    loud_end = clicks(0.5, 1.2) + th.cat([th.zeros(int(1.5 * HZ)), steady(0.5)]).float()
+    assert temporal_align.onsets(loud_end, HZ) == pytest.approx([0.5, 1.2, 1.5], abs=0.03)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_every_burst_of_a_toy_clip_is_an_onset_and_nothing_else_is(index):
+    config = toy.ToyConfig(height=8, width=8)
+    (thing,) = toy.draw_things(config, np.random.default_rng([config.seed, index]))
+    bursts = (np.arange(1, 30) - thing.burst_phase) / thing.bursts_per_second
+    bursts = bursts[(bursts > 0.05) & (bursts < config.seconds - 0.1)]
+    found = np.array(temporal_align.onsets(toy.make_clip(config, index)[1], HZ))
+    found = found[(found > 0.03) & (found < config.seconds - 0.1)]
+    assert len(found) == len(bursts)
+    assert ((found - bursts > -0.03) & (found - bursts < 0.08)).all()
+
+
+def moving(*moves):
+    """[F, 3, 64, 64]: a texture that has moved by so many pixels in each frame."""
+    texture = th.nn.functional.interpolate(noise(1, 3, 24, 24).float(), (96, 96), mode="bicubic").clamp(-1, 1)[0]
+    return th.stack([texture.roll(s, -1)[:, 16:80, 16:80] for s in np.cumsum(moves).tolist()])
+
+
 def test_motion_is_the_displacement_and_its_peak_the_jump():
     """A texture that moves by d pixels a frame has a flow of about d everywhere."""
-    texture = th.nn.functional.interpolate(noise(1, 3, 24, 24).float(), (96, 96), mode="bicubic").clamp(-1, 1)[0]
     moves = [0, 1, 1, 3, 1, 1, 1]
-    frames = th.stack([texture.roll(s, -1)[:, 16:80, 16:80] for s in np.cumsum(moves).tolist()])
+    frames = moving(*moves)
     assert temporal_align.motion(frames).tolist() == pytest.approx(moves[1:], rel=0.2)
     assert temporal_align.motion_peaks(frames, fps=4) == [3 / 4]
 
@@ -183,6 +218,14 @@ def test_matching_pairs_nothing_twice_and_finds_the_most_pairs():
     assert temporal_align.matched([1.0, 1.4], [1.2, 1.6], 0.25) == 2
     assert temporal_align.matched([1.0, 2.0], [1.25, 2.3], 0.25) == 1
     assert temporal_align.matched([], [1.0], 0.25) == 0
+
+
+@pytest.mark.parametrize(
+    ("fps", "apart", "pairs"), [(4, 0.2, 1), (4, -0.2, 1), (4, 0.3, 0), (4, -0.3, 0), (8, 0.1, 1), (8, 0.2, 0)]
+)
+def test_an_onset_and_a_peak_of_motion_are_a_pair_if_at_most_one_frame_apart(fps, apart, pairs):
+    found = temporal_align.look(moving(0, 1, 1, 3, 1, 1, 1), clicks(3 / fps + apart), fps, HZ)
+    assert {name: count.item() for name, count in found.items()} == {"peaks": 1, "onsets": 1, "pairs": pairs}
 
 
 def test_overlap_is_intersection_over_union_of_the_clips_that_have_anything():
@@ -217,7 +260,161 @@ def test_correlation_of_channels_is_the_cosine_of_their_angle():
     assert math.isnan(stereo.correlation(th.zeros(2, 100)))
 
 
+def panned(gain_db=0.0, delay=0, seed=0):
+    """[2, L]: noise louder on the right by so much, and later on the left by so many samples."""
+    source = 0.1 * noise(HZ // 2, seed=seed)
+    return th.stack([source.roll(delay), 10 ** (gain_db / 20) * source]).float()
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_channel_has_a_level_but_no_delay(silent):
+    """Once it was one of -1 ms."""
+    audio = panned()
+    audio[silent] = 0
+    found = stereo.look(audio, HZ)
+    assert found["heard"] == 5 == found["levels"][-1 if silent == 0 else 0]
+    assert not found["delays"].any()
+    audio[silent, HZ // 10 : HZ // 5] = audio[1 - silent, HZ // 10 : HZ // 5]
+    assert stereo.look(audio, HZ)["delays"].sum() == stereo.look(audio, HZ)["delays"][20] == 1
+
+
+def seen_in(videos, audios, fps=4):
+    """What the measures without weights see of clips [N, F, 3, H, W] and [N, 2, L]."""
+    looks = {
+        "temporal": [temporal_align.look(video, audio, fps, HZ) for video, audio in zip(videos, audios, strict=True)],
+        "stereo": [stereo.look(audio, HZ) for audio in audios],
+        "thumbnail": [{"seen": features.thumbnail(video)} for video in videos],
+    }
+    return {name: {row: th.stack([rows[row] for rows in seen]) for row in seen[0]} for name, seen in looks.items()}
+
+
+def scores_of(audios, true_audios):
+    """Scores by name of sounds, each beside a still picture."""
+    seen, true = (seen_in(th.zeros(len(sounds), 3, 3, 16, 16), sounds) for sounds in (audios, true_audios))
+    return {score.name: score for score in scores.rated(seen, true, str, str)[0]}
+
+
+def test_differences_are_told_in_decibels_and_milliseconds():
+    ours, true = panned(6, 8), panned(-3, -4)
+    found = scores_of([ours], [true])
+    assert found["level difference, mean |R - L| (dB)"].value == pytest.approx(6, abs=0.5)
+    assert found["level difference, mean |R - L| (dB)"].reference == pytest.approx(3, abs=0.5)
+    assert found["delay, mean |L - R| (ms)"].value == pytest.approx(0.5, abs=0.025)
+    assert found["delay, mean |L - R| (ms)"].reference == pytest.approx(0.25, abs=0.025)
+    assert found["level differences apart (dB)"].value == pytest.approx(9, abs=1)
+    assert found["delays apart (ms)"].value == pytest.approx(0.75, abs=0.05)
+
+
+def test_histograms_have_their_bins_where_the_differences_are():
+    seen, nothing = (seen_in(th.zeros(1, 3, 3, 16, 16), [audio]) for audio in (panned(6, 8), th.zeros(2, HZ)))
+    for name, place in {"level difference, R - L (dB)": 6, "delay, L - R (ms)": 0.5}.items():
+        told = scores.histograms(seen, nothing)[name]
+        edges, shares = told["edges"], told["samples"]
+        bins = zip(itertools.pairwise(edges), shares, strict=True)
+        assert sum(share for (low, high), share in bins if low <= place <= high) == 1
+        assert edges == pytest.approx([-edge for edge in reversed(edges)])
+        assert told["reference"] is None is scores.histograms(seen, {})[name]["reference"]
+
+
+def test_a_dash_has_a_note_that_says_why():
+    one_sided = panned() * th.tensor([[0.0], [1]])
+    found = scores_of([one_sided], [th.zeros(2, HZ)])
+    for name in ("delay, mean |L - R| (ms)", "left-right correlation"):
+        assert found[name].note == "never heard in both channels; true clips: nothing is heard"
+    assert found["level difference, mean |R - L| (dB)"].note == "true clips: nothing is heard"
+    assert found["delays apart (ms)"].note == "samples: never heard in both channels; true clips: nothing is heard"
+    assert found["level differences apart (dB)"].note == "true clips: nothing is heard"
+    without = "1 clips without onsets or peaks of motion left out"
+    assert scores_of([clicks(0.5)], [th.zeros(2, HZ)])["Temporal AV-Align"].note == f"true clips: {without}"
+    aims = {name: score for name, score in found.items() if "apart" not in name}
+    assert all(score.note for score in aims.values() if None in (score.value, score.reference))
+
+
+# ---------------------------------------------------------------- memorisation
+
+
+def lit(places):
+    """[N] in 0..1 -> clips [N, 2, 3, 8, 8] with a spot at this place of their width."""
+    x = (th.arange(8) + 0.5) / 8
+    row = (-((x - places[:, None]) ** 2) / 0.05).exp()
+    return row[:, None, None, None].expand(-1, 2, 3, 8, -1).float().clone()
+
+
+def memorisation(videos, true_videos):
+    quiet = [th.zeros(2, HZ)]
+    seen, true = (seen_in(clips, quiet * len(clips)) for clips in (videos, true_videos))
+    found, notes = scores.rated(seen, true, "sample {}".format, "true {}".format)
+    return found[-1], notes
+
+
+def test_of_two_sets_of_one_distribution_neither_is_nearer_to_the_other_than_to_itself():
+    """Mirrored neighbours count for both: else the samples, which have twice as many, would be twice as near."""
+    draw = th.rand(2, 200, generator=th.Generator().manual_seed(0))
+    score, _ = memorisation(lit(draw[0]), lit(draw[1]))
+    assert score.value / score.reference == pytest.approx(1, abs=0.25)
+
+
+def test_a_copy_of_a_true_clip_is_found_also_mirrored():
+    true = lit(th.tensor([0.1, 0.25, 0.4]))
+    score, notes = memorisation(th.stack([true[1].flip(-1), true[2], lit(th.tensor([0.7]))[0]]), true)
+    assert score.value == pytest.approx(0, abs=1e-7)
+    assert score.reference > 0.01
+    assert any("0.000 away: sample 0 and true 1 (mirrored)" in note for note in notes)
+    assert any(note.endswith("0.000 away: sample 1 and true 2") for note in notes)
+
+
 # ---------------------------------------------------------------- features
+
+
+def tone(hz, rate, seconds=1.0):
+    return 0.5 * (2 * math.pi * hz * th.arange(int(seconds * rate)) / rate).sin()
+
+
+class TakesWaveform(th.nn.Module):
+    """A sound is its own features."""
+
+    def forward(self, x: th.Tensor):
+        return x
+
+
+class TakesPictures(th.nn.Module):
+    """Depends on every pixel by its place, and on whether it is bright or dark."""
+
+    def forward(self, x: th.Tensor):
+        place = th.arange(x.size(4)) * 0.01 + th.arange(x.size(3))[:, None] * 0.02
+        return ((x + x * x) * (5 * place).cos()).mean(dim=4).flatten(1)
+
+
+def saved_script(folder, module):
+    th.jit.script(module).save(str(folder / "network.pt"))
+    return str(folder / "network.pt")
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_the_audio_embedding_gets_each_view_at_16_khz(tmp_path, rate):
+    embed = features.load_audio_embedding(saved_script(tmp_path, TakesWaveform()), "waveform", ALONE.device)
+    found = embed(th.stack([tone(300, rate), tone(700, rate)]), rate)
+    left, right = tone(300, HZ), tone(700, HZ)
+    inner = slice(1000, 15000)
+    for view, expected in {"left": left, "right": right, "mid": (left + right) / 2, "side": (left - right) / 2}.items():
+        assert found[view].shape == (1, HZ)
+        th.testing.assert_close(found[view][0, inner], expected[inner], rtol=0, atol=5e-3)
+
+
+def test_i3d_gets_the_frames_in_their_range_interpolated_between_pixels(tmp_path):
+    frames = noise(4, 3, 20, 28).float().clamp(-1, 1)
+    rows, columns = (((th.arange(224) + 0.5) * size / 224 - 0.5).clamp(0, size - 1).double() for size in (20, 28))
+
+    def between(x, at):
+        """The last axis at fractional places."""
+        low = at.floor().long()
+        high = (low + 1).clamp(max=x.shape[-1] - 1)
+        return x[..., low] * (1 - at + low) + x[..., high] * (at - low)
+
+    large = between(between(frames.double(), columns).transpose(-1, -2), rows).transpose(-1, -2)
+    expected = TakesPictures()(large.transpose(0, 1)[None].float())[0]
+    found = features.load_i3d(saved_script(tmp_path, TakesPictures()), ALONE.device)(frames)
+    th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_log_mel_front_end_is_torchaudios_in_patches():
@@ -306,6 +503,14 @@ def test_a_hit_is_within_40_pixels_and_one_frame(event, box, hit):
     assert hits([event], [box], fps=4) == (int(hit), int(not hit))
 
 
+@pytest.mark.parametrize(("boxes_start", "shown"), [(0, 5), (1.25, 0)])
+def test_times_are_compared_in_the_seconds_of_the_file(boxes_start, shown):
+    """An event in the window from 1.25 s on, at 4 fps."""
+    starts = {"events_start": Fraction(5, 4), "boxes_start": Fraction(boxes_start)}
+    near = [hits([Event(0, 0, 100)], [Box(shown + k, 0, 90, 0, 110, 9)], 4, **starts)[0] for k in range(-2, 3)]
+    assert near == [0, 1, 1, 1, 0]
+
+
 def test_the_localiser_hears_a_toy_object_where_it_is():
     found, true = [], []
     for index in range(6):
@@ -357,6 +562,7 @@ def test_a_detector_of_torchvision_loads_its_weights_and_looks_at_every_frame(tm
         ("0.5,1,3\n", "frame 0.5 .*whole"),
         ("0,1,3\n90,1,3\n", "row 2 .*frame 90 at 10 Hz is not in the clip of 2.00 s"),
         ("-1,1,3\n", "frame -1"),
+        ("19,1,3\n20,1,3\n", "row 2 .*frame 20 at 10 Hz is not in the clip of 2.00 s"),
         ("0,1,300\n", "x 300 is outside 0..256"),
     ],
 )
@@ -367,7 +573,15 @@ def test_rows_out_of_range_are_told_with_file_and_row(tmp_path, text, words):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"), [("0,1,9,9,5,20", "is no box"), ("0,1,300,0,310,9", "is no box"), ("9,1,0,0,1,1", "4 Hz")]
+    ("row", "words"),
+    [
+        ("0,1,9,9,5,20", "is no box"),
+        ("0,1,300,0,310,9", "is no box"),
+        ("0,1,-9,0,-1,9", "is no box"),
+        ("0,1,0,257,9,260", "is no box"),
+        ("0,1,0,-9,9,-1", "is no box"),
+        ("8,1,0,0,1,1", "4 Hz"),
+    ],
 )
 def test_boxes_inside_out_or_outside_are_told(tmp_path, row, words):
     (tmp_path / "a.csv").write_text(row)
@@ -375,6 +589,17 @@ def test_boxes_inside_out_or_outside_are_told(tmp_path, row, words):
         spatial_align.read_boxes(tmp_path / "a.csv", 4, 2.0)
     (tmp_path / "a.csv").write_text("")
     assert spatial_align.read_boxes(tmp_path / "a.csv", 4, 2.0) == []
+    (tmp_path / "a.csv").write_text("7,1,-5,250,9,300")
+    assert spatial_align.read_boxes(tmp_path / "a.csv", 4, 2.0) == [Box(7, 1, 0, 250, 9, 256)]
+
+
+def test_the_last_event_of_a_clip_whose_length_is_rounded_is_in_it(tmp_path):
+    (tmp_path / "a.csv").write_text("49,1,3")
+    for seconds in (4.96, 5.0, 5.004):
+        assert spatial_align.read_events(tmp_path / "a.csv", seconds) == [Event(49, 1, 3)]
+    (tmp_path / "a.csv").write_text("50,1,3")
+    with pytest.raises(ValueError, match="frame 50 at 10 Hz"):
+        spatial_align.read_events(tmp_path / "a.csv", 5.004)
 
 
 # ---------------------------------------------------------------- folders of clips
@@ -477,14 +702,19 @@ def test_the_localiser_in_place_of_the_metadata_finds_the_boxes_as_well(clips):
     assert score.count == 60
 
 
-def test_with_a_detector_and_the_localiser_the_true_clips_get_a_score_too(clips, monkeypatch):
-    """The detector here takes the brightest spot of a frame for the object."""
+@pytest.fixture
+def detector(monkeypatch):
+    """In place of a network: takes the brightest spot of a frame for the object."""
 
     def detect(video):
         x = 256 * horizontal_place(video[None])[0][0]
         return [Box(frame, 1, place - 40, 0, place + 40, 256) for frame, place in enumerate(x.tolist())]
 
     monkeypatch.setattr(spatial_align, "load_detector", lambda name, path, device: detect)
+
+
+@pytest.mark.usefixtures("detector")
+def test_with_a_detector_and_the_localiser_the_true_clips_get_a_score_too(clips):
     report = report_on(flags_of(clips, boxes_dir="", events_dir="", detector_path=__file__))
     (score,) = [score for score in report.scores if score.name == "Spatial AV-Align"]
     assert score.value > 0.9 < score.reference
@@ -512,6 +742,57 @@ def test_what_was_seen_of_the_reference_is_remembered_by_content(clips, networks
     for path in cache.glob("metrics_*.npz"):
         path.write_bytes(path.read_bytes()[:50])
     assert values(report_on(flags_of(clips, **networks))) == values(first)
+
+
+@pytest.mark.parametrize("module", [media, datasets, features, spatial_align])
+def test_what_was_seen_by_other_code_is_not_taken_for_what_this_code_sees(module, tmp_path, monkeypatch):
+    """Among it that which reads the clips."""
+    key = evaluation.code_key.__wrapped__
+    before, text = key(), Path(module.__file__).read_text()
+    package = tmp_path / Path(module.__file__).parent.name
+    shutil.copytree(Path(module.__file__).parent, package)
+    here = evaluation if package.name == "metrics" else module
+    monkeypatch.setattr(here, "__file__", str(package / Path(here.__file__).name))
+    assert key() == before
+    (package / Path(module.__file__).name).write_text(text + "\n")
+    assert key() != before
+
+
+def test_other_weights_and_inputs_of_a_network_are_another_measure(tmp_path):
+    def key(name, **flags):
+        config = EvalConfig(**{f: str(path) for f, path in flags.items()})
+        return evaluation.make_measures(config, ALONE.device)[name].key
+
+    for number in (1, 2):
+        th.jit.script(th.nn.Linear(number, 1)).save(str(tmp_path / f"{number}.pt"))
+    (tmp_path / "copy.pt").write_bytes((tmp_path / "1.pt").read_bytes())
+    for name, flag in {"i3d": "i3d_path", "embedding": "audio_embedding_path"}.items():
+        first, other, copy = (key(name, **{flag: tmp_path / f"{file}.pt"}) for file in ("1", "2", "copy"))
+        assert first == copy != other
+    wave = key("embedding", audio_embedding_path=tmp_path / "1.pt", audio_embedding_input="waveform")
+    assert wave != key("embedding", audio_embedding_path=tmp_path / "1.pt")
+
+
+def test_content_is_that_of_the_files_as_they_are_read(clips, tmp_path):
+    def content(sizes=SIZES, folder=clips / "drawn/video_dev"):
+        return evaluation.ClipFolder(str(folder), sizes, ALONE, "ref_path").content()
+
+    changes = {"video_size": "8,3,16,32", "audio_size": "2,7999", "video_fps": 8, "audio_fps": 8000}
+    known = {content(), *(content(dataclasses.replace(SIZES, **{name: value})) for name, value in changes.items())}
+    assert len(known) == 1 + len(changes)
+    assert content(dataclasses.replace(SIZES, num_workers=1)) == content()
+    shutil.copytree(clips / "drawn/video_dev", tmp_path / "copy")
+    assert content(folder=tmp_path / "copy") == content()
+
+
+def test_content_tells_files_apart_that_differ_in_their_length_only(tmp_path):
+    """Of a long file only the ends are read."""
+    folders = []
+    for between in (0, 9):
+        (tmp_path / "long.bin").write_bytes(b"a" * 2**20 + b"a" * between + b"z" * 2**20)
+        windows = types.SimpleNamespace(clips=[(str(tmp_path / "long.bin"), None)])
+        folders.append(evaluation.ClipFolder.content(types.SimpleNamespace(windows=windows, sizes=SIZES)))
+    assert folders[0] != folders[1]
 
 
 def test_a_report_is_never_overwritten_by_another(clips, tmp_path):
@@ -553,6 +834,33 @@ def test_silent_black_short_and_single_clips_give_notes_instead_of_nan(tmp_path,
     json.loads(Path(report.save(folder)).read_text(), parse_constant=pytest.fail)
 
 
+def test_seconds_that_no_clip_covers_are_told(tmp_path):
+    for name, seconds in {"a": 5.5, "b": 2.5, "c": 4, "d": 1}.items():
+        video, audio, _ = toy.make_clip(toy.ToyConfig(**{**vars(TOY), "seconds": seconds}), 0)
+        folder = written(tmp_path / "long", name, video, audio)
+    report = report_on({"samples_path": folder})
+    assert report.settings["clips"]["samples"] == 6
+    note = "--samples_path: 2 s at the end of 2 files are left out, too short for another clip of 2 s"
+    assert note in report.notes
+    (tmp_path / "whole").mkdir()
+    shutil.move(tmp_path / "long/c.mp4", tmp_path / "whole")
+    assert "left out, too short" not in report_on({"samples_path": str(tmp_path / "whole")}).text()
+
+
+def test_the_report_holds_the_histograms_of_both_sets(clips):
+    told = json.loads(json.dumps(dataclasses.asdict(report_on(flags_of(clips)))))["histograms"]
+    assert len(told) == 2
+    for held in told.values():
+        assert len(held["edges"]) == len(held["samples"]) + 1 == len(held["reference"]) + 1
+        assert sum(held["samples"]) == pytest.approx(1) == pytest.approx(sum(held["reference"]))
+
+
+def test_the_dash_of_true_clips_without_boxes_is_explained(clips):
+    score = spatial_score(flags_of(clips))
+    assert score.reference is None
+    assert score.note == "true clips: the CSV files are of the samples"
+
+
 def test_equal_channels_are_no_difference_and_slow_files_are_told(tmp_path):
     sound = 0.1 * noise(1, 8000).float().expand(2, -1)
     folder = written(tmp_path / "mono", "a", noise(4, 3, 32, 32).float().clamp(-1, 1), sound, fps=2)
@@ -565,7 +873,9 @@ def test_equal_channels_are_no_difference_and_slow_files_are_told(tmp_path):
 
 def test_too_few_clips_for_a_covariance_are_told(clips, networks):
     report = report_on(flags_of(clips, **networks))
-    assert next(s for s in report.scores if s.name == "FVD").note.startswith("too few")
+    notes = {score.name: score.note for score in report.scores}
+    assert notes["FVD"].startswith("too few")
+    assert notes["KVD"] == ""  # which is unbiased for any number
     assert "samples: 3 clips only" in report.text()
 
 
@@ -584,6 +894,84 @@ def test_long_files_give_clips_one_after_the_other_with_their_part_of_the_rows(t
     assert report.settings["clips"] == {"samples": 2, "reference": 0}
     (score,) = [score for score in report.scores if score.name == "Spatial AV-Align"]
     assert (score.value, score.count) == (1, 40)
+
+
+def told_of(folder, name, events, boxes):
+    """Flags for CSV files of a clip, below the folder."""
+    rows = {
+        "events": [f"{e.frame},{e.category},{e.x}" for e in events],
+        "boxes": [f"{b.frame},{b.category},{b.x0},{b.y0},{b.x1},{b.y1}" for b in boxes],
+    }
+    for kind, lines in rows.items():
+        (folder / kind).mkdir(exist_ok=True)
+        (folder / kind / f"{name}.csv").write_text("\n".join(lines))
+    return {f"{kind}_dir": str(folder / kind) for kind in rows}
+
+
+def spatial_score(flags, sizes=SIZES):
+    (score,) = [score for score in report_on(flags, sizes).scores if score.name == "Spatial AV-Align"]
+    return score
+
+
+def test_an_event_at_the_end_of_a_window_is_a_hit_of_a_box_just_behind_it(tmp_path):
+    video, audio, _ = toy.make_clip(toy.ToyConfig(**{**vars(TOY), "seconds": 4}), 0)
+    flags = {"samples_path": written(tmp_path / "long", "a", video, audio)}
+    flags |= told_of(tmp_path, "a", [Event(19, 0, 100)], [Box(8, 0, 90, 0, 110, 9)])
+    score = spatial_score(flags)
+    assert (score.value, score.count) == (1, 1)
+
+
+@pytest.mark.parametrize("fps", [4, 8, 5])
+@pytest.mark.parametrize(("num_frames", "until"), [(8, 4), (5, 3.75), (3, 3.75)])
+def test_hits_are_those_of_the_whole_file_however_it_is_cut_and_whatever_its_rate(tmp_path, fps, num_frames, until):
+    """Boxes count their frames at the rate of the file, which is read at 4 fps."""
+    draw = np.random.default_rng(0)
+    video, audio, _ = toy.make_clip(toy.ToyConfig(**{**vars(TOY), "seconds": 4, "fps": fps}), 0)
+    events = [Event(frame, 0, x) for frame, x in enumerate(draw.integers(0, 256, 40).tolist())]
+    boxes = [Box(frame, 0, x, 0, x + 9, 9) for frame, x in enumerate(draw.integers(0, 240, 4 * fps).tolist())]
+    flags = {"samples_path": written(tmp_path / "long", "a", video, audio, fps)} | told_of(tmp_path, "a", events, boxes)
+    score = spatial_score(flags, evaluation.Sizes(f"{num_frames},3,32,32", f"2,{num_frames * 1000}", 4, 4000))
+    whole = [event for event in events if event.frame / 10 < until]
+    found, missed = hits(whole, boxes, fps)
+    assert score.count == len(whole)
+    assert score.value == found / (found + missed)
+    assert 0.1 < score.value < 0.9
+
+
+def test_what_is_located_in_the_sound_of_a_later_window_is_compared_with_boxes_of_its_time(tmp_path):
+    """Two loud halves, left and then right, and boxes that say so; windows of 1.25 s."""
+    source = 0.3 * noise(16000, seed=3).float()
+    second_half = th.arange(16000) >= 8000
+    audio = th.stack([source * ~second_half, source * second_half])
+    flags = {"samples_path": written(tmp_path / "long", "a", th.zeros(16, 3, 32, 32), audio)}
+    boxes = [Box(frame, 0, *((0, 0, 30, 256) if frame < 8 else (226, 0, 256, 256))) for frame in range(16)]
+    flags |= told_of(tmp_path, "a", [], boxes) | {"events_dir": ""}
+    score = spatial_score(flags, evaluation.Sizes("5,3,32,32", "2,5000", 4, 4000))
+    assert score.count >= 37
+    assert score.value > 0.95
+
+
+@pytest.mark.usefixtures("detector")
+@pytest.mark.parametrize("located", [True, False])
+def test_what_a_detector_sees_in_a_later_window_is_compared_with_events_of_its_time(tmp_path, located):
+    config = toy.ToyConfig(**{**vars(TOY), "seconds": 4})
+    video, audio, rows = toy.make_clip(config, 0)
+    flags = {"samples_path": written(tmp_path / "long", "a", video, audio), "detector_path": __file__}
+    events = [Event(*map(int, row.split(",")[:3])) for row in rows]
+    flags |= {} if located else {"events_dir": told_of(tmp_path, "a", events, [])["events_dir"]}
+    score = spatial_score(flags, evaluation.Sizes("5,3,32,32", "2,5000", 4, 4000))
+    assert score.count >= 37
+    assert score.value > 0.9
+
+
+def test_clips_of_one_name_that_would_share_a_csv_are_refused(tmp_path):
+    video, audio, _ = toy.make_clip(TOY, 0)
+    folders = [written(tmp_path / name, "clip", video, audio) for name in ("a", "b")]
+    flags = {"samples_path": ",".join(folders)}
+    assert report_on(flags).settings["clips"]["samples"] == 2
+    flags |= told_of(tmp_path, "clip", [], true_boxes(TOY, 0))
+    with pytest.raises(ValueError, match=r"a/clip.mp4 and .*b/clip.mp4: would share clip.csv; .*rename"):
+        report_on(flags)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +1012,83 @@ def test_other_containers_and_rates_are_read_as_well(tmp_path):
     assert found["level difference, mean |R - L| (dB)"] == pytest.approx(0, abs=0.5)
 
 
+@real_media
+def test_real_clips_get_every_metric_that_needs_no_weights(cache):
+    sizes = evaluation.Sizes("20,3,64,64", "2,80000", 4, 16000)
+    report = report_on({"samples_path": str(MEDIA), "ref_path": str(MEDIA)}, sizes)
+    assert report.settings["clips"]["samples"] == 6 + 2
+    assert "--samples_path: 3 s at the end of 1 files are left out" in report.text()
+    found = {score.name: score for score in report.scores}
+    assert found["nearest true clip (RMS, median)"].value == 0 < found["nearest true clip (RMS, median)"].reference
+    for name in ("level difference, mean |R - L| (dB)", "delay, mean |L - R| (ms)", "left-right correlation"):
+        assert found[name].value == found[name].reference > 0
+    assert 0 < found["left-right correlation"].value < 1  # true stereo
+    assert 0 < found["Temporal AV-Align"].value < 1
+
+
 # ---------------------------------------------------------------- scripts
+
+
+def script(name, monkeypatch, *line):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *line])
+    runpy.run_path(str(REPOSITORY / f"py_scripts/{name}.py"))["main"]()
+
+
+AS_READ = ["--video_size", SIZES.video_size, "--audio_size", SIZES.audio_size, "--audio_fps", str(SIZES.audio_fps)]
+
+
+@pytest.mark.parametrize("output", ["", "~/out"])
+def test_paths_from_the_home_folder_are_understood(clips, tmp_path, monkeypatch, output, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(clips / "drawn", tmp_path / "drawn")
+    shutil.copytree(clips / "boxes", tmp_path / "boxes")
+    line = ["--samples_path", "~/drawn/video_dev", "--boxes_dir", "~/boxes", *AS_READ]
+    script("eval", monkeypatch, *line, *(["--output_dir", output] if output else []))
+    assert (tmp_path / (output[2:] or "drawn/video_dev") / "metrics.json").exists()
+    assert "Spatial AV-Align" in capsys.readouterr().out
+
+
+def test_the_report_on_several_folders_needs_a_place_of_its_own(clips, tmp_path, monkeypatch, capsys):
+    several = ",".join(str(clips / kind / "video_dev") for kind in ("true", "drawn"))
+    for more in ([], ["--output_dir", several]):  # as the launcher has it
+        with pytest.raises(ValueError, match=r"--samples_path .* are several; give --output_dir"):
+            script("eval", monkeypatch, "--samples_path", several, *more, *AS_READ)
+    script("eval", monkeypatch, "--samples_path", several, "--output_dir", str(tmp_path / "out"), *AS_READ)
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["settings"]["clips"]["samples"] == 8
+
+
+def test_pictures_and_sounds_of_unequal_length_are_refused_with_both_flags(clips, monkeypatch):
+    line = ["--samples_path", str(clips / "drawn/video_dev"), "--video_size", "8,3,32,32", "--audio_size", "2,80000"]
+    words = "--video_size 8,3,32,32 at --video_fps 4 lasts 2 s, but --audio_size 2,80000 at --audio_fps 16000 5 s"
+    with pytest.raises(ValueError, match=words):
+        script("eval", monkeypatch, *line)
+    report = report_on({"samples_path": line[1]}, dataclasses.replace(SIZES, audio_size="2,1000"))
+    assert report.notes[0].endswith("--audio_size 2,1000 at --audio_fps 4000 0.25 s")
+    assert evaluation.Sizes("16,3,8,8", "2,8533", 30, 16000).mismatch() == ""  # as near as whole samples come
+
+
+@pytest.mark.parametrize(
+    ("video", "audio", "reason"),
+    [
+        (noise(8, 3, 32, 32).clamp(-1, 1), th.zeros(2, 8000), "nothing is heard"),
+        (-th.ones(8, 3, 32, 32), 0.1 * noise(2, 8000), "nothing stands out in the pictures"),
+        (noise(1, 3, 32, 32).clamp(-1, 1).expand(8, -1, -1, -1), 0.1 * noise(2, 8000), "the object stays where it is"),
+    ],
+)
+def test_a_spatial_alignment_that_does_not_exist_is_explained(tmp_path, monkeypatch, capsys, video, audio, reason):
+    folder = written(tmp_path / "odd", "a", video.float(), audio.float())
+    script("spatial_alignment", monkeypatch, folder, *AS_READ)
+    assert capsys.readouterr().out.split(maxsplit=4)[-1] == f"- ({reason})\n"
+
+
+def test_why_clips_are_not_aligned_is_empty_for_those_that_are():
+    videos, audios = (th.stack(x) for x in zip(*(toy.make_clip(TOY, k)[:2] for k in range(3)), strict=True))
+    videos = media.to_float(videos)
+    assert why_unaligned(videos, audios) == ""
+    assert why_unaligned(videos, audios * th.tensor([[0.0], [1]])) == "the sound stays where it is"
+    halves = th.arange(8)[:, None, None, None] < 4
+    early, late = videos.where(halves, -1), audios * (th.arange(8000) >= 4000)
+    assert why_unaligned(early, late) == "nothing is seen and heard at once"
 
 
 def evaluated(command, flags, folder):

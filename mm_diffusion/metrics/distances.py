@@ -85,7 +85,7 @@ def earth_movers_distance(x: th.Tensor, y: th.Tensor, bin_width: float = 1.0) ->
 def nearest(x: th.Tensor, y: th.Tensor, leave_own_out: bool = False) -> tuple[th.Tensor, th.Tensor]:
     """[N, D], [M, D] -> (root mean square difference to the nearest of y [N], its number [N]).
 
-    `leave_own_out`: x is y, and a point is no neighbour of itself. TooFewError where no neighbour is left.
+    `leave_own_out`: x is y, perhaps mirrored, and a point is no neighbour of itself. TooFewError where none is left.
     """
     _require("a nearest neighbour", 2 if leave_own_out else 1, x, y)
     found = []

@@ -24,14 +24,15 @@ import numpy as np
 import torch as th
 from tqdm import tqdm
 
-from .. import clip_index, logger, media
-from ..datasets import ClipDataset, count_frames, parse_size
+from .. import clip_index, datasets, logger, media, toy
+from ..datasets import ClipDataset, count_frames, count_windows, parse_size, require_positive
 from ..dist_util import World, all_sum, from_rank_0
-from ..script_util import MetricsConfig, numbers
+from ..script_util import EvalConfig, MetricsConfig, numbers
 from . import features, spatial_align, stereo, temporal_align
-from .scores import Score, rated, table
+from .scores import Score, histograms, rated, table
 
 SLOW = 0.9  # of the frames per second asked for: a file below has not enough
+READERS = (clip_index, datasets, media, toy)  # whose code and constants decide what is seen of a clip
 Rows = dict[str, th.Tensor]
 LEFT_OUT = {
     "ref_path": ("comparisons with true clips", "a folder of them"),
@@ -52,6 +53,7 @@ class Clip:
     path: str
     start: Fraction
     file_seconds: float
+    file_fps: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Measure:
 
 def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure]:
     """The measures that the flags allow; ValueError, naming the flag, for a file that cannot be used."""
+    paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name.endswith(("_path", "_dir"))}
+    config = dataclasses.replace(config, **{name: os.path.expanduser(path) for name, path in paths.items()})
     if config.ref_path:
         clip_index.find_files(config.ref_path.split(","), clip_index.EXTENSIONS, "clips", "check --ref_path")
     made = {
@@ -104,19 +108,19 @@ def _spatial_measure(config: MetricsConfig, device: th.device) -> Measure:
     detect = None if config.boxes_dir else spatial_align.load_detector(config.detector, config.detector_path, device)
 
     def look(clip: Clip) -> Rows:
-        window = clip.start, Fraction(len(clip.video)) / Fraction(clip.fps)
         name = f"{Path(clip.path).stem}.csv"
         if detect:
-            boxes = detect(clip.video)
-        else:
-            told = spatial_align.read_boxes(Path(config.boxes_dir, name), clip.fps, clip.file_seconds)
-            boxes = spatial_align.cut(told, clip.fps, *window)
+            boxes, fps, boxes_start = detect(clip.video), clip.fps, clip.start
+        else:  # all of the file's, so that those just outside the window count for events at its edges
+            told = spatial_align.read_boxes(Path(config.boxes_dir, name), clip.file_fps, clip.file_seconds)
+            boxes, fps, boxes_start = told, clip.file_fps, spatial_align.FILE_START
         if config.events_dir:
             heard = spatial_align.read_events(Path(config.events_dir, name), clip.file_seconds)
-            events = spatial_align.cut(heard, spatial_align.EVENT_HZ, *window)
+            events = spatial_align.within(heard, clip.start, Fraction(len(clip.video)) / Fraction(clip.fps))
+            events_start = spatial_align.FILE_START
         else:
-            events = spatial_align.localise(clip.audio, clip.sample_rate)
-        found, missed = spatial_align.hits(events, boxes, clip.fps, config.match_categories)
+            events, events_start = spatial_align.localise(clip.audio, clip.sample_rate), clip.start
+        found, missed = spatial_align.hits(events, boxes, fps, config.match_categories, events_start, boxes_start)
         return {"hits": th.tensor(float(found)), "misses": th.tensor(float(missed))}
 
     from_files = bool(config.boxes_dir or config.events_dir)
@@ -126,8 +130,11 @@ def _spatial_measure(config: MetricsConfig, device: th.device) -> Measure:
 
 @functools.cache
 def code_key() -> str:
-    """What tells this version of the metrics from others, whose rows are not to be mixed: sha256 of their sources."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    """What tells this version of the metrics from others, whose rows are not to be mixed: sha256 of their sources.
+
+    Those of what reads clips are among them: other pictures give other rows.
+    """
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in READERS)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -144,6 +151,18 @@ class Sizes:
     audio_fps: int
     num_workers: int = 4
     max_bad_share: float = 0.1
+
+    def mismatch(self) -> str:
+        """What is wrong where picture and sound of a clip last unequally, by more than half a frame; else empty."""
+        require_positive(video_fps=self.video_fps, audio_fps=self.audio_fps)
+        shown = parse_size(self.video_size, "--video_size", "F,C,H,W")[0] / self.video_fps
+        heard = parse_size(self.audio_size, "--audio_size", "C,L")[1] / self.audio_fps
+        if abs(shown - heard) * self.video_fps <= 0.5:
+            return ""
+        return (
+            f"--video_size {self.video_size} at --video_fps {self.video_fps} lasts {shown:g} s, but --audio_size"
+            f" {self.audio_size} at --audio_fps {self.audio_fps} {heard:g} s"
+        )
 
 
 class ClipFolder:
@@ -162,6 +181,9 @@ class ClipFolder:
         self.folder, self.bad, self.flag, self.sizes = folder, index.bad, flag, sizes
         self.short = sum(count_frames(info.duration_seconds, sizes.video_fps) < frames for _, info in index.clips)
         self.slow = sum(info.fps < SLOW * sizes.video_fps for _, info in index.clips)
+        used = [(info, frames * count_windows(info, frames, sizes.video_fps, frames)) for _, info in index.clips]
+        over = [count_frames(info.duration_seconds, sizes.video_fps) - count for info, count in used]
+        self.unused_seconds = [count / sizes.video_fps for count in over if count > 0]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -170,9 +192,8 @@ class ClipFolder:
         """Clip `number`; MediaError where it cannot be decoded."""
         path, info, start = self.windows.place(number)
         sample, sizes = self.windows[number], self.sizes
-        return Clip(
-            sample["video"], sample["audio"], sizes.video_fps, sizes.audio_fps, path, start, info.duration_seconds
-        )
+        rates = sizes.video_fps, sizes.audio_fps
+        return Clip(sample["video"], sample["audio"], *rates, path, start, info.duration_seconds, info.fps)
 
     def name(self, number: int) -> str:
         """What to call clip `number` in a report."""
@@ -181,8 +202,12 @@ class ClipFolder:
 
     def content(self) -> str:
         """What tells these clips from others, wherever they lie."""
+
+        def known_by(path: str) -> list[Any]:
+            return [clip_index.identity(path)["size"], clip_index.fingerprint(path)]
+
         with ThreadPoolExecutor(max(1, self.sizes.num_workers)) as pool:
-            files = list(pool.map(clip_index.fingerprint, [path for path, _ in self.windows.clips]))
+            files = list(pool.map(known_by, [path for path, _ in self.windows.clips]))
         read = {k: v for k, v in vars(self.sizes).items() if k not in ("num_workers", "max_bad_share")}
         return json.dumps([code_key(), media.DECODER, read, files], sort_keys=True)
 
@@ -194,6 +219,11 @@ class ClipFolder:
             found.append(
                 f"--{self.flag}: {self.short} files are shorter than {seconds:g} s: their last frame is repeated, and"
                 " silence added"
+            )
+        if self.unused_seconds:
+            found.append(
+                f"--{self.flag}: {sum(self.unused_seconds):g} s at the end of {len(self.unused_seconds)} files are left"
+                f" out, too short for another clip of {seconds:g} s"
             )
         if self.slow:
             found.append(
@@ -274,6 +304,7 @@ class Report:
     notes: list[str]
     left_out: list[str]
     settings: dict[str, Any]
+    histograms: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def text(self) -> str:
         """The table, what to know when reading it, and what would need which flag."""
@@ -306,6 +337,8 @@ def evaluate(
 ) -> Report:
     """The report on a folder of clips, on every rank; must be called on all. DataError, MediaError, ValueError."""
     ours = ClipFolder(samples, sizes, world, "samples_path")
+    if config.boxes_dir or config.events_dir:
+        _refuse_equal_names([path for path, _ in ours.windows.clips])
     true = ClipFolder(config.ref_path, sizes, world, "ref_path") if config.ref_path else None
     seen = look_at(ours, measures, world)
     known = look_at_reference(true, measures, world) if true else {}
@@ -314,8 +347,20 @@ def evaluate(
     counts = {"samples": len(ours), "reference": len(true) if true else 0}
     settings = {"samples_path": samples, **shown, **vars(sizes), "clips": counts, "code": code_key()}
     settings |= {"measures": {name: measure.key for name, measure in measures.items()}}
-    folder_notes = [*ours.notes(), *(true.notes() if true else [])]
-    return Report(scores, folder_notes + notes, _left_out(config), settings)
+    mismatch = [sizes.mismatch()] if sizes.mismatch() else []
+    notes = [*mismatch, *ours.notes(), *(true.notes() if true else []), *notes]
+    return Report(scores, notes, _left_out(config), settings, histograms(seen, known))
+
+
+def _refuse_equal_names(paths: list[str]) -> None:
+    """ValueError for clips of other folders, or kinds, that would share the CSV of their name."""
+    first: dict[str, str] = {}
+    for path in paths:
+        if (other := first.setdefault(Path(path).stem, path)) != path:
+            raise ValueError(
+                f"{other} and {path}: would share {Path(path).stem}.csv; with --boxes_dir or --events_dir every clip"
+                " needs a name of its own: rename one, or evaluate their folders one by one"
+            )
 
 
 def _left_out(config: MetricsConfig) -> list[str]:
@@ -344,6 +389,22 @@ def evaluate_drawn(
 def sizes_of(flags: Mapping[str, Any]) -> Sizes:
     """How the flags ask clips to be read."""
     return Sizes(**{f.name: flags[f.name] for f in dataclasses.fields(Sizes)})
+
+
+def sizes_asked(flags: Mapping[str, Any]) -> Sizes:
+    """`sizes_of`, but ValueError where picture and sound would not last equally long."""
+    sizes = sizes_of(flags)
+    if mismatch := sizes.mismatch():
+        raise ValueError(f"{mismatch}: make them equal")
+    return sizes
+
+
+def report_folder(config: EvalConfig) -> str:
+    """Where the report goes; ValueError where several folders of samples leave that open."""
+    folders = [part.strip() for part in config.samples_path.split(",") if part.strip()]
+    if config.output_dir in ("", config.samples_path) and len(folders) > 1:
+        raise ValueError(f"--samples_path {config.samples_path}: are several; give --output_dir for the report")
+    return os.path.expanduser(config.output_dir or "".join(folders))
 
 
 def sizes_of_samples(flags: Mapping[str, Any], upsampler: Mapping[str, Any]) -> dict[str, Sizes]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch as th
 
@@ -17,6 +19,7 @@ FEW = 30  # scores of fewer clips mean little
 BLACK = -0.98  # the brightest spot of a black clip
 CLOSEST = 3  # pairs of a sample and its nearest true clip that are named
 MIRRORED = " (mirrored)"
+EDGES = {"levels": stereo.LEVEL_BINS_DB, "delays": 1e3 * stereo.DELAY_BINS_SECONDS}  # of the histograms: dB, ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,96 +102,107 @@ def _distance(
 # ---------------------------------------------------------------- picture and sound
 
 
+Figure = tuple[float | None, int, str]  # what it is, how many it is made from, and what to know of it
+
+
+def _compared(
+    name: str, figure: Callable[[Any], Figure], ours: Any, true: Any, better: str = "", unit: str = "clips"
+) -> Score:
+    """The same figure of the samples and, where there are any, of the true clips, with what to know of either."""
+    value, count, note = figure(ours)
+    reference, reference_count, true_note = figure(true) if true else (None, 0, "")
+    notes = [note, f"true clips: {true_note}" if true_note else ""]
+    return Score(name, value, reference, better, count, reference_count, unit, "; ".join(filter(None, notes)))
+
+
 def _temporal(ours: Seen, true: Seen) -> Score:
-    value, count, undecided = _mean_overlap(ours)
-    reference, reference_count, _ = _mean_overlap(true)
-    note = f"{undecided} clips without onsets or peaks of motion left out" if undecided else ""
-    return Score("Temporal AV-Align", value, reference, "higher", count, reference_count, note=note)
+    return _compared("Temporal AV-Align", _mean_overlap, ours, true, "higher")
 
 
-def _mean_overlap(seen: Seen) -> tuple[float | None, int, int]:
-    """-> mean over clips, their number, the number of clips without anything to compare."""
-    if not seen:
-        return None, 0, 0
+def _mean_overlap(seen: Seen) -> Figure:
+    """Mean over the clips that have anything to compare."""
     overlap = temporal_align.overlap(**seen["temporal"])
     undecided = len(seen["temporal"]["pairs"]) - len(overlap)
-    return overlap.double().mean().item() if len(overlap) else None, len(overlap), undecided
+    note = f"{undecided} clips without onsets or peaks of motion left out" if undecided else ""
+    return overlap.double().mean().item() if len(overlap) else None, len(overlap), note
 
 
 def _spatial(ours: Seen, true: Seen) -> list[Score]:
-    if "spatial" not in ours:
-        return []
-    (value, count), (reference, reference_count) = (_hit_share(seen) for seen in (ours, true))
-    note = "" if count else "no sound events"
-    return [Score("Spatial AV-Align", value, reference, "higher", count, reference_count, "events", note)]
+    return [_compared("Spatial AV-Align", _hit_share, ours, true, "higher", "events")] if "spatial" in ours else []
 
 
-def _hit_share(seen: Seen) -> tuple[float | None, int]:
-    """TP / (TP + FN) over all events of all clips, and their number."""
+def _hit_share(seen: Seen) -> Figure:
+    """TP / (TP + FN) over all events of all clips."""
     if "spatial" not in seen:
-        return None, 0
+        return None, 0, "the CSV files are of the samples"
     found, missed = (int(seen["spatial"][name].double().sum()) for name in ("hits", "misses"))
-    return found / (found + missed) if found + missed else None, found + missed
+    every = found + missed
+    return found / every if every else None, every, "" if every else "no sound events"
 
 
 # ---------------------------------------------------------------- sound alone
 
 
 def _stereo(ours: dict[str, th.Tensor], true: dict[str, th.Tensor] | None) -> list[Score]:
-    figures = {
-        "level difference, mean |R - L| (dB)": _mean_level,
-        "delay, mean |L - R| (ms)": _mean_delay,
-        "left-right correlation": _mean_correlation,
-    }
-    made = []
-    for name, figure in figures.items():
-        value, count = figure(ours)
-        reference, reference_count = figure(true) if true else (None, 0)
-        unit = "clips" if figure is _mean_correlation else "tenths of a second"
-        note = "" if count else "nothing is heard"
-        made.append(Score(name, value, reference, "", count, reference_count, unit, note))
+    unit = "tenths of a second"
+    levels, delays = (functools.partial(_mean_of_bins, row) for row in EDGES)
+    made = [
+        _compared("level difference, mean |R - L| (dB)", levels, ours, true, unit=unit),
+        _compared("delay, mean |L - R| (ms)", delays, ours, true, unit=unit),
+        _compared("left-right correlation", _mean_correlation, ours, true),
+    ]
     if true:
-        made.append(_histograms("level differences apart (dB)", ours, true, "levels", _level_width()))
-        made.append(_histograms("delays apart (ms)", ours, true, "delays", _delay_width()))
+        made.append(_histograms_apart("level differences apart (dB)", ours, true, "levels"))
+        made.append(_histograms_apart("delays apart (ms)", ours, true, "delays"))
     return made
 
 
-def _level_width() -> float:
-    return float(stereo.LEVEL_BINS_DB[1] - stereo.LEVEL_BINS_DB[0])
+def _mean_of_bins(row: str, seen: dict[str, th.Tensor]) -> Figure:
+    """Mean distance from 0 of what the histograms [N, K] count, each bin by its centre."""
+    total = seen[row].double().sum(dim=0)
+    centres = (EDGES[row][1:] + EDGES[row][:-1]) / 2
+    count = total.sum()
+    mean = ((total * centres.abs()).sum() / count).item() if count > 0 else None
+    return mean, int(count), "" if count > 0 else _why_none(seen)
 
 
-def _delay_width() -> float:
-    return 1e3 * 2 * stereo.MAX_DELAY_SECONDS / stereo.DELAY_BINS
-
-
-def _mean_of_bins(counts: th.Tensor, width: float) -> tuple[float | None, int]:
-    """Histograms [N, K] of bins around 0 -> mean distance from 0 of what they count, and how much that is."""
-    total = counts.double().sum(dim=0)
-    centres = (th.arange(len(total)) - (len(total) - 1) / 2) * width
-    heard = total.sum()
-    return ((total * centres.abs()).sum() / heard).item() if heard > 0 else None, int(heard)
-
-
-def _mean_level(seen: dict[str, th.Tensor]) -> tuple[float | None, int]:
-    return _mean_of_bins(seen["levels"], _level_width())
-
-
-def _mean_delay(seen: dict[str, th.Tensor]) -> tuple[float | None, int]:
-    return _mean_of_bins(seen["delays"], _delay_width())
-
-
-def _mean_correlation(seen: dict[str, th.Tensor]) -> tuple[float | None, int]:
+def _mean_correlation(seen: dict[str, th.Tensor]) -> Figure:
     known = seen["correlation"][~seen["correlation"].isnan()]
-    return known.double().mean().item() if len(known) else None, len(known)
+    count = len(known)
+    return known.double().mean().item() if count else None, count, "" if count else _why_none(seen)
 
 
-def _histograms(name: str, ours: dict, true: dict, row: str, width: float) -> Score:
+def _why_none(seen: dict[str, th.Tensor]) -> str:
+    """Why nothing is known of how channels differ."""
+    return "never heard in both channels" if seen["heard"].any() else "nothing is heard"
+
+
+def _histograms_apart(name: str, ours: dict, true: dict, row: str) -> Score:
     x, y = ours[row].double().sum(dim=0), true[row].double().sum(dim=0)
     score = Score(name, None, None, "lower", int(x.sum()), int(y.sum()), "tenths of a second")
     try:
-        return dataclasses.replace(score, value=earth_movers_distance(x, y, width))
+        return dataclasses.replace(score, value=earth_movers_distance(x, y, float(EDGES[row][1] - EDGES[row][0])))
     except TooFewError:
-        return dataclasses.replace(score, note="nothing is heard in one of them")
+        empty = {"samples": ours} if not x.any() else {}
+        empty |= {"true clips": true} if not y.any() else {}
+        return dataclasses.replace(score, note="; ".join(f"{who}: {_why_none(seen)}" for who, seen in empty.items()))
+
+
+def histograms(ours: Seen, true: Seen) -> dict[str, Any]:
+    """{"level difference, R - L (dB)", "delay, L - R (ms)"} -> bin edges [K + 1], and the share [K] of what is heard.
+
+    Shares are of "samples" and "reference", None where there is nothing; what is beyond is in the outermost bins.
+    """
+
+    def shares(seen: Seen, row: str) -> list[float] | None:
+        counts = seen["stereo"][row].double().sum(dim=0) if seen else th.zeros(1)
+        return (counts / counts.sum()).tolist() if counts.any() else None
+
+    names = {"levels": "level difference, R - L (dB)", "delays": "delay, L - R (ms)"}
+    return {
+        name: {"edges": EDGES[row].tolist(), "samples": shares(ours, row), "reference": shares(true, row)}
+        for row, name in names.items()
+    }
 
 
 # ---------------------------------------------------------------- memorisation
@@ -200,13 +214,11 @@ def _memorisation(
     """Thumbnails [N, F, 3, h, w] of samples and true clips -> how near the nearest is, and the closest pairs.
 
     Training shows clips mirrored, too, so a sample may be near a mirrored one. The figure of the true clips is that
-    between each and its nearest other one: samples that are much nearer have been learnt by heart.
+    between each and its nearest other one, also mirrored: samples that are much nearer have been learnt by heart.
     """
-    seen = [nearest(side.flatten(1), y.flatten(1)) for side in (x, x.flip(-1))]
-    distance, side = th.stack([distances for distances, _ in seen]).min(dim=0)
-    index = th.stack([indices for _, indices in seen]).gather(0, side[None])[0]
+    distance, index, side = _nearest_of_either_side(x, y)
     try:
-        reference, note = nearest(y.flatten(1), y.flatten(1), leave_own_out=True)[0].median().item(), ""
+        reference, note = _nearest_of_either_side(y, y, leave_own_out=True)[0].median().item(), ""
     except TooFewError:
         reference, note = None, "one true clip only"
     pairs = [
@@ -215,6 +227,13 @@ def _memorisation(
     ]
     value = distance.median().item()
     return Score("nearest true clip (RMS, median)", value, reference, "", len(x), len(y), note=note), pairs
+
+
+def _nearest_of_either_side(x: th.Tensor, y: th.Tensor, **options: bool) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """`nearest` for each of x [N, ...] as it is or mirrored -> (distance [N], number [N], whether mirrored [N])."""
+    seen = [nearest(side.flatten(1), y.flatten(1), **options) for side in (x, x.flip(-1))]
+    distance, side = th.stack([distances for distances, _ in seen]).min(dim=0)
+    return distance, th.stack([indices for _, indices in seen]).gather(0, side[None])[0], side.bool()
 
 
 # ---------------------------------------------------------------- telling

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch as th
 
+from .stereo import SILENT
+
 MAX_SHIFTS = 64  # pairings tried by `mismatched_alignment`
+STILL = 1e-3  # spread of a place (0..1) or a level difference (-1..1) below which it does not change
 
 
 def horizontal_place(videos: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -58,6 +61,22 @@ def mismatched_alignment(videos: th.Tensor, audios: th.Tensor) -> float:
     if len(videos) < 2:
         raise ValueError(f"mismatched pairs need at least 2 clips, got {len(videos)}")
     return _alignment(videos, audios, shifts=range(1, min(len(videos), MAX_SHIFTS + 1)))
+
+
+def why_unaligned(videos: th.Tensor, audios: th.Tensor) -> str:
+    """Why `spatial_alignment` and its mismatched pairs have no meaning; empty if they have."""
+    place, shown = horizontal_place(videos)
+    level, heard = level_difference(audios, videos.shape[1])
+    if audios.double().square().mean().sqrt() < SILENT:
+        return "nothing is heard"
+    if not shown.any():
+        return "nothing stands out in the pictures"
+    together = (shown > 0) & (heard > 0)
+    if not together.any():
+        return "nothing is seen and heard at once"
+    spreads = {"object": place[together], "sound": level[together]}
+    still = [name for name, x in spreads.items() if x.max() - x.min() < STILL]
+    return f"the {still[0]} stays where it is" if still else ""
 
 
 def _alignment(videos: th.Tensor, audios: th.Tensor, shifts) -> float:

@@ -1,7 +1,7 @@
 """Spatial AV-Align (arXiv 2412.13462): is there an object where a sound comes from?
 
 Sound events are rows `frame,category,x` at 10 Hz (more columns may follow, as in the metadata of SAVGBench), objects
-are rows `frame,category,x0,y0,x1,y1` at the rate of the video; places are in pixels of a picture 256 wide.
+are rows `frame,category,x0,y0,x1,y1` at the rate of the video file; places are in pixels of a picture 256 wide.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch as th
 import torchvision
 
+from .. import toy
+from ..datasets import ROUNDING_FRAMES
 from . import stereo
 
-PIXELS = 256  # width and height of the picture that places refer to
-EVENT_HZ = 10
+PIXELS, EVENT_HZ, EAR_SECONDS = toy.METADATA_PIXELS, toy.METADATA_HZ, toy.MAX_EAR_DELAY_SECONDS
 REACH_PIXELS = 40  # a box that overlaps x +- this is a hit,
 REACH_FRAMES = 1  # if it is seen at most so many frames before or after
 LEVEL_DB = 1.0  # a difference of level below this says nothing, and that of time decides
-EAR_SECONDS = 6e-4  # a source hard to one side reaches the far ear this much later
 PERSON = 1  # of COCO, whose classes torchvision's detectors know
 MIN_CONFIDENCE = 0.5
 NO_CATEGORY = -1
+FILE_START = Fraction(0)  # in its own seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +51,31 @@ class Box:
     y1: float
 
 
-def hits(events: list[Event], boxes: list[Box], fps: float, match_categories: bool = False) -> tuple[int, int]:
+def hits(
+    events: list[Event],
+    boxes: list[Box],
+    fps: float,
+    match_categories: bool = False,
+    events_start: Fraction = FILE_START,
+    boxes_start: Fraction = FILE_START,
+) -> tuple[int, int]:
     """-> (TP, FN): events with and without a box that overlaps x +- 40 px within +- 1 video frame.
 
-    The video frame of an event is the one shown at its time, floor(time * fps).
+    The video frame of an event is the one shown at its time, floor(time * fps). `events_start` and `boxes_start` are
+    when, in seconds of the file, their frames 0 are.
     """
+    seen: dict[int, list[Box]] = {}
+    for box in boxes:
+        seen.setdefault(box.frame, []).append(box)
     found = 0
     for event in events:
-        shown = math.floor(Fraction(event.frame, EVENT_HZ) * Fraction(fps))
+        shown = math.floor((events_start + Fraction(event.frame, EVENT_HZ) - boxes_start) * Fraction(fps))
         found += any(
-            abs(box.frame - shown) <= REACH_FRAMES
-            and box.x0 <= event.x + REACH_PIXELS
+            box.x0 <= event.x + REACH_PIXELS
             and box.x1 >= event.x - REACH_PIXELS
             and (box.category == event.category or not match_categories)
-            for box in boxes
+            for frame in range(shown - REACH_FRAMES, shown + REACH_FRAMES + 1)
+            for box in seen.get(frame, ())
         )
     return found, len(events) - found
 
@@ -114,25 +125,27 @@ def read_boxes(path: Path, fps: float, seconds: float) -> list[Box]:
     for number, (frame, category, *corners) in enumerate(read_rows(path, 6), 1):
         _check_time(path, number, int(frame), fps, seconds)
         x0, y0, x1, y1 = (min(max(corner, 0.0), float(PIXELS)) for corner in corners)
-        if corners[0] > corners[2] or corners[1] > corners[3] or corners[0] > PIXELS or corners[2] < 0:
+        left, top, right, bottom = corners
+        if not (left <= right and top <= bottom and max(left, top) <= PIXELS and min(right, bottom) >= 0):
             raise ValueError(
-                f"{path}, box {number}: x0,y0,x1,y1 {corners} is no box in a picture {PIXELS} wide (x0 <= x1, y0 <= y1)"
+                f"{path}, box {number}: x0,y0,x1,y1 {corners} is no box in a picture of {PIXELS} x {PIXELS} (x0 <= x1,"
+                " y0 <= y1)"
             )
         boxes.append(Box(int(frame), int(category), x0, y0, x1, y1))
     return boxes
 
 
 def _check_time(path: Path, number: int, frame: int, rate: float, seconds: float) -> None:
-    if not 0 <= frame <= math.ceil(seconds * rate):
+    """ValueError for a frame that does not begin before the clip ends, whose length the container has rounded."""
+    if not 0 <= frame < math.ceil(seconds * rate - ROUNDING_FRAMES):
         raise ValueError(
             f"{path}, row {number} of data: frame {frame} at {rate:g} Hz is not in the clip of {seconds:.2f} s"
         )
 
 
-def cut(rows: list[Any], rate: float, start: Fraction, seconds: Fraction) -> list[Any]:
-    """Those of the events or boxes that fall into the window, frames counted from its start."""
-    first, end = (math.ceil(Fraction(rate) * t) for t in (start, start + seconds))
-    return [dataclasses.replace(row, frame=row.frame - first) for row in rows if first <= row.frame < end]
+def within(events: list[Event], start: Fraction, seconds: Fraction) -> list[Event]:
+    """Those of a file's events that fall into the window."""
+    return [event for event in events if start <= Fraction(event.frame, EVENT_HZ) < start + seconds]
 
 
 # ---------------------------------------------------------------- from sound and picture

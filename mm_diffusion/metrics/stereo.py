@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch as th
 
-LEVEL_BINS_DB = th.linspace(-24.5, 24.5, 50)  # edges, 0 dB in the middle of a bin; beyond: the outermost bins
+LEVEL_BINS_DB = th.linspace(
+    -24.5, 24.5, 50, dtype=th.float64
+)  # edges, 0 dB in the middle of a bin; beyond: the outermost bins
 MAX_DELAY_SECONDS = 1e-3  # between two ears it is 0.7 ms
-DELAY_BINS = 41
+DELAY_BINS_SECONDS = th.linspace(-MAX_DELAY_SECONDS, MAX_DELAY_SECONDS, 42, dtype=th.float64)  # likewise
 STRETCH_SECONDS = 0.1
-SILENT = 1e-4  # RMS of both channels, -80 dB: a stretch below has no direction
+SILENT = 1e-4  # RMS, -80 dB: a sound below has neither direction nor onsets
 TINY = 1e-12
 
 
@@ -22,6 +24,11 @@ def stretches(audio: th.Tensor, sample_rate: int) -> th.Tensor:
 def is_heard(pieces: th.Tensor) -> th.Tensor:
     """[T, 2, S] -> [T]: louder than silence."""
     return pieces.square().mean(dim=(1, 2)).sqrt() > SILENT
+
+
+def is_heard_twice(pieces: th.Tensor) -> th.Tensor:
+    """[T, 2, S] -> [T]: either channel louder than silence, without which there is no delay between them."""
+    return (pieces.square().mean(dim=2).sqrt() > SILENT).all(dim=1)
 
 
 def level_difference_db(pieces: th.Tensor) -> th.Tensor:
@@ -57,16 +64,23 @@ def correlation(audio: th.Tensor) -> float:
     return ((left * right).sum() / power).item() if power > TINY else float("nan")
 
 
+def _histogram(values: th.Tensor, edges: th.Tensor) -> th.Tensor:
+    """How many values [T] are in each of K bins [K], those beyond in the outermost; edges [K + 1]."""
+    return th.histogram(values.double().clamp(edges[0], edges[-1]), edges).hist
+
+
 def look(audio: th.Tensor, sample_rate: int) -> dict[str, th.Tensor]:
-    """[2, L] -> histograms of differences over stretches that are heard, their number, correlation (nan: undefined)."""
+    """[2, L] -> histograms of differences over stretches that are heard, their number, correlation (nan: undefined).
+
+    Delays are those of stretches in which both channels are heard.
+    """
     pieces = stretches(audio, sample_rate)
     pieces = pieces[is_heard(pieces)]
-    delays = time_difference(pieces, sample_rate) if len(pieces) else th.zeros(0)
-    levels = level_difference_db(pieces).float().clamp(LEVEL_BINS_DB[0], LEVEL_BINS_DB[-1])
-    limit = MAX_DELAY_SECONDS
+    both = pieces[is_heard_twice(pieces)]
+    delays = time_difference(both, sample_rate) if len(both) else th.zeros(0)
     return {
-        "levels": th.histogram(levels, LEVEL_BINS_DB).hist,
-        "delays": th.histc(delays.float().clamp(-limit, limit), DELAY_BINS, -limit, limit),
+        "levels": _histogram(level_difference_db(pieces), LEVEL_BINS_DB),
+        "delays": _histogram(delays, DELAY_BINS_SECONDS),
         "heard": th.tensor(float(len(pieces))),
         "correlation": th.tensor(correlation(audio)),
     }

@@ -10,6 +10,7 @@ import torch as th
 import torchaudio.functional as AF
 
 from .. import media
+from .stereo import SILENT
 
 cv2.setNumThreads(1)  # clips go through beside each other
 # Farneback's flow: scale between pyramid levels, levels, window, iterations, neighbourhood, its sigma, flags.
@@ -19,8 +20,8 @@ HOP_SECONDS, WINDOW_SECONDS = 0.01, 0.04  # of the spectra
 ONSET_NEIGHBOURS = 3  # spectra on either side than which an onset must be stronger,
 ONSET_SURROUNDINGS = 10  # over whose mean on either side it must stand out,
 ONSET_SHARE = 0.07  # by this share of the strongest one,
+ONSET_DB = 0.5  # and at least by this much: a steady sound has none,
 ONSET_PAUSE_SECONDS = 0.03  # and which may not follow each other faster
-SILENT = 1e-4  # RMS, -80 dB: a sound below has no onsets
 
 
 def motion(frames: th.Tensor) -> th.Tensor:
@@ -42,9 +43,10 @@ def motion_peaks(frames: th.Tensor, fps: float) -> list[float]:
 
 
 def spectral_flux(audio: th.Tensor, sample_rate: int) -> th.Tensor:
-    """[2, L] -> [T]: what log power gains from each spectrum to the next (every 10 ms), mean over mel bands.
+    """[2, L] -> [T]: dB that the power gains from each spectrum to the next (every 10 ms), mean over mel bands.
 
-    The power is that of both channels, so that opposite phases do not cancel.
+    The power is that of both channels, so that opposite phases do not cancel. 0 where either window leaves the clip:
+    a sound that is cut is no onset.
     """
     window = max(16, round(WINDOW_SECONDS * sample_rate))
     hop = max(1, round(HOP_SECONDS * sample_rate))
@@ -55,7 +57,9 @@ def spectral_flux(audio: th.Tensor, sample_rate: int) -> th.Tensor:
     mel = AF.melscale_fbanks(size // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate).T @ power
     level = 10 * mel.clamp(min=1e-10).log10()
     level = level.clamp(min=(level.max() - 80).item())
-    return th.nn.functional.pad(level.diff(dim=-1).clamp(min=0).mean(dim=0), (1, 0))
+    flux = th.nn.functional.pad(level.diff(dim=-1).clamp(min=0).mean(dim=0), (1, 0))
+    middle = th.arange(len(flux)) * hop
+    return flux.where((middle - hop >= window / 2) & (middle + window / 2 <= audio.shape[-1]), 0.0)
 
 
 def onsets(audio: th.Tensor, sample_rate: int) -> list[float]:
@@ -64,7 +68,8 @@ def onsets(audio: th.Tensor, sample_rate: int) -> list[float]:
         return []
     flux = spectral_flux(audio, sample_rate)
     strongest = _around(flux, ONSET_NEIGHBOURS).amax(dim=-1)
-    threshold = _around(flux, ONSET_SURROUNDINGS).mean(dim=-1) + ONSET_SHARE * flux.max()
+    stands_out = max(ONSET_SHARE * flux.max().item(), ONSET_DB)
+    threshold = _around(flux, ONSET_SURROUNDINGS).mean(dim=-1) + stands_out
     hop = max(1, round(HOP_SECONDS * sample_rate))
     found: list[float] = []
     for index in th.where((flux == strongest) & (flux > threshold))[0].tolist():
