@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch as th
 import torch.distributed as dist
 
@@ -100,7 +101,7 @@ class LossSecondMomentResampler(UniformSampler):
         self.counts = state["counts"].to(self.counts)
 
 
-def noise_level_weights(alphas_cumprod: Sequence[float], predicts_noise: bool, limit: float) -> th.Tensor:
+def noise_level_weights(alphas_cumprod: np.ndarray, predicts_noise: bool, limit: float) -> th.Tensor:
     """[T] weights of the squared error at each timestep, of mean one: SNR + 1 on the clip, up to `limit` times the
     least; 0: all alike, as published.
 
