@@ -73,6 +73,7 @@ class Variant:
 VARIANTS = {
     "shift": Variant("windows shifted at random; half of the clips mirrored, picture and channels together"),
     "no_shift": Variant("windows not shifted", {"cross_attention_shift": False}),
+    "unweighted": Variant("errors in all noise levels weighed alike, as published", {"loss_weight_limit": 0}),
     "picture_flip": Variant("every picture mirrored and no sound, as published", {"random_flip": False}, True),
     "easy": Variant(
         "as the demo: not shifted, predicts the clip", {"cross_attention_shift": False, "predict_xstart": True}
@@ -85,9 +86,10 @@ DEFAULTS = {
     "audio_fps": 1024,
     "num_channels": 32,
     "num_res_blocks": 1,
-    "channel_mult": "1,2,3,4",
+    "channel_mult": "1,1,2,2",
     "num_head_channels": 32,
-    "batch_size": 16,
+    "batch_size": 8,
+    "loss_weight_limit": 100,
     "lr": 1e-3,
     "lr_warmup_steps": 200,
     "grad_clip": 1.0,
@@ -148,6 +150,7 @@ def main() -> None:
     flags["data_dir"] = flags["data_dir"] or from_rank_0(lambda: write_clips(root / "data", flags["num_clips"], flags))
     held_out = read_clips(from_rank_0(lambda: write_clips(root / "held_out", flags["held_out_clips"], flags)), flags)
     data = read_clips(flags["data_dir"], flags, flags["drawn_clips"])
+    flags["cache_dir"] = flags["cache_dir"] or str(root / "cache")
     for name in names:
         variant = VARIANTS[name]
         run_flags = flags | variant.flags | {"output_dir": str(root / name)}
