@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch as th
 import torch.nn.functional as F
 from bench import Bench
-from einops import rearrange
+from einops import rearrange, reduce
 from measure import MOST_REPEATS, device, seconds_of
 from models import Size, build, forward_of, sample_of, train_loop
 from report import Figure
@@ -24,6 +24,7 @@ from torch import nn
 
 from mm_diffusion import nn as layers
 from mm_diffusion import train_util
+from mm_diffusion.modality import from_tokens, tokens
 from mm_diffusion.sampling import DTYPES, prepare
 
 BOTH = ("pass", "step")
@@ -54,6 +55,11 @@ def library_norm(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[in
     with th.autocast(x.device.type, enabled=False):
         y = F.group_norm(moved.flatten(0, apart - 1).flatten(2), layers.NORM_GROUPS, eps=eps)
         return th.addcmul(bias.float(), y.view(moved.shape).permute(back), weight.float()).to(x.dtype)
+
+
+def mean_of_axes(x: th.Tensor, kernel: tuple[int, int]) -> th.Tensor:
+    """Average pooling as mean over axes of the map."""
+    return from_tokens(reduce(tokens(x), "b (h s) (w t) c -> b h w c", "mean", s=kernel[0], t=kernel[1]))
 
 
 def sequence_conv(self: Any, x: th.Tensor) -> th.Tensor:
@@ -102,6 +108,16 @@ CHANGES = {
         "as two products, against torch's attention",
         lambda: patch.object(layers, "SHORT_SEQUENCE", 0),
         devices=("cpu",),
+    ),
+    "long attention": Change(
+        "likewise in bfloat16 without gradient, where the CPU has no matrix units",
+        lambda: patch.object(layers, "_slow_in_halves", lambda q: False),
+        ("pass",),
+        devices=("cpu",),
+        halves_only=True,
+    ),
+    "pooling": Change(
+        "as torch's pooling, against a mean over axes", lambda: patch.object(F, "avg_pool2d", mean_of_axes)
     ),
     "sound, convolutions": Change(
         "in two dimensions, against one",

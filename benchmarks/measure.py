@@ -82,7 +82,8 @@ def flop_of(function: Callable[[], object]) -> int:
 
 
 def tidy() -> None:
-    """Give the memory of models that are gone back to the GPU."""
+    """Forget compiled networks, of which torch keeps few, and give the memory of models that are gone to the GPU."""
+    th.compiler.reset()
     gc.collect()
     if th.cuda.is_available():
         th.cuda.empty_cache()

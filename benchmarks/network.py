@@ -68,10 +68,14 @@ def memory_of_pass(size: Size, precision: str, batch_size: int, recompute: bool 
 
 
 def memory_of_step(size: Size, precision: str, batch_size: int, recompute: bool) -> tuple[int, int]:
-    """Bytes (with the weights and their average, at the peak of a training step)."""
+    """Bytes (with the weights and their average, at the peak of two training steps).
+
+    The first makes the moments of the optimizer, which the second has beside its activations.
+    """
     with tempfile.TemporaryDirectory() as folder:
         loop = train_loop(size, precision, folder, use_checkpoint=recompute)
         batch, before = sample_of(loop.model, batch_size), memory()
-        loop.run_step(*batch)
+        for _ in range(2):
+            loop.run_step(*batch)
         synchronise()
         return before, peak_memory()

@@ -22,7 +22,7 @@ from models import MODELS, Size
 from report import HEAD, Report, compare, read
 
 from mm_diffusion import logger
-from mm_diffusion.dist_util import friendly_errors
+from mm_diffusion.dist_util import friendly_errors, tune_gpus
 from mm_diffusion.sampling import DTYPES, SAMPLERS, half_precision
 from mm_diffusion.script_util import Parser
 
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(contents) == 2:
         print(compare(*contents))
         return
+    tune_gpus()
     bench = make_bench(options)
     measure(bench, options.only)
     if contents:

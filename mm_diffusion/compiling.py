@@ -16,6 +16,7 @@ from .tree import to_device
 
 # What --compile says -> the mode of torch.compile; "" leaves the network as it is.
 MODES = {"false": "", "true": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # with CUDA graphs, whose outputs the next call overwrites
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -50,7 +51,7 @@ class Compiled(nn.Module):
         super().__init__()
         self.network: Any = network
         self.signature = inspect.signature(network.forward)
-        self.largest = 0
+        self.largest, self.has_graphs = 0, mode in GRAPH_MODES
         if "backend" not in options:
             options["mode"] = mode
         self.compiled = th.compile(network.forward, fullgraph=True, dynamic=False, **options)
@@ -63,8 +64,14 @@ class Compiled(nn.Module):
         if "video" in full:
             shifts = th.tensor(self.network.draw_shifts(full["video"].shape[1]))
             full["shifts"] = to_device(shifts, full["video"].device)
+        if self.has_graphs:
+            th.compiler.cudagraph_mark_step_begin()
         out = self.compiled(**full)
-        return tuple(x[:batch] for x in out) if isinstance(out, tuple) else out[:batch]
+        return tuple(map(self._kept, out, [batch] * len(out))) if isinstance(out, tuple) else self._kept(out, batch)
+
+    def _kept(self, out: th.Tensor, batch: int) -> th.Tensor:
+        """What was asked for, in memory of its own."""
+        return out[:batch].clone() if self.has_graphs else out[:batch]
 
 
 def _filled(x: th.Tensor, batch: int) -> th.Tensor:

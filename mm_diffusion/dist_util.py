@@ -61,10 +61,17 @@ def setup_dist(devices: str = "") -> World:
     device = _device(devices, local_rank)
     if device.type == "cuda":
         th.cuda.set_device(device)
+        tune_gpus()
     if size > 1 and not dist.is_initialized():
         _meet()
         _join(rank, size, device)
     return World(rank, size, local_rank, device)
+
+
+def tune_gpus() -> None:
+    """Convolutions by the kernel that is fastest for their sizes, which do not change; float32 is float32."""
+    th.backends.cudnn.benchmark = True
+    th.backends.cudnn.allow_tf32 = False
 
 
 # ------------------------------------------------------------ who started us

@@ -31,6 +31,7 @@ from .sampling import (
     Prepared,
     Sampler,
     choose_precision,
+    frames_that_fit,
     make_sampler,
     part_of,
     prepare,
@@ -121,15 +122,18 @@ def load_upsampler(
     own = config.precision if flags["sr_use_fp16"] is None else ""
     precision = choose_precision(own, sr_half(flags), device)
     prepared = _filled(model, path, weights, config, precision, device)
+    frames_at_once = config.sr_batch_size
 
     def upscale(index: int, video: th.Tensor, progress: Callable[[float], None]) -> th.Tensor:
+        nonlocal frames_at_once  # decided once: the free memory changes, and other sizes would be compiled anew
+        frames_at_once = frames_at_once or frames_that_fit(model, device, len(video))
         return upscale_video(
             prepared,
             sampler,
             video,
             config.seed,
             index,
-            frames_at_once=config.sr_batch_size,
+            frames_at_once=frames_at_once,
             noise=noise,
             device=device,
             progress=progress,

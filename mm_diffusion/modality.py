@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch as th
-from einops import rearrange, reduce, repeat
+import torch.nn.functional as F
+from einops import rearrange, repeat
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class Modality:
         return rearrange(x, f"{self.inside} -> {self.public}").contiguous()
 
     def downsample(self, x: th.Tensor) -> th.Tensor:
-        """Average pooling by `stride`."""
-        return from_tokens(reduce(tokens(x), f"{self._pooled()} -> b {self.grid} c", "mean"))
+        """Average pooling by `stride`, which leaves all axes but the last two alone."""
+        y = tokens(x)
+        plane = (1, *y.shape[1:-1])[-2:]
+        pooled = F.avg_pool2d(from_tokens(y.reshape(-1, *plane, y.shape[-1])), (1, *self.stride)[-2:])
+        grid = (n // s for n, s in zip(y.shape[1:-1], self.stride, strict=True))
+        return from_tokens(tokens(pooled).reshape(len(y), *grid, y.shape[-1]))
 
     def upsample(self, x: th.Tensor) -> th.Tensor:
         """Nearest neighbour by `stride`."""

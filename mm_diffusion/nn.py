@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch as th
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .modality import from_tokens, tokens
 
@@ -50,14 +52,14 @@ class _Normalize(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
-        long = x.device.type == "cpu" and math.prod([x.shape[d] for d in dims]) >= LONG_MAP
-        normalize = _native_normalize if long and x.dtype in HALVES else _exact_normalize
+        normalize = _normalize_for(x, dims)
         y, mean, rstd = normalize(x, weight, bias, dims, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
         ctx.dims, ctx.bias_shape = dims, bias.shape
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, mean, rstd, weight = ctx.saved_tensors
         grad, dims = grads[0], ctx.dims
@@ -79,6 +81,26 @@ class _Normalize(th.autograd.Function):
 
 
 Normalized = tuple[th.Tensor, th.Tensor, th.Tensor]  # and mean and 1 / standard deviation, [..., C] over the same axes
+
+
+def _normalize_for(x: th.Tensor, dims: list[int]) -> Callable[..., Normalized]:
+    """The fastest way that is exact enough for this dtype."""
+    if x.dtype not in HALVES:
+        return _exact_normalize
+    if x.device.type != "cpu":
+        return _moments_normalize
+    long = math.prod([x.shape[d] for d in dims]) >= LONG_MAP
+    return _native_normalize if long and dims[-1] == x.ndim - 2 else _exact_normalize
+
+
+def _moments_normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> Normalized:
+    """Of E[x] and E[x^2], summed in float32: three passes over a half-precision map, no float32 copy of it."""
+    count = math.prod([x.shape[d] for d in dims])
+    mean = _group_mean(x.mean(dims, keepdim=True, dtype=th.float32))
+    square = th.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=th.float32).square() / count
+    rstd = ((_group_mean(square) - mean.square()).clamp(min=0) + eps).rsqrt()
+    scale = rstd * weight
+    return th.addcmul(bias - mean * scale, x, scale, out=th.empty_like(x)), mean, rstd
 
 
 def _exact_normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> Normalized:
@@ -211,11 +233,12 @@ class FactorizedConv(nn.Module):
         self.temporal = nn.Conv1d(out_channels, out_channels, 3, padding=1)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        b, _, _, h, _ = x.shape
+        sizes = dict(zip("bfhw", tokens(x).shape[:-1], strict=True))
         y = self.spatial(rearrange(x, "b c f h w -> (b f) c h w"))
-        y = rearrange(y, "(b f) c h w -> b c f (h w)", b=b)
+        # By way of tokens: the strides of a single clip would otherwise not be read as channels-last.
+        y = from_tokens(rearrange(tokens(y), "(b f) h w c -> b f (h w) c", b=sizes["b"]))
         y = F.conv2d(y, self.temporal.weight.unsqueeze(-1), self.temporal.bias, padding=(1, 0))
-        return rearrange(y, "b c f (h w) -> b c f h w", h=h)
+        return from_tokens(tokens(y).reshape(*sizes.values(), -1))
 
 
 class VolumeConv(nn.Conv3d):
@@ -233,12 +256,20 @@ def attend(query: th.Tensor, key: th.Tensor, value: th.Tensor, num_heads: int) -
 
 def attend_heads(q: th.Tensor, k: th.Tensor, v: th.Tensor) -> th.Tensor:
     """Softmax attention of heads [N, H, Q, D] on [N, H, K, D] -> [N, Q, H D]."""
-    if q.device.type == "cpu" and k.shape[-2] < SHORT_SEQUENCE:
+    if q.device.type == "cpu" and (k.shape[-2] < SHORT_SEQUENCE or _slow_in_halves(q)):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        out = scores.float().softmax(dim=-1).to(v.dtype) @ v
+        out = scores.softmax(dim=-1) @ v  # which computes in float32 inside
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return rearrange(out, "n h t d -> n t (h d)")
+
+
+def _slow_in_halves(q: th.Tensor) -> bool:
+    """Whether torch's attention is slower than two products: in bfloat16 on CPUs that have no matrix units for it.
+
+    Where a gradient is wanted it is used all the same, since it does not keep the scores.
+    """
+    return q.dtype is th.bfloat16 and not q.requires_grad and not th.cpu._is_amx_tile_supported()
 
 
 class SelfAttention(nn.Module):

@@ -94,6 +94,9 @@ class Prepared(nn.Module):
     def __init__(self, model: nn.Module, precision: str, compile_mode: str = "", **options: Any) -> None:
         super().__init__()
         self.model: Any = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
+        for weight in self.model.parameters():
+            if weight.ndim == 4:  # of a convolution in two dimensions, which would rearrange it at every call
+                weight.data = weight.data.contiguous(memory_format=th.channels_last)
         self.precision = precision
         self.run: nn.Module = Compiled(self.model, compile_mode, **options).eval() if compile_mode else self.model
 
@@ -235,10 +238,10 @@ def upscale_video(
         )
     if noise is None:
         noise = th.randn(3, size, size, generator=rng.generator(seed, "upsampler", index))
-    chunk = frames_at_once or frames_that_fit(network, th.device(device), num_frames)
-    done = []
-    for start in range(0, num_frames, chunk):
-        low_res = to_device(video[start : start + chunk], device)
+    most = frames_at_once or frames_that_fit(network, th.device(device), num_frames)
+    done: list[th.Tensor] = []
+    for part in video.tensor_split(math.ceil(num_frames / most)):  # alike in size, as compiled networks want them
+        low_res, start = to_device(part, device), sum(map(len, done))
         generators = [rng.generator(seed, "upsampler step", index)] * len(low_res)  # one: the frames share its noise
         x_T = to_device(noise, device).expand(len(low_res), -1, -1, -1)
         report = part_of(progress, start / num_frames, (start + len(low_res)) / num_frames)

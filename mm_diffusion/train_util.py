@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import checkpoint, logger, rng, states
 from .checkpoint import CheckpointError
-from .compiling import Compiled, compile_mode
+from .compiling import GRAPH_MODES, Compiled, compile_mode
 from .datasets import prefetch_to_device
 from .dist_util import ALONE, World, all_sum, barrier, from_rank_0, max_of_ranks
 from .gaussian_diffusion import GaussianDiffusion, ModelMeanType
@@ -398,9 +398,9 @@ class TrainLoop:
         if not isinstance(held, dict) or "param_groups" not in held:
             raise CheckpointError(f"{path}: holds no optimizer state")
         rest: Any = held.pop("train", {})
-        self.optimizer.load_state_dict(held)
-        for group in self.optimizer.param_groups:
+        for group in held["param_groups"]:  # before it is loaded: a fused optimizer counts its steps on the device
             group |= {"weight_decay": self.config.weight_decay, "fused": True}
+        self.optimizer.load_state_dict(held)
         self.sampler.load_state_dict(rest.get("schedule_sampler", {}))
         if self.precision == rest.get("precision") == "fp16":
             self.log_loss_scale.copy_(rest["log_loss_scale"])
@@ -544,6 +544,10 @@ def check_train_config(config: TrainConfig) -> None:
             raise ValueError(f"{name} {getattr(config, name)}: must not be negative")
     if 0 < config.loss_weight_limit < 1:
         raise ValueError(f"loss_weight_limit {config.loss_weight_limit}: need at least 1, or 0 for equal weights")
-    compile_mode(config.compile)
+    cut = 0 < config.microbatch < config.batch_size
+    if compile_mode(config.compile) in GRAPH_MODES and cut:
+        raise ValueError(
+            f"microbatch {config.microbatch}: a CUDA graph's gradients do not outlive the next microbatch; compile True"
+        )
     if not config.output_dir:
         raise ValueError("output_dir is empty: say where the checkpoints go with --output_dir")

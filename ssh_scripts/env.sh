@@ -10,6 +10,8 @@ esac
 # Large tensors come and go at every step; given back to the system each time, they cost a third of the time on CPUs.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-68719476736}
+# On GPUs segments that grow waste less where sizes vary, as in adaptive sampling.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # The scripts find the package in this checkout, installed or not.
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}

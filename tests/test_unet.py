@@ -1,6 +1,7 @@
 """The coupled U-Net: recorded figures of the published one, and properties it must have."""
 
 import copy
+import math
 
 import golden_data
 import pytest
@@ -8,10 +9,10 @@ import tiny
 import torch as th
 import torch.nn.functional as F
 
-from mm_diffusion import unet
+from mm_diffusion import nn, unet
 from mm_diffusion.checkpoint import load_weights, published_names, published_state_dict
 from mm_diffusion.modality import AUDIO, VIDEO, tokens
-from mm_diffusion.nn import LONG_MAP, Dropout, GroupNorm32, SelfAttention
+from mm_diffusion.nn import LONG_MAP, Dropout, FactorizedConv, GroupNorm32, SelfAttention
 from mm_diffusion.sampling import prepare
 from mm_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from mm_diffusion.train_util import update_ema
@@ -369,7 +370,9 @@ def test_a_new_model_predicts_zero():
     assert all(out.eq(0).all() for out in run(model, *tiny.inputs()))
 
 
-def test_every_map_between_blocks_stays_channels_last():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_map_between_layers_stays_channels_last(batch):
+    """A single clip's batch axis has strides of its own; norms write canonical ones whatever they read."""
     model, odd = tiny.build()[0], []
 
     def look(module, args, output):
@@ -377,11 +380,11 @@ def test_every_map_between_blocks_stays_channels_last():
             if out.ndim > 2 and not tokens(out).is_contiguous():
                 odd.append(type(module).__name__)
 
-    layers = (ResBlock, CrossAttention, SelfAttention, GroupNorm32, th.nn.Conv2d, th.nn.Conv1d)
+    layers = (ResBlock, CrossAttention, SelfAttention, GroupNorm32, FactorizedConv, th.nn.Conv2d, th.nn.Conv1d)
     for module in model.modules():
         if isinstance(module, layers):
             module.register_forward_hook(look)
-    run(model, *tiny.inputs())
+    run(model, *(x[:batch] for x in tiny.inputs()))
     assert odd == []
 
 
@@ -464,9 +467,14 @@ def test_a_model_that_cannot_be_is_refused_when_built_with_the_flag_named(culpri
 
 @pytest.mark.parametrize("dtype", [th.bfloat16, th.float16])
 @pytest.mark.parametrize(("batch", "per_sample"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("length", [LONG_MAP - 1, LONG_MAP])  # either side of where the kernel changes
-def test_norms_in_half_precision_are_those_of_float32_but_for_rounding(dtype, batch, per_sample, length):
+@pytest.mark.parametrize("way", [LONG_MAP - 1, LONG_MAP, "as on GPUs"])  # either side of where the kernel changes
+def test_norms_in_half_precision_are_those_of_float32_but_for_rounding(dtype, batch, per_sample, way, monkeypatch):
     th.manual_seed(0)
+    length = way
+    if way == "as on GPUs":
+        length, usual = LONG_MAP, nn._normalize_for
+        halves = {dtype: nn._moments_normalize}
+        monkeypatch.setattr(nn, "_normalize_for", lambda x, dims: halves.get(x.dtype, usual(x, dims)))
     norm = GroupNorm32(64)
     x = (3 + th.randn(batch, length, 64)).to(dtype).movedim(-1, 1)
     scale_shift = th.randn(batch, 128) if per_sample else None
@@ -478,6 +486,30 @@ def test_norms_in_half_precision_are_those_of_float32_but_for_rounding(dtype, ba
         grads.append(map_.grad.float())
     for half, full in (outs, grads):
         assert (half - full).abs().max() < 1.5 * th.finfo(dtype).eps * full.abs().max()
+
+
+@pytest.mark.parametrize("dims", [[1], [2], [1, 2]])
+def test_norms_in_half_precision_are_taken_over_the_axes_asked_for(dims):
+    """Of tokens as long as the native kernel takes them, whichever axes they are on."""
+    th.manual_seed(0)
+    x = (th.randn(1, LONG_MAP, LONG_MAP // 256, 32) * th.arange(1, 5).view(1, 1, 4, 1)).bfloat16()
+    norm = GroupNorm32(32)
+    apart = [axis for axis in (1, 2) if axis not in dims]
+    moved = x.double().permute(0, *apart, 3, *dims)
+    wanted = F.group_norm(moved.reshape(-1, 32, math.prod(x.shape[d] for d in dims)), 32).view(moved.shape)
+    got = norm.over(x, dims).double().permute(0, *apart, 3, *dims)
+    assert (got - wanted).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("keys", [20, 300])
+def test_attention_in_bfloat16_is_that_of_float32_but_for_rounding(keys):
+    th.manual_seed(0)
+    q, k, v = (th.randn(2, 4, n, 16) for n in (50, keys, keys))
+    exact = nn.attend_heads(q, k, v)
+    half = nn.attend_heads(*(x.bfloat16() for x in (q, k, v)))
+    with_gradient = nn.attend_heads(*(x.bfloat16().requires_grad_() for x in (q, k, v)))
+    for rough in (half, with_gradient):
+        assert (rough.float() - exact).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("offset", [0, 3, 100])

@@ -257,6 +257,15 @@ def test_frames_of_another_size_are_refused():
         upscale_video(model, sampler, th.zeros(2, 3, 16, 16), 0, 0)
 
 
+def test_chunks_of_frames_are_alike_so_that_compiled_networks_fill_up_little():
+    """Cut at the limit, 19 of 20 frames would leave one, which a compiled network fills up to 19."""
+    model, sampler = upsampler("ddim")
+    sizes = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    upscale_video(model, sampler, frames().repeat(4, 1, 1, 1)[:20], 3, 7, frames_at_once=19)
+    assert set(sizes) == {10}
+
+
 def test_the_automatic_chunk_shrinks_with_the_size_of_the_pictures():
     with th.device("meta"):
         large, small = (image_sr_create_model_and_diffusion(large_size=size, small_size=64)[0] for size in (512, 256))
