@@ -17,7 +17,7 @@ import torch as th
 import torch.nn.functional as F
 from bench import Bench
 from einops import rearrange, reduce
-from measure import MOST_REPEATS, device, seconds_of
+from measure import LONG_CALL, MOST_REPEATS, device, seconds_of
 from models import Size, build, forward_of, sample_of, train_loop
 from report import Figure
 from torch import nn
@@ -184,14 +184,12 @@ def add_ratio(
     ratios: list[float] = []
     spent = 0.0
     with bench.report.trying("changes", name, what, precision):
-        for warming in (True, *[False] * MOST_REPEATS):
+        while len(ratios) < MOST_REPEATS and (not ratios or spent < bench.seconds):
             with undo():
                 without = seconds_of(other)
             kept = seconds_of(call)
-            spent += without + kept
-            if not warming:
+            if spent or without + kept > LONG_CALL:  # else this has been to warm up
                 ratios.append(without / kept)
-            if ratios and spent > bench.seconds:
-                break
+            spent += without + kept
         facts = {"note": text, "seconds_without": without, "seconds_with": kept}
         bench.report.add(Figure("changes", name, what, ratios, "x", precision, "", facts))
