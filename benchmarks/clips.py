@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm_diffusion.drawing import SR_DDIM_STEPS, write_sample
 from mm_diffusion.sampling import Prepared, make_sampler, prepare, sample_joint, upscale_video
-from mm_diffusion.script_util import SR, DataConfig
+from mm_diffusion.script_util import SR, DataConfig, SampleConfig
 from mm_diffusion.tree import Tree, tree_map
 
 RESPACING = {"ddim": "ddim50"}  # ddpm takes all steps
 SR_SAMPLER = "ddim"
 FIXED_STEPS = "dpm_solver"  # the sampler of the comparison of precisions: it takes the same steps in all of them
+LAUNCHED = SampleConfig.all_save_num
 SURE = 0.02  # the share of the time allowed after which it can be told how long all will take
 
 
@@ -67,13 +68,15 @@ def timed(bench: Bench, model: Prepared, draw: Callable[..., Tree]) -> Drawn:
 
 
 def draw_clip(bench: Bench, name: str, precision: str, sampler: str) -> Drawn:
-    """One clip of the joint model of this name; drawn once."""
+    """A batch of clips of the joint model of this name; drawn once."""
     key = ("clip", name, precision, sampler)
     if key not in bench.drawn:
         model, diffusion = build(bench.sizes[name], timestep_respacing=RESPACING.get(sampler, ""))
         prepared, draw = prepare(model, precision), make_sampler(sampler, diffusion)
+        forward_of(prepared, bench.batch_size)()  # what is chosen or loaded at the first pass
+        clips = range(bench.batch_size)
         bench.drawn[key] = timed(
-            bench, prepared, lambda progress: sample_joint(prepared, draw, [0], SEED, device(), progress)
+            bench, prepared, lambda progress: sample_joint(prepared, draw, clips, SEED, device(), progress)
         )
     return bench.drawn[key]
 
@@ -85,6 +88,8 @@ def upscaled(bench: Bench, name: str, precision: str, num_frames: int) -> Drawn:
         model, diffusion = build(bench.sizes[name], **{f"{SR}timestep_respacing": str(SR_DDIM_STEPS)})
         prepared, draw = prepare(model, precision), make_sampler(SR_SAMPLER, diffusion)
         frames = sample_of(model, num_frames)[1]["low_res"].cpu()
+
+        forward_of(prepared, 1)()
 
         def run(progress: Callable) -> th.Tensor:
             return upscale_video(prepared, draw, frames, SEED, 0, device=device(), progress=progress)
@@ -130,7 +135,7 @@ def frames_of(bench: Bench, name: str) -> int:
 
 
 def sample_by(bench: Bench, name: str, precision: str, sampler: str, large: Drawn | None) -> None:
-    """Figures of drawing, of writing, and of all of it."""
+    """Figures of drawing a batch, of writing a clip, and of all of it for a clip, one after the other."""
     drawn = draw_clip(bench, name, precision, sampler)
     add(bench, name, f"draw, {sampler}", precision, drawn)
     assert isinstance(drawn.sample, dict)
@@ -138,9 +143,10 @@ def sample_by(bench: Bench, name: str, precision: str, sampler: str, large: Draw
     with tempfile.TemporaryDirectory() as folder:
         writing = seconds_of(lambda: write_sample(folder, "clip", *arguments, large.sample if large else None))
     bench.report.add(Figure("sampling", name, f"write, {sampler}", [writing], "s", precision))
-    whole = drawn.seconds + writing + (large.seconds if large else 0)
+    whole = drawn.seconds / bench.batch_size + writing + (large.seconds if large else 0)
     parts = "draw, upsample, write" if large else "draw, write"
-    bench.report.add(Figure("sampling", name, f"{parts}, {sampler}", [whole], "s", precision))
+    facts = {f"minutes_for_{LAUNCHED}": LAUNCHED * whole / 60}
+    bench.report.add(Figure("sampling", name, f"{parts}, {sampler}", [whole], "s", precision, "", facts))
 
 
 def add(bench: Bench, name: str, what: str, precision: str, done: Drawn) -> None:

@@ -2,6 +2,9 @@
 
 import copy
 import math
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from unittest.mock import patch
 
 import golden_data
 import pytest
@@ -41,11 +44,38 @@ def run(model, *inputs, shift="max"):
 # Recorded figures
 
 
-@pytest.mark.parametrize("case", BASE)
-def test_the_network_gives_the_published_figures(case):
+@contextmanager
+def as_on_gpus():
+    """The branches of the layers that a GPU takes."""
+    with (
+        patch.object(nn, "linear", F.linear),
+        patch.object(nn, "SHORT_SEQUENCE", 0),
+        patch.object(nn, "CHUNK", 2**60),
+    ):
+        yield
+
+
+# Every way to run the network, and where.
+WAYS = {
+    "as on CPUs": (lambda model: model, nullcontext),
+    "as on GPUs": (lambda model: model, as_on_gpus),
+    "prepared": (prepare, nullcontext),
+    "compiled": (partial(prepare, compile_mode="default", backend="eager"), as_on_gpus),
+}
+SLOW_TO_COMPILE = [(case, "compiled") for case in BASE[1:]]  # one is enough
+
+
+@pytest.mark.parametrize(
+    ("case", "way"), [(case, way) for case in BASE for way in WAYS if (case, way) not in SLOW_TO_COMPILE]
+)
+def test_the_network_gives_the_published_figures_in_whatever_way_it_is_run(case, way):
     facts = INDEX[case]
     model = tiny.filled(create_model_and_diffusion(**facts["config"])[0]).eval()
-    out = run(model, *recorded_inputs(case).values(), th.tensor(facts["timesteps"]), shift=facts["policy"])
+    prepared, place = WAYS[way]
+    with place():
+        out = run(
+            prepared(model), *recorded_inputs(case).values(), th.tensor(facts["timesteps"]), shift=facts["policy"]
+        )
     for name, value in zip(("video_out", "audio_out"), out, strict=True):
         wanted = th.from_numpy(golden_data.arrays(case)[name])
         if facts["config"]["learn_sigma"] and name == "audio_out":
