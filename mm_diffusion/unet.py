@@ -387,6 +387,7 @@ class UNet(nn.Module):
         for blocks in self.output_blocks:
             skip = skips.pop()
             h = {name: concat_channels(x, skip[name]) for name, x in h.items()}
+            del skip  # not needed beside what is computed from it
             h = self._run(blocks, h, emb, recompute, shifts)
         return h
 
