@@ -9,6 +9,8 @@ from measure import median
 from models import Size, forward_flop
 from report import Figure, Report
 
+CALLS = ("pass", "step")
+
 
 @dataclass
 class Bench:
@@ -22,6 +24,7 @@ class Bench:
     seconds: float = 30.0
     longest: float = 300.0
     batch_size: int = 1
+    calls: tuple[str, ...] = CALLS
     quick: bool = False
     drawn: dict[tuple[str, ...], Any] = field(default_factory=dict)  # what clips.py has sampled already
     _rates: dict[tuple[str, str], float] = field(default_factory=dict)

@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch as th
 import torch.nn.functional as F
-from bench import Bench
+from bench import CALLS, Bench
 from einops import rearrange, reduce
 from measure import LONG_CALL, MOST_REPEATS, device, seconds_of
 from models import Size, build, forward_of, sample_of, train_loop
@@ -26,8 +27,7 @@ from mm_diffusion import nn as layers
 from mm_diffusion import train_util
 from mm_diffusion.modality import from_tokens, tokens
 from mm_diffusion.sampling import DTYPES, prepare
-
-BOTH = ("pass", "step")
+from mm_diffusion.script_util import SR
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Change:
 
     text: str
     undo: Callable[[], AbstractContextManager]
-    calls: tuple[str, ...] = BOTH
+    calls: tuple[str, ...] = CALLS
     devices: tuple[str, ...] = ("cpu", "cuda")
     halves_only: bool = False
 
@@ -136,14 +136,15 @@ CHANGES = {
 def measure_changes(bench: Bench) -> None:
     """The section "changes"."""
     for name, size, precision in bench.each():
-        model = prepare(build(size)[0], precision)
-        compare_all(bench, name, "pass", precision, forward_of(model, bench.batch_size))
-        under_autocast(bench, name, size, precision)
-        with tempfile.TemporaryDirectory() as folder:
-            loop = train_loop(size, precision, folder, dropout=0.1) if not size.upsampler else None
-            if loop:
+        if "pass" in bench.calls:
+            model = prepare(build(size)[0], precision)
+            compare_all(bench, name, "pass", precision, forward_of(model, bench.batch_size))
+            under_autocast(bench, name, size, precision)
+        if "step" in bench.calls:
+            with tempfile.TemporaryDirectory() as folder:
+                loop = train_loop(size, precision, folder, **{f"{SR if size.upsampler else ''}dropout": 0.1})
                 batch = sample_of(loop.model, bench.batch_size)
-                compare_all(bench, name, "step", precision, lambda step=loop.run_step, b=batch: step(*b))
+                compare_all(bench, name, "step", precision, partial(loop.run_step, *batch))
 
 
 def compare_all(bench: Bench, name: str, what: str, precision: str, call: Callable[[], object]) -> None:

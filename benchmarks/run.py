@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import network
-from bench import Bench, measure_rates
+from bench import CALLS, Bench, measure_rates
 from breakdown import measure_breakdown
 from changes import measure_changes
 from checkpoint import measure_checkpoint
@@ -77,6 +77,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--variants", nargs="+", choices=network.VARIANTS, default=[*network.VARIANTS[: 3 if on_gpu else 2]],
         help="activations kept (plain) or recomputed for the gradient, torch.compile",
     )  # fmt: skip
+    parser.add_argument(
+        "--calls", nargs="+", choices=CALLS, default=list(CALLS), help="of the section changes: passes, training steps"
+    )
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="to draw a clip with")
     parser.add_argument(
         "--batch_size", type=int, default=1, help="clips, or pictures, of a pass and of a training step"
@@ -123,7 +126,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "compare")}
     shared = {
         name: settings[name]
-        for name in ("precisions", "variants", "samplers", "seconds", "longest", "batch_size", "quick")
+        for name in ("precisions", "variants", "samplers", "seconds", "longest", "batch_size", "calls", "quick")
     }
     report = Report(settings, Path(options.json) if options.json else None)
     return Bench(report, with_weights(options.models, options.weights), **shared)
