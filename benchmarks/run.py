@@ -39,7 +39,7 @@ SECTIONS = {
     "changes": measure_changes,
 }
 ASKED_FOR = ("changes",)
-COMPILING = "a compiler takes minutes for a model; ask for it with --variants plain checkpointed compiled"
+COMPILING = "a compiler takes minutes for a model; ask for it with --variants"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,8 +74,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--precisions", nargs="+", choices=DTYPES, default=["fp32", half_precision(device())], help="to measure in"
     )
     parser.add_argument(
-        "--variants", nargs="+", choices=network.VARIANTS, default=[*network.VARIANTS[: 3 if on_gpu else 2]],
-        help="activations kept (plain) or recomputed for the gradient, torch.compile",
+        "--variants", nargs="+", choices=network.VARIANTS, default=[*network.RECOMPUTED, *["compiled"] * on_gpu],
+        help="activations kept (plain) or recomputed for the gradient (all, or of the finest maps), torch.compile",
     )  # fmt: skip
     parser.add_argument(
         "--calls", nargs="+", choices=CALLS, default=list(CALLS), help="of the section changes: passes, training steps"

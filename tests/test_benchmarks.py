@@ -125,7 +125,7 @@ def test_what_will_take_too_long_is_broken_off_and_says_how_long():
 def test_a_process_that_is_killed_is_a_figure_left_out_and_memory_is_that_of_the_call():
     with pytest.raises(measure.LeftOut, match="killed"):
         measure.apart(os._exit, 9)
-    before, peak = measure.apart(network.memory_of_step, MODELS["small_base"], "fp32", 1, False)
+    before, peak = measure.apart(network.memory_of_step, MODELS["small_base"], "fp32", 1, {})
     weights = sum(p.numel() * p.element_size() for p in models.build(MODELS["small_base"])[0].parameters())
     assert peak - before > 3 * weights  # the gradient and two moments
 
