@@ -103,9 +103,7 @@ class TrainLoop:
                 self.forward_model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
-        predicts_noise = diffusion.model_mean_type is ModelMeanType.EPSILON
-        limit = config.loss_weight_limit
-        self.level_weights = noise_level_weights(diffusion.alphas_cumprod, predicts_noise, limit).to(world.device)
+        self.level_weights = _level_weights(diffusion, config.loss_weight_limit).to(world.device)
         self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
         self.optimizer = th.optim.AdamW(
             self.params, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
@@ -118,8 +116,7 @@ class TrainLoop:
         self.skipped = th.zeros(3, device=world.device)
         self.step = 0  # optimizer steps done
         self.samples = 0  # used by all ranks together
-        self.saved_step = -1
-        self.started = time.monotonic()
+        self.saved_step, self.started = -1, time.monotonic()
         if state:
             self._resume(*state)
         if world.rank == 0:
@@ -417,6 +414,11 @@ class TrainLoop:
             logger.log(
                 f"note: {before[0]} ranks of {before[1]} samples before, now {ranks} of {size}; data goes on in order"
             )
+
+
+def _level_weights(diffusion: GaussianDiffusion, limit: float) -> th.Tensor:
+    predicts_noise = diffusion.model_mean_type is ModelMeanType.EPSILON
+    return noise_level_weights(diffusion.alphas_cumprod, predicts_noise, limit)
 
 
 def origin_of(config: TrainConfig) -> str:
