@@ -294,6 +294,10 @@ class OutputConv(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
+def _joined(h: Maps, skip: Maps) -> Maps:
+    return {name: concat_channels(x, skip[name]) for name, x in h.items()}
+
+
 class _Rates:
     """Which maps of a walk down and up are at the chosen downsample rates (`checkpoint_resolutions`; none: all)."""
 
@@ -385,9 +389,7 @@ class UNet(nn.Module):
             skips.append(h)
         h = self._run(getattr(self, self.middle), h, emb, recompute, shifts)
         for blocks in self.output_blocks:
-            skip = skips.pop()
-            h = {name: concat_channels(x, skip[name]) for name, x in h.items()}
-            del skip  # not needed beside what is computed from it
+            h = _joined(h, skips.pop())
             h = self._run(blocks, h, emb, recompute, shifts)
         return h
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 120
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--headless=new", "--no-sandbox", "--mute-audio", "--disable-gpu", "--disable-dev-shm-usage"]
 FLAGS += ["--no-first-run", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"]
@@ -63,7 +63,7 @@ class Page:
             awaitPromise=True,
             returnByValue=True,
             userGesture=True,
-            timeout=20000,
+            timeout=60000,
         )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -102,9 +102,9 @@ def chromium(profile: Path) -> Iterator[Page]:
     finally:
         process.terminate()
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(timeout=10)
+            process.wait(timeout=60)
         os.close(in_write)
         os.close(out_read)
