@@ -80,9 +80,6 @@ VARIANTS = {
     ),
     "shift": Variant("windows shifted at random, as published; predicts the clip"),
     "noise": Variant("windows shifted at random; predicts the noise, as published", {"predict_xstart": False}),
-    "weighted_noise": Variant(
-        "the same, errors weighed by SNR + 1", {"predict_xstart": False, "loss_weight_limit": 100.0}
-    ),
 }
 DEFAULTS = {
     "video_size": "8,3,16,16",

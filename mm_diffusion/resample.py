@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch as th
 import torch.distributed as dist
 
@@ -99,22 +98,6 @@ class LossSecondMomentResampler(UniformSampler):
                 )
         self.losses = state["losses"].to(self.losses)
         self.counts = state["counts"].to(self.counts)
-
-
-def noise_level_weights(alphas_cumprod: np.ndarray, predicts_noise: bool, limit: float) -> th.Tensor:
-    """[T] weights of the squared error at each timestep, of mean one: SNR + 1 on the clip, up to `limit` times the
-    least; 0: all alike, as published.
-
-    The error of the noise is SNR times that of the clip, so that it is weighted by 1 + 1 / SNR (arXiv 2202.00512,
-    section 4): what is decided in strong noise, as where things are and whether modalities agree, counts for more.
-    """
-    alpha_bar = th.as_tensor(alphas_cumprod, dtype=th.float64)
-    if not limit:
-        return th.ones(len(alpha_bar))
-    snr = alpha_bar / (1 - alpha_bar)
-    weights = 1 + (1 / snr if predicts_noise else snr)
-    weights = weights.clamp(max=limit * float(weights.min()))
-    return (weights / weights.mean()).float()
 
 
 SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

@@ -148,9 +148,6 @@ class TrainConfig:
     """The trainer."""
 
     schedule_sampler: str = flag("uniform", "how timesteps are drawn: uniform or loss-second-moment")
-    loss_weight_limit: float = flag(
-        0.0, "weigh the errors by SNR + 1 on the clip, up to this many times the least; 0: alike, as published"
-    )
     lr: float = flag(2e-4, "learning rate")
     weight_decay: float = flag(0.0, "of AdamW")
     lr_anneal_steps: int = flag(0, "go linearly to 0 over this many steps and stop; 0: constant, no end")

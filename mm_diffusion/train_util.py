@@ -22,8 +22,8 @@ from .checkpoint import CheckpointError
 from .compiling import GRAPH_MODES, Compiled, compile_mode
 from .datasets import prefetch_to_device
 from .dist_util import ALONE, World, all_sum, barrier, from_rank_0, max_of_ranks
-from .gaussian_diffusion import GaussianDiffusion, ModelMeanType
-from .resample import create_named_schedule_sampler, noise_level_weights
+from .gaussian_diffusion import GaussianDiffusion
+from .resample import create_named_schedule_sampler
 from .sampling import DTYPES, bind, choose_precision
 from .script_util import CARRIED_FLAGS, TrainConfig, merge_checkpoint_flags, pick
 from .tree import Tree, leaves, randn_like, tree_map
@@ -33,7 +33,7 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 QUARTILES = 4
 LATE, SIGNALLED = 1, 2  # reasons to stop, the stronger one last
 NOT_NEGATIVE = ["lr", "weight_decay", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "preview_clips", "max_steps"]
-NOT_NEGATIVE += ["loss_weight_limit", "max_hours", "max_skipped_steps", "keep_last", "keep_every"]
+NOT_NEGATIVE += ["max_hours", "max_skipped_steps", "keep_last", "keep_every"]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -103,7 +103,6 @@ class TrainLoop:
                 self.forward_model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
-        self.level_weights = _level_weights(diffusion, config.loss_weight_limit).to(world.device)
         self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
         self.optimizer = th.optim.AdamW(
             self.params, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
@@ -218,19 +217,18 @@ class TrainLoop:
         return ranks.no_sync() if isinstance(ranks, DistributedDataParallel) else contextlib.nullcontext()
 
     def _microbatch(self, part: list[Any], share: float) -> th.Tensor:
-        """Add the gradient of `share` times the summed losses; returns the losses [B] without importance weights."""
+        """Add the gradient of `share` times the summed weighted losses; returns the losses [B] without weights."""
         x_start, cond, t, noise, weights = part
         shifts = rng.generator(self.config.seed, self.step, "window shift")  # the same for every microbatch and rank
         with window_shift(shifts):
             with th.autocast(self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
                 terms = self.diffusion.training_losses(bind(self.forward_model, cond), x_start, t, noise)
-            losses = terms["loss"] * self.level_weights[t]
-            loss = (losses * weights).sum() * share
+            loss = (terms["loss"] * weights).sum() * share
             (loss * 2**self.log_loss_scale if self.precision == "fp16" else loss).backward()
         self._note("quartile", QUARTILES * t // self.diffusion.num_timesteps)
         for name, term in terms.items():
             self._note(f"term {name}", term.detach() * weights)
-        return losses.detach()
+        return terms["loss"].detach()
 
     def _optimize(self) -> th.Tensor:
         """Clip, step, average; returns the norm of the gradient before clipping.
@@ -416,11 +414,6 @@ class TrainLoop:
             )
 
 
-def _level_weights(diffusion: GaussianDiffusion, limit: float) -> th.Tensor:
-    predicts_noise = diffusion.model_mean_type is ModelMeanType.EPSILON
-    return noise_level_weights(diffusion.alphas_cumprod, predicts_noise, limit)
-
-
 def origin_of(config: TrainConfig) -> str:
     """What tells states of a run that was told to resume another checkpoint from all others; "" for other runs."""
     path = config.resume_checkpoint
@@ -544,8 +537,6 @@ def check_train_config(config: TrainConfig) -> None:
     for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise ValueError(f"{name} {getattr(config, name)}: must not be negative")
-    if 0 < config.loss_weight_limit < 1:
-        raise ValueError(f"loss_weight_limit {config.loss_weight_limit}: need at least 1, or 0 for equal weights")
     cut = 0 < config.microbatch < config.batch_size
     if compile_mode(config.compile) in GRAPH_MODES and cut:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Timestep samplers: unbiased weights, the published proportions, ranks and restarts."""
 
-import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
@@ -10,7 +9,6 @@ from mm_diffusion.resample import (
     LossSecondMomentResampler,
     UniformSampler,
     create_named_schedule_sampler,
-    noise_level_weights,
 )
 
 
@@ -32,26 +30,6 @@ def test_uniform_weights_are_one_and_every_timestep_occurs():
     assert t.dtype == th.long
     assert sorted(t.unique().tolist()) == list(range(7))
     th.testing.assert_close(weights, th.ones(1000))
-
-
-ALPHA_BAR = np.linspace(0.99, 0.01, 50)
-
-
-def test_weighted_by_noise_level_an_error_counts_alike_whatever_the_model_predicts():
-    """The squared error of the noise is SNR times that of the clip."""
-    of_noise, of_clip = (noise_level_weights(ALPHA_BAR, predicts, 1e9).double() for predicts in (True, False))
-    snr = th.from_numpy(ALPHA_BAR / (1 - ALPHA_BAR))
-    ratio = of_noise * snr / of_clip
-    th.testing.assert_close(ratio, ratio[:1].expand(50))
-    th.testing.assert_close(of_clip / of_clip[-1], (snr + 1) / (snr[-1] + 1))
-
-
-@pytest.mark.parametrize("predicts_noise", [True, False])
-def test_noise_level_weights_keep_their_mean_and_their_limit(predicts_noise):
-    weights = noise_level_weights(ALPHA_BAR, predicts_noise, 5)
-    assert float(weights.mean()) == pytest.approx(1)
-    assert float(weights.max() / weights.min()) == pytest.approx(5)
-    assert noise_level_weights(ALPHA_BAR, predicts_noise, 0).equal(th.ones(50))
 
 
 def test_second_moment_is_uniform_until_every_timestep_has_its_history():
