@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch as th
 import torch.nn.functional as F
-from measure import device, flop_of, median, repeat
+from measure import device, flop_of, repeat
 from report import Figure
 
 from mm_diffusion.sampling import DTYPES
@@ -54,7 +54,3 @@ def copy_rate(budget: float) -> Figure:
 def _shape(kind: str) -> str:
     size = SIZES[device().type]["matrix" if kind == "matrix" else "map"]
     return "product" + f" {size}" if kind == "matrix" else f"3x3 {'x'.join(map(str, size))}"
-
-
-def middle(figure: Figure) -> float:
-    return median(figure.repeats)

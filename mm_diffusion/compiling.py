@@ -67,7 +67,7 @@ class Compiled(nn.Module):
         if self.has_graphs:
             th.compiler.cudagraph_mark_step_begin()
         out = self.compiled(**full)
-        return tuple(map(self._kept, out, [batch] * len(out))) if isinstance(out, tuple) else self._kept(out, batch)
+        return tuple(self._kept(x, batch) for x in out) if isinstance(out, tuple) else self._kept(out, batch)
 
     def _kept(self, out: th.Tensor, batch: int) -> th.Tensor:
         """What was asked for, in memory of its own."""

@@ -17,6 +17,7 @@ from .modality import from_tokens, tokens
 NORM_GROUPS = 32
 HALVES = (th.bfloat16, th.float16)
 SHORT_SEQUENCE = 64  # on a CPU attention over fewer keys than this is faster as two matrix products
+MOST_SCORES = 2**22  # of a head that are kept at once; the published model has 2^21 at most
 CHUNK = 2**17  # elements of a map that stay in the cache of a CPU
 LONG_MAP = 1024  # on a CPU the native norm of half-precision maps is slow for fewer places than this
 
@@ -256,7 +257,7 @@ def attend(query: th.Tensor, key: th.Tensor, value: th.Tensor, num_heads: int) -
 
 def attend_heads(q: th.Tensor, k: th.Tensor, v: th.Tensor) -> th.Tensor:
     """Softmax attention of heads [N, H, Q, D] on [N, H, K, D] -> [N, Q, H D]."""
-    if q.device.type == "cpu" and (k.shape[-2] < SHORT_SEQUENCE or _slow_in_halves(q)):
+    if q.device.type == "cpu" and (k.shape[-2] < SHORT_SEQUENCE or _slow_in_halves(q, k)):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         out = scores.softmax(dim=-1) @ v  # which computes in float32 inside
     else:
@@ -264,12 +265,13 @@ def attend_heads(q: th.Tensor, k: th.Tensor, v: th.Tensor) -> th.Tensor:
     return rearrange(out, "n h t d -> n t (h d)")
 
 
-def _slow_in_halves(q: th.Tensor) -> bool:
+def _slow_in_halves(q: th.Tensor, k: th.Tensor) -> bool:
     """Whether torch's attention is slower than two products: in bfloat16 on CPUs that have no matrix units for it.
 
-    Where a gradient is wanted it is used all the same, since it does not keep the scores.
+    Where a gradient is wanted, or there are very many scores, it is used all the same, since it does not keep them.
     """
-    return q.dtype is th.bfloat16 and not q.requires_grad and not th.cpu._is_amx_tile_supported()
+    few = q.shape[-2] * k.shape[-2] <= MOST_SCORES
+    return few and q.dtype is th.bfloat16 and not q.requires_grad and not th.cpu._is_amx_tile_supported()
 
 
 class SelfAttention(nn.Module):
