@@ -30,7 +30,7 @@ from matplotlib import colormaps
 from . import clip_index, media
 from .metrics import stereo
 from .metrics.scores import BLACK
-from .metrics.spatial import horizontal_place, level_difference, spatial_alignment
+from .metrics.spatial import STILL, horizontal_place, level_difference, spatial_alignment
 
 PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
 MEASURED = "measured_2.json"  # below PICTURES: what is known of clips that have not changed; 2 is its format
@@ -52,7 +52,6 @@ MARKED_HZ = 1000  # marked beside the spectrogram
 JPEG_QUALITY = 85
 
 BLANK = (0.5 / 127.5) ** 2  # mean square of the brightness above its median, below which a picture shows nothing
-STILL = 1e-3  # spread of a place or a level difference below which it does not change
 FAINT = 0.05  # share of the mean energy of a clip's frames below which a frame has no place
 LOWEST_RATE, PLAYABLE = 3000, (".mp4", ".mov", ".webm")  # Hz, and containers that browsers play
 
@@ -422,8 +421,8 @@ def render(
         generator=GENERATOR,
         title=_printable(title),
         rows=rows,
-        folders=sorted({row["folder"] for row in rows}),
         scores=[_summary(key, score, rows) for key, score in labels.items()],
+        medians=_medians_by_folder(labels, rows),
         minutes=sum(clip.seconds for clip in clips.values()) / 60,
         bad={_printable(name): _printable(reason) for name, reason in bad.items()},
         sheet=f"{PICTURES}/{SHEET}",
@@ -462,7 +461,21 @@ def _printable(text: str) -> str:
 
 
 def _summary(key: str, score: Score, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A score's key, label and meaning, its median over the clips that have it, and how many have not."""
+    """A score's key, label and meaning, its median, and how many clips have none."""
+    missing = sum(key not in row["numbers"] for row in rows)
+    return {"key": key, "score": score, "median": _median(key, score, rows), "missing": missing}
+
+
+def _median(key: str, score: Score, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The median over the clips that have the score."""
     values = [row["numbers"][key] for row in rows if key in row["numbers"]]
-    median = score.form.format(statistics.median(values)) if values else "no clip has it"
-    return {"key": key, "score": score, "median": median, "missing": len(rows) - len(values)}
+    return score.form.format(statistics.median(values)) if values else "no clip has it"
+
+
+def _medians_by_folder(labels: Mapping[str, Score], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Folder -> the median of every score over its clips, so that generated clips stand beside true ones."""
+    folders = sorted({row["folder"] for row in rows})
+    return {
+        folder: [_median(key, score, (row for row in rows if row["folder"] == folder)) for key, score in labels.items()]
+        for folder in folders
+    }

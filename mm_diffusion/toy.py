@@ -20,7 +20,6 @@ METADATA_HZ = 10
 METADATA_PIXELS = 256  # SAVGBench gives places as if every picture were this wide and high
 MAX_EAR_DELAY_SECONDS = 6e-4  # a source hard to one side reaches the far ear this much later
 SPEECH, INSTRUMENT = 0, 1
-FUNDAMENTAL_LEVEL = 0.95  # amplitude of the first partial hard to one side; all partials together stay below 1
 COLOURS = {SPEECH: (1.0, 0.75, 0.45), INSTRUMENT: (0.5, 0.85, 1.0)}
 
 

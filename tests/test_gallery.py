@@ -308,6 +308,18 @@ def test_the_table_tells_the_median_of_the_clips_that_have_a_score_and_how_many_
     assert told["odd"] == ("no clip has it", 7)
 
 
+def test_a_second_table_tells_the_medians_of_each_folder(mixed, tmp_path):
+    page = Reader(mixed / "index.html")
+    header, top, sub = (row for row in page.table if len(row) > 3)
+    assert header == ["Median in", *(score.label for score in gallery.SCORES.values()), "level", "good", "odd"]
+    aligned = [json.loads(row["data-scores"])["alignment"] for row in page.data if row["data-folder"] == "sub"]
+    assert sub[:2] == ["sub", gallery.SCORES["alignment"].form.format(sum(aligned) / 2)]
+    assert sub[-3:] == ["no clip has it", "4", "no clip has it"]
+    assert top[0] == "(top)" and top[-3:] == ["7", "no clip has it", "no clip has it"]
+    write(tmp_path / "alone.mp4")
+    assert not [row for row in Reader(gallery.write_gallery(tmp_path)).table if len(row) > 3]
+
+
 def test_given_scores_find_their_clips_and_leave_the_measured_ones(mixed):
     rows = {row["data-name"]: json.loads(row["data-scores"]) for row in Reader(mixed / "index.html").data}
     assert rows["sub/aligned"]["given good"] == 3
