@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import rates
-from measure import median
 from models import Size, forward_flop
 from report import Figure, Report
 

@@ -7,10 +7,11 @@ backward pass to that of the operation that it belongs to. Profiling costs time,
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import wraps
+from statistics import median
 from typing import Any
 
 from bench import Bench
-from measure import device, median, seconds_of, synchronise
+from measure import device, seconds_of, synchronise
 from models import Size, build, forward_of, sample_of, train_loop
 from report import Figure
 from torch import nn

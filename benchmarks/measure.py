@@ -62,16 +62,12 @@ def repeat(function: Callable[[], object], budget: float) -> list[float]:
     return times
 
 
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
 def spread(values: Sequence[float]) -> float | None:
     """The range of the middle half of the values, as a share of their median; None for a single value."""
     if len(values) < 2:
         return None
     low, _, high = statistics.quantiles(values, method="inclusive")
-    return (high - low) / abs(median(values)) if low != high else 0.0
+    return (high - low) / abs(statistics.median(values)) if low != high else 0.0
 
 
 def flop_of(function: Callable[[], object]) -> int:
@@ -98,15 +94,13 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
         tidy()
         th.cuda.reset_peak_memory_stats()
         return function(*args)
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=th.set_num_threads, initargs=(threads(),)) as alone:
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), initializer=th.set_num_threads, initargs=(th.get_num_threads(),)
+    ) as alone:
         try:
             return alone.submit(function, *args).result()
         except BrokenProcessPool:
             raise LeftOut("its process was killed; mostly the machine has too little memory") from None
-
-
-def threads() -> int:
-    return th.get_num_threads()
 
 
 def memory() -> int:

@@ -10,10 +10,11 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch as th
-from measure import LeftOut, device, median, spread, threads, tidy
+from measure import LeftOut, device, spread, tidy
 
 from mm_diffusion.states import write_file
 
@@ -122,7 +123,7 @@ def machine() -> dict[str, Any]:
         "device": th.cuda.get_device_name() if on_gpu else "cpu",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": threads(),
+        "threads": th.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu_memory_bytes": th.cuda.get_device_properties(device()).total_memory if on_gpu else 0,
         "torch": th.__version__,

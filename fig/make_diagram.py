@@ -242,12 +242,10 @@ def draw_block(ax: Axes, row: Row, name: str, x: float, y: float, dark: str, lig
         write(ax, right, middle, f"d {row.dilation}", 11.5, color=colour, ha="right")
 
 
-def draw_level(ax: Axes, down: list[Row], up: list[Row], y: float) -> float:
-    """A panel with the rows of one resolution -> its height. The way up runs from its last row to its first."""
-    count = max(len(down), len(up))
-    height = count * PITCH - (PITCH - BAR[1]) + 2 * PANEL_PAD
+def draw_level(ax: Axes, down: list[Row], up: list[Row], y: float, height: float) -> None:
+    """A panel with the rows of one resolution. The way up runs from its last row to its first."""
     panel(ax, y, WIDTH - MARGIN, height)
-    tops = [y + PANEL_PAD + PITCH * k for k in range(count)]
+    tops = [y + PANEL_PAD + PITCH * k for k in range(max(len(down), len(up)))]
     rising = [row for row in up if row.kind != "upsample"]
     placed = [(tops[len(rising) - 1 - k], row) for k, row in enumerate(rising)]
     placed += [(tops[len(rising)], row) for row in up if row.kind == "upsample"]
@@ -264,7 +262,6 @@ def draw_level(ax: Axes, down: list[Row], up: list[Row], y: float) -> float:
         for above, below in itertools.pairwise(tops[: len(up)]):
             arrow(ax, [(x[1], below), (x[1], above + BAR[1])], dark)
     label_level(ax, down[-1], y + PANEL_PAD)
-    return height
 
 
 def label_level(ax: Axes, row: Row, y: float) -> None:
@@ -289,8 +286,8 @@ def draw(plan: Plan) -> Figure:
     ax.axis("off")
     draw_head(ax, plan)
     tops = [TOP + sum(heights[:k]) + PANEL_GAP * k for k in range(len(levels))]
-    for y, (down, up) in zip(tops, levels, strict=True):
-        draw_level(ax, down, up, y)
+    for y, height, (down, up) in zip(tops, heights, levels, strict=True):
+        draw_level(ax, down, up, y, height)
     draw_ways(ax, tops, levels)
     ends = [tops[-1] + PANEL_PAD + PITCH * (len(rows) - 1) + BAR[1] for rows in levels[-1]]
     draw_middle(ax, plan, middle_y, *ends)

@@ -66,7 +66,8 @@ class Panel:
 def read_runs(paths: Sequence[str | os.PathLike]) -> list[Run]:
     """Runs from output folders, or from csv files; the names are as short as tells them apart."""
     tables = [_table_of(path) for path in paths]
-    return [Run(name, read_columns(table)) for name, table in zip(_short_names(tables), tables, strict=True)]
+    names = short_names([_run_name(table) for table in tables])
+    return [Run(name, read_columns(table)) for name, table in zip(names, tables, strict=True)]
 
 
 def _table_of(path: str | os.PathLike) -> Path:
@@ -78,9 +79,14 @@ def _table_of(path: str | os.PathLike) -> Path:
     return table
 
 
-def _short_names(tables: Sequence[Path]) -> list[str]:
-    """The folder of each progress.csv, or another file's stem, with as many folders above as tell all apart."""
-    parts = [(table.parent if table.name == "progress.csv" else table.with_suffix("")).parts for table in tables]
+def _run_name(table: Path) -> Path:
+    """The folder of a progress.csv, or another file without its suffix."""
+    return table.parent if table.name == "progress.csv" else table.with_suffix("")
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, with as many folders above it as tell all apart."""
+    parts = [path.parts for path in paths]
     for count in range(1, max(map(len, parts))):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(set(parts)):

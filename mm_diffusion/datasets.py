@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from . import logger, media, rng
 from .clip_index import ClipIndex, absolute, build_index, identity
 from .media import ClipInfo, MediaError
+from .script_util import numbers
 from .tree import Tree, tree_map
 
 Sample = dict[str, th.Tensor]
@@ -37,17 +38,6 @@ CACHE_FORMAT = 1  # of the files in a cache folder; raised whenever the same set
 SPARED_BYTES = 2**31  # of a disk are left to others: a full one would stop checkpoints, too
 BATCHES_AHEAD = 2  # that each worker makes before they are asked for
 ROUNDING_FRAMES = 0.05  # a film that ends so much before its last frame would, has that frame
-
-
-def parse_size(text: str | Sequence[int], flag: str, axes: str) -> tuple[int, ...]:
-    """ "20,3,64,64" -> (20, 3, 64, 64). ValueError naming the flag unless it is positive numbers, one for each axis."""
-    try:
-        size = tuple(int(part) for part in (text.split(",") if isinstance(text, str) else text))
-    except ValueError:
-        size = ()
-    if len(size) != len(axes.split(",")) or min(size) < 1:
-        raise ValueError(f"{flag} {text!r}: need {axes} as positive whole numbers")
-    return size
 
 
 def mirror(sample: Sample) -> Sample:
@@ -184,8 +174,8 @@ class ClipDataset(Dataset):
         cache_bytes: int = CACHE_BYTES,
         disk: DiskCache | None = None,
     ) -> None:
-        self.num_frames, video_channels, self.height, self.width = parse_size(video_size, "--video_size", "F,C,H,W")
-        audio_channels, self.num_samples = parse_size(audio_size, "--audio_size", "C,L")
+        self.num_frames, video_channels, self.height, self.width = numbers("video_size", video_size, 4)
+        audio_channels, self.num_samples = numbers("audio_size", audio_size, 2)
         if video_channels != 3 or audio_channels != 2:
             raise ValueError(
                 f"clips are RGB and stereo: --video_size {video_size} needs C 3, --audio_size {audio_size} 2"

@@ -337,7 +337,7 @@ def friendly_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         end_job(f"error: {_one_line(error)}")
     except Exception as error:
         if isinstance(error, RuntimeError) and "MASTER_ADDR" in os.environ and OTHER_RANK_GONE.search(str(error)):

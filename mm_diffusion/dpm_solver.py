@@ -83,10 +83,6 @@ def _interpolate(x: th.Tensor, knots: th.Tensor, values: th.Tensor) -> th.Tensor
     return values[left] + (x - knots[left]) * (values[right] - values[left]) / (knots[right] - knots[left])
 
 
-def _quadratic(start: float, end: float, points: int) -> th.Tensor:
-    return th.linspace(start**0.5, end**0.5, points).square()
-
-
 @dataclass
 class Node:
     """A prediction `m` (tree) at time `t` ([1] or [B])."""
@@ -192,27 +188,6 @@ class DPMSolver:
         x = run.predict(x, run.end, data=True) if denoise else x
         return known.put_back(x, known.clips)
 
-    def predict(self, x: Tree, t: th.Tensor, cond: dict[str, th.Tensor], data: bool, seen: Tree | None = None) -> Tree:
-        """The model's noise (or data) prediction at `x` and time t [1] or [B].
-
-        seen: what the model is shown, if that is more than `x`.
-        """
-        self.evaluations += 1
-        batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
-        steps = to_device(self.schedule.model_timesteps(t), device).expand(batch)
-        output: Any = self.model_fn(x if seen is None else seen, steps, **cond)
-        if seen is not None and isinstance(x, dict):
-            output = {key: output[key] for key in x}
-        output = tree_map(_without_variance, output, x)
-        if data != (self.model_type == "x_start"):  # x = alpha x_0 + sigma noise, solved for the one that is wanted
-            known, wanted = self.schedule.alpha(t), self.schedule.sigma(t)
-            if data:
-                known, wanted = wanted, known
-            rest = weighted_sum((th.ones_like(known), x), (-known, output))
-            divisor = to_device(wanted, device)
-            output = tree_map(lambda leaf: leaf / append_dims(divisor, leaf), rest)
-        return tree_map(_threshold, output) if data and self.thresholding else output
-
 
 class _Known:
     """Leaves `clips` of samples that need not be solved for, each with its one noise, the leaf of `x_T`."""
@@ -247,13 +222,23 @@ class _Run:
         self.end = self.schedule.times[:1]
 
     def predict(self, x: Tree, t: th.Tensor, rows: Any = slice(None), data: bool | None = None) -> Tree:
-        cond = {name: _rows(value, rows) for name, value in self.cond.items()}
-        data = self.solver.predict_x0 if data is None else data
-        seen = None
-        if self.known.clips:
-            noisy = self.known.at(self.schedule.alpha(t), self.schedule.sigma(t), rows)
-            seen = self.known.put_back(x, noisy)
-        return self.solver.predict(x, t, cond, data, seen)
+        """The model's noise (or data) prediction at `x`, beside the known leaves, and time t [1] or [B]."""
+        solver, alpha, sigma = self.solver, self.schedule.alpha(t), self.schedule.sigma(t)
+        solver.evaluations += 1
+        data = solver.predict_x0 if data is None else data
+        batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
+        steps = to_device(self.schedule.model_timesteps(t), device).expand(batch)
+        seen = self.known.put_back(x, self.known.at(alpha, sigma, rows)) if self.known.clips else x
+        output: Any = solver.model_fn(seen, steps, **{name: _rows(value, rows) for name, value in self.cond.items()})
+        if isinstance(x, dict):
+            output = {key: output[key] for key in x}
+        output = tree_map(_without_variance, output, x)
+        if data != (solver.model_type == "x_start"):  # x = alpha x_0 + sigma noise, solved for the one that is wanted
+            known, wanted = (sigma, alpha) if data else (alpha, sigma)
+            rest = weighted_sum((th.ones_like(known), x), (-known, output))
+            divisor = to_device(wanted, device)
+            output = tree_map(lambda leaf: leaf / append_dims(divisor, leaf), rest)
+        return tree_map(_threshold, output) if data and solver.thresholding else output
 
     def grid(self, intervals: int) -> th.Tensor:
         """[intervals + 1] times from 1 to 1/N."""
@@ -349,7 +334,7 @@ class _Run:
         s = th.where(accept, t, s)
         h = th.minimum(SAFETY * h * error.pow(-1.0 / self.order), last - self.schedule.lambda_(s))
         if ((h < SMALLEST_H) & (s - self.end > END_TOLERANCE)).any():
-            raise FloatingPointError(f"adaptive step at time {float(s.max()):.4f}: no step is small enough; raise atol")
+            raise FloatingPointError(f"adaptive step at time {float(s.max()):.4f}: no step is small enough")
         return _Adaptive(state.rows, _choose(accept, higher, x), _choose(accept, lower, state.lower), s, h)
 
     def error(self, lower: Tree, higher: Tree, previous: Tree) -> th.Tensor:
@@ -388,7 +373,7 @@ METHODS: dict[str, Callable[[_Run, Tree, int], Tree]] = {
 }
 SKIP_TYPES: dict[str, Callable[[NoiseSchedule, int], th.Tensor]] = {
     "time_uniform": lambda schedule, n: th.linspace(1.0, 1.0 / schedule.num_steps, n),
-    "time_quadratic": lambda schedule, n: _quadratic(1.0, 1.0 / schedule.num_steps, n),
+    "time_quadratic": lambda schedule, n: th.linspace(1.0, (1.0 / schedule.num_steps) ** 0.5, n).square(),
     "logSNR": lambda schedule, n: schedule.time(
         th.linspace(float(schedule.lambda_(schedule.times[-1:])), float(schedule.lambda_(schedule.times[:1])), n)
     ),

@@ -126,7 +126,7 @@ def load_upsampler(
 
     def upscale(index: int, video: th.Tensor, progress: Callable[[float], None]) -> th.Tensor:
         nonlocal frames_at_once  # decided once: the free memory changes, and other sizes would be compiled anew
-        frames_at_once = frames_at_once or frames_that_fit(model, device, len(video))
+        frames_at_once = frames_at_once or frames_that_fit(prepared.model, device, len(video))
         return upscale_video(
             prepared,
             sampler,
@@ -304,10 +304,8 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
         raise ValueError(
             f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
         )
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_suffix(".partial")
-    temporary.write_text(json.dumps(known | wanted, indent=1, sort_keys=True))
-    os.replace(temporary, note)
+    text = json.dumps(known | wanted, indent=1, sort_keys=True)
+    media.atomically(note, lambda temporary: Path(temporary).write_text(text))
 
 
 def missing_clips(folder: str | os.PathLike, names: Sequence[str], description: dict[str, Any]) -> list[int]:
@@ -343,6 +341,15 @@ def preview_bar(world: World) -> Iterator[Callable[[float], None]]:
         yield lambda done: bar.update(done - bar.n)
 
 
+@contextmanager
+def warned_if_not_finite(step: int) -> Iterator[None]:
+    """A preview that fails for it is told, and training goes on."""
+    try:
+        yield
+    except FloatingPointError as error:
+        logger.warn(f"no preview at step {step}: {error}")
+
+
 def make_preview(
     diffusion: SpacedDiffusion,
     sample_fn: str,
@@ -364,9 +371,10 @@ def make_preview(
     indices = range(world.rank * clips_per_rank, (world.rank + 1) * clips_per_rank)
 
     def preview(model: nn.Module, step: int) -> None:
-        with preview_bar(world) as progress:
+        sample: dict[str, th.Tensor] = {}
+        with preview_bar(world) as progress, warned_if_not_finite(step):
             sample = sample_joint(model, sampler, indices, 0, world.device, progress)
-        for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True):
+        for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True) if sample else ():
             path = bf.join(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
             if save_type == "wav":
                 media.write_wav(path, audio, data.audio_fps)
@@ -409,8 +417,11 @@ def make_sr_preview(
     def preview(model: nn.Module, step: int) -> None:
         true, small = pictures()
         size = true.shape[-2:]
-        with preview_bar(world) as progress:
+        upsampled = None
+        with preview_bar(world) as progress, warned_if_not_finite(step):
             upsampled = th.cat([upscale(model, small, k, progress) for k in range(len(small))])
+        if upsampled is None:
+            return
         bicubic = F.interpolate(small, size, mode="bicubic").clamp(-1, 1)
         columns = [F.interpolate(small, size, mode="nearest"), upsampled, bicubic, true]
         logger.log(

@@ -107,7 +107,7 @@ def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
     steady = "a channel does not vary" if not any(quiet) else f"{'left' if quiet[0] else 'right'} is silent"
     return {
         "alignment": _why_unaligned(video, audio, silent) or spatial_alignment(video[None], audio[None]),
-        "level": "silent" if silent else _decibel(energies.mean()),
+        "level": "silent" if silent else 10 * energies.mean().log10().item(),
         "correlation": "silent" if silent else steady if math.isnan(both) else both,
         "balance": "silent" if silent else (energies.diff() / energies.sum()).item(),
         "motion": 50 * video.diff(dim=0).abs().mean().item() if len(video) > 1 else "one frame",
@@ -117,10 +117,6 @@ def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
 def _is_silent(audio: th.Tensor) -> bool:
     """[C, L] -> whether it is silent as a whole, to the ears of the metrics."""
     return not stereo.is_heard(audio.double()[None]).item()
-
-
-def _decibel(power: th.Tensor) -> float:
-    return 10 * math.log10(max(power.item(), 1e-20))
 
 
 def _why_unaligned(video: th.Tensor, audio: th.Tensor, silent: bool) -> str:
@@ -239,7 +235,9 @@ def examine(path: str, pictures: Path) -> Clip:
     seconds = max(min(info.duration_seconds, MAX_SECONDS), 1 / info.fps)
     fps = min(info.fps, MAX_FRAMES / seconds)
     rate = min(info.sample_rate, MAX_RATE)
-    frames = th.stack([_small(image) for image in media.read_frames(path, 0, max(1, round(seconds * fps)), fps)])
+    images = media.read_frames(path, 0, max(1, round(seconds * fps)), fps)
+    first = _small(next(images))
+    frames = th.stack([first, *(media.fit_picture(image, *first.shape[-2:]) for image in images)])
     _, audio = media.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
     video = media.to_float(frames)
     name = hashlib.sha256(os.fsencode(os.path.relpath(path, pictures))).hexdigest()[:16]
@@ -416,13 +414,17 @@ def render(
         for key in row
     }
     rows = [_row(name, clip, labels, given.get(name, {})) for name, clip in clips.items()]
+    folders = sorted({row["folder"] for row in rows})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         generator=GENERATOR,
         title=_printable(title),
         rows=rows,
-        scores=[_summary(key, score, rows) for key, score in labels.items()],
-        medians=_medians_by_folder(labels, rows),
+        scores=[
+            {"key": key, "score": score, "median": median, "missing": sum(key not in row["numbers"] for row in rows)}
+            for (key, score), median in zip(labels.items(), _medians(labels, rows), strict=True)
+        ],
+        medians={f: _medians(labels, [row for row in rows if row["folder"] == f]) for f in folders},
         minutes=sum(clip.seconds for clip in clips.values()) / 60,
         bad={_printable(name): _printable(reason) for name, reason in bad.items()},
         sheet=f"{PICTURES}/{SHEET}",
@@ -460,22 +462,7 @@ def _printable(text: str) -> str:
     return os.fsencode(text).decode("utf-8", errors="replace")
 
 
-def _summary(key: str, score: Score, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A score's key, label and meaning, its median, and how many clips have none."""
-    missing = sum(key not in row["numbers"] for row in rows)
-    return {"key": key, "score": score, "median": _median(key, score, rows), "missing": missing}
-
-
-def _median(key: str, score: Score, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The median over the clips that have the score."""
-    values = [row["numbers"][key] for row in rows if key in row["numbers"]]
-    return score.form.format(statistics.median(values)) if values else "no clip has it"
-
-
-def _medians_by_folder(labels: Mapping[str, Score], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Folder -> the median of every score over its clips, so that generated clips stand beside true ones."""
-    folders = sorted({row["folder"] for row in rows})
-    return {
-        folder: [_median(key, score, (row for row in rows if row["folder"] == folder)) for key, score in labels.items()]
-        for folder in folders
-    }
+def _medians(labels: Mapping[str, Score], rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The median of every score over the clips that have it."""
+    values = {key: [row["numbers"][key] for row in rows if key in row["numbers"]] for key in labels}
+    return [labels[key].form.format(statistics.median(v)) if v else "no clip has it" for key, v in values.items()]

@@ -40,7 +40,6 @@ Step = Callable[[Tree, th.Tensor], dict[str, Any]]
 class ModelMeanType(enum.Enum):
     """What the model predicts."""
 
-    PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
 
@@ -48,7 +47,6 @@ class ModelMeanType(enum.Enum):
 class ModelVarType(enum.Enum):
     """Where the variance of a reverse step comes from."""
 
-    LEARNED = enum.auto()
     FIXED_SMALL = enum.auto()
     FIXED_LARGE = enum.auto()
     LEARNED_RANGE = enum.auto()
@@ -59,7 +57,6 @@ class LossType(enum.Enum):
 
     MSE = enum.auto()
     RESCALED_MSE = enum.auto()
-    KL = enum.auto()
     RESCALED_KL = enum.auto()
 
 
@@ -106,8 +103,8 @@ class GaussianDiffusion:
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
         self.betas = betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas {list(betas.shape)} must be one row of numbers in (0, 1]: check diffusion_steps")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas {list(betas.shape)} must be one row of numbers in (0, 1): check diffusion_steps")
         self.num_timesteps = self.original_num_steps = len(betas)
         self.timestep_map = list(range(len(betas)))
         self._on_device: dict[tuple[str, th.device], th.Tensor] = {}
@@ -139,10 +136,11 @@ class GaussianDiffusion:
             self.fixed_log_variance = self.posterior_log_variance_clipped
 
     def _at(self, table: str, t: th.Tensor) -> th.Tensor:
-        """[B] float32 entries of a table; tables are copied to a device once."""
+        """[B] entries of a table, float32 or whole numbers; tables are copied to a device once."""
         key = (table, t.device)
         if key not in self._on_device:
-            self._on_device[key] = to_device(th.from_numpy(getattr(self, table)).float(), t.device)
+            values = th.as_tensor(getattr(self, table))
+            self._on_device[key] = to_device(values.float() if values.is_floating_point() else values, t.device)
         return self._on_device[key][t]
 
     def _fill(self, table: str, t: th.Tensor, like: Tree) -> Tree:
@@ -151,10 +149,7 @@ class GaussianDiffusion:
 
     def model_timesteps(self, t: th.Tensor) -> th.Tensor:
         """[B] indices -> [B] what the model receives: original step numbers, or floats 0..1000 if rescaled."""
-        key = ("timestep_map", t.device)
-        if key not in self._on_device:
-            self._on_device[key] = to_device(th.tensor(self.timestep_map), t.device)
-        steps = self._on_device[key][t]
+        steps = self._at("timestep_map", t)
         return steps.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else steps
 
     # Forward process
@@ -183,7 +178,7 @@ class GaussianDiffusion:
     def _evaluate(self, model_fn: ModelFn, x: Tree, t: th.Tensor) -> tuple[Tree, Tree | None]:
         """One model call in float32: the prediction, and the variance values if sigma is learned."""
         output = tree_map(lambda out, _: out.float(), model_fn(x, self.model_timesteps(t)), x)
-        if self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
+        if self.model_var_type is ModelVarType.LEARNED_RANGE:
             return tuple(tree_map(lambda out, x, i=i: split_doubled(out, x)[i], output, x) for i in (0, 1))
         return output, None
 
@@ -191,9 +186,6 @@ class GaussianDiffusion:
         """The x_0 that a prediction at x_t implies."""
         if self.model_mean_type is ModelMeanType.START_X:
             return prediction
-        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
-            coef1, coef2 = self._at("posterior_mean_coef1", t), self._at("posterior_mean_coef2", t)
-            return weighted_sum((1 / coef1, prediction), (-coef2 / coef1, x))
         scale, noise = self._at("sqrt_recip_alphas_cumprod", t), self._at("sqrt_recipm1_alphas_cumprod", t)
         return weighted_sum((scale, x), (-noise, prediction))
 
@@ -206,38 +198,22 @@ class GaussianDiffusion:
         """Variance and log variance of p(x_{t-1} | x_t)."""
         if values is None:
             return self._fill("fixed_variance", t, x), self._fill("fixed_log_variance", t, x)
-        log_variance = values
-        if self.model_var_type is ModelVarType.LEARNED_RANGE:  # arXiv 2102.09672, Eq. 15
-            share = tree_map(lambda v: (v + 1) / 2, values)
-            high, low = self._at("log_betas", t), self._at("posterior_log_variance_clipped", t)
-            log_variance = weighted_sum((high, share), (low, tree_map(lambda v: 1 - v, share)))
+        share = tree_map(lambda v: (v + 1) / 2, values)  # arXiv 2102.09672, Eq. 15
+        high, low = self._at("log_betas", t), self._at("posterior_log_variance_clipped", t)
+        log_variance = weighted_sum((high, share), (low, tree_map(lambda v: 1 - v, share)))
         return tree_map(th.exp, log_variance), log_variance
 
-    def _reverse(self, prediction: Tree, values: Tree | None, x: Tree, t: th.Tensor, clip: bool, denoised_fn) -> dict:
-        def cleaned(x_start: th.Tensor) -> th.Tensor:
-            x_start = denoised_fn(x_start) if denoised_fn is not None else x_start
-            return x_start.clamp(-1, 1) if clip else x_start
-
-        pred_xstart = tree_map(cleaned, self._xstart(prediction, x, t))
-        mean = prediction
-        if self.model_mean_type is not ModelMeanType.PREVIOUS_X:
-            mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]
+    def _reverse(self, prediction: Tree, values: Tree | None, x: Tree, t: th.Tensor, clip: bool) -> dict[str, Tree]:
+        pred_xstart = self._xstart(prediction, x, t)
+        if clip:
+            pred_xstart = tree_map(lambda x_start: x_start.clamp(-1, 1), pred_xstart)
+        mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]
         variance, log_variance = self._variances(values, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
-    def p_mean_variance(
-        self,
-        model_fn: ModelFn,
-        x: Tree,
-        t: th.Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[th.Tensor], th.Tensor] | None = None,
-    ) -> dict[str, Tree]:
-        """p(x_{t-1} | x_t): trees `mean`, `variance`, `log_variance` and `pred_xstart`, each like `x`.
-
-        `denoised_fn` maps each leaf of the predicted x_0 before it is clipped to [-1, 1].
-        """
-        return self._reverse(*self._evaluate(model_fn, x, t), x, t, clip_denoised, denoised_fn)
+    def p_mean_variance(self, model_fn: ModelFn, x: Tree, t: th.Tensor, clip_denoised: bool = True) -> dict[str, Tree]:
+        """p(x_{t-1} | x_t): trees `mean`, `variance`, `log_variance` and `pred_xstart`, each like `x`."""
+        return self._reverse(*self._evaluate(model_fn, x, t), x, t, clip_denoised)
 
     def p_sample(
         self, model_fn: ModelFn, x: Tree, t: th.Tensor, generator: Generators = None, **options: Any
@@ -275,7 +251,7 @@ class GaussianDiffusion:
         classifier_scale: 0 (default): given leaves are replaced by their noisy selves; above 0: also guided by the
             gradient of the error on them (`_guided_step`).
         progress: called with the fraction done, 0..1, after each step.
-        Other `options` go to the step: clip_denoised, denoised_fn (and eta for DDIM).
+        Other `options` go to the step: clip_denoised (and eta for DDIM).
         """
         return self._loop(self.p_sample, model_fn, x_T, generator, given, **options)
 
@@ -364,22 +340,15 @@ class GaussianDiffusion:
         prediction, values = self._evaluate(model_fn, x_t, t)
         terms: dict[str, th.Tensor] = {}
         if self.loss_type in (LossType.MSE, LossType.RESCALED_MSE):
-            target = self._target(x_start, x_t, noise, t)
+            target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
             mse = tree_map(lambda a, b: mean_flat((a - b).square()), target, prediction)
             terms |= _named("mse", mse)
             prediction = tree_map(th.Tensor.detach, prediction)  # the bound trains the variance alone
-        if values is not None or self.loss_type in (LossType.KL, LossType.RESCALED_KL):
+        if values is not None or self.loss_type is LossType.RESCALED_KL:
             bound = self._bound(prediction, values, x_start, x_t, t)
             rescale = {LossType.RESCALED_MSE: self.num_timesteps / 1000, LossType.RESCALED_KL: self.num_timesteps}
             terms |= _named("vb", tree_map(lambda vb: vb * rescale.get(self.loss_type, 1), bound))
         return {"loss": th.stack(list(terms.values())).sum(dim=0), **terms}
-
-    def _target(self, x_start: Tree, x_t: Tree, noise: Tree, t: th.Tensor) -> Tree:
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            return noise
-        if self.model_mean_type is ModelMeanType.START_X:
-            return x_start
-        return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def _bound(self, prediction: Tree, values: Tree | None, x_start: Tree, x_t: Tree, t: th.Tensor) -> Tree:
         """[B] per leaf: the term of the variational bound at t, in bits per dimension, without clipping.
@@ -387,7 +356,7 @@ class GaussianDiffusion:
         KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the discretised -log p(x_0 | x_1).
         """
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self._reverse(prediction, values, x_t, t, False, None)
+        out = self._reverse(prediction, values, x_t, t, clip=False)
 
         def leaf_bound(x0, true_mean, true_logvar, mean, logvar):
             kl = mean_flat(normal_kl(true_mean, true_logvar, mean, logvar))

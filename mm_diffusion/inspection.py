@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from . import datasets, media
 from .clip_index import ClipIndex
 from .media import ClipInfo, MediaError
+from .script_util import numbers
 
 QUIETEST_DB = -120.0
 MAX_MEASURED_SECONDS = 60  # of a file's sound, from its middle
@@ -47,9 +48,8 @@ def measure(path: str, info: ClipInfo) -> Measured:
 
 def windows_of(index: ClipIndex, video_size: str | Sequence[int], video_fps: float, clip_stride: int) -> int:
     """How many training windows the clips hold; ValueError for impossible sizes."""
-    num_frames = datasets.parse_size(video_size, "--video_size", "F,C,H,W")[0]
-    if video_fps <= 0 or clip_stride < 1:
-        raise ValueError(f"--video_fps {video_fps} and --clip_stride {clip_stride} must be positive")
+    num_frames = numbers("video_size", video_size, 4)[0]
+    datasets.require_positive(video_fps=video_fps, clip_stride=clip_stride)
     return sum(datasets.count_windows(info, num_frames, video_fps, clip_stride) for _, info in index.clips)
 
 

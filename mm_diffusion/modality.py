@@ -14,16 +14,12 @@ from einops import rearrange, repeat
 
 @dataclass(frozen=True)
 class Modality:
-    """`public` is the layout users see, `inside` the layout of the networks, `stride` the resampling per grid axis."""
+    """`public` is the layout users see, `grid` the axes inside the networks, `stride` the resampling of each."""
 
     name: str
     public: str
     grid: str
     stride: tuple[int, ...]
-
-    @property
-    def inside(self) -> str:
-        return f"b c {self.grid}"
 
     def _pooled(self) -> str:
         axes = (axis if s == 1 else f"({axis} {s})" for axis, s in zip(self.grid.split(), self.stride, strict=True))
@@ -35,7 +31,7 @@ class Modality:
 
     def leave(self, x: th.Tensor) -> th.Tensor:
         """[B, C, *grid] -> the public layout, contiguous: the only transpose on the way out."""
-        return rearrange(x, f"{self.inside} -> {self.public}").contiguous()
+        return rearrange(x, f"b c {self.grid} -> {self.public}").contiguous()
 
     def downsample(self, x: th.Tensor) -> th.Tensor:
         """Average pooling by `stride`, which leaves all axes but the last two alone."""

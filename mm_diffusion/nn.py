@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch as th
@@ -242,11 +243,15 @@ class FactorizedConv(nn.Module):
         return from_tokens(tokens(y).reshape(*sizes.values(), -1))
 
 
-class VolumeConv(nn.Conv3d):
-    """[B, I, F, H, W] -> [B, O, F, H, W]: one 3x3x3 convolution."""
+VolumeConv = partial(nn.Conv3d, kernel_size=3, padding=1)  # [B, I, F, H, W] -> [B, O, F, H, W]
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+
+def require_heads(channels: int, num_heads: int) -> None:
+    """ValueError where channels do not split into so many heads."""
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(
+            f"{channels} channels do not split into {num_heads} heads: change num_heads or num_head_channels"
+        )
 
 
 def attend(query: th.Tensor, key: th.Tensor, value: th.Tensor, num_heads: int) -> th.Tensor:
@@ -285,8 +290,7 @@ class SelfAttention(nn.Module):
         self, channels: int, num_heads: int, grid: str = "l", among: str = "l", layout: str = "qkv heads dim"
     ) -> None:
         super().__init__()
-        if num_heads < 1 or channels % num_heads:
-            raise ValueError(f"{channels} channels do not split into {num_heads} heads: change num_heads")
+        require_heads(channels, num_heads)
         self.num_heads = num_heads
         axes = grid.split()
         apart = " ".join(axis for axis in axes if axis not in among.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,17 +32,10 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
                 f"not {count}; ask for at most {section}"
             )
         stride = (section - 1) / (count - 1) if count > 1 else 1
-        kept += _accumulated(start, stride, count)
+        positions = itertools.accumulate(itertools.repeat(stride, count - 1), initial=0.0)
+        kept += [start + round(position) for position in positions]
         start += section
     return kept
-
-
-def _accumulated(start: int, stride: float, count: int) -> list[int]:
-    position, steps = 0.0, []
-    for _ in range(count):
-        steps.append(start + round(position))
-        position += stride
-    return steps
 
 
 def _strided(num_timesteps: int, count: int) -> list[int]:

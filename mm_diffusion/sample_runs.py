@@ -15,7 +15,8 @@ import torch as th
 from tqdm import tqdm
 
 from . import checkpoint, drawing, logger, media
-from .clip_index import ClipIndex, identity, probe_folders, refuse_if_bad
+from .clip_index import ClipIndex, absolute, identity, probe_folders, refuse_if_bad
+from .curves import short_names
 from .datasets import ClipDataset, count_frames, locate, require_positive
 from .dist_util import World, barrier, from_rank_0, setup_dist
 from .media import ClipInfo
@@ -27,7 +28,10 @@ from .script_util import (
     DrawConfig,
     GivenConfig,
     MetricsConfig,
+    ModelConfig,
     SampleConfig,
+    SRDiffusionConfig,
+    SRModelConfig,
     merge_checkpoint_flags,
     notes_on,
     numbers,
@@ -68,7 +72,10 @@ class GivenClips:
 
     def fingerprint(self) -> str:
         """A short name of which clips these are, in this order: files by name and size, and places in them."""
-        files = [[os.path.basename(path), identity(path)["size"]] for path, _ in self.index.clips]
+        files = [
+            [os.path.basename(path), identity(path)["size"], info.video_stream, info.audio_stream]
+            for path, info in self.index.clips
+        ]
         told = [files, self.order, self.windows.clip_stride, self.windows.random_flip]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -122,28 +129,35 @@ class SampleRun:
     index: ClipIndex[ClipInfo] | None = None
 
 
-def run(text: str, configs: Sequence[type], defaults: Mapping[str, Any] | None = None, known: str = "") -> None:
-    """A sampling script: `text` is its help, `configs` its flags, `known` the modality that it is given, if any."""
-    flags, told = parse(text, *configs, defaults=defaults)
-    draws = pick(SampleConfig if SampleConfig in configs else DrawConfig, flags)
+def run(text: str, flag_configs: Sequence[type], defaults: Mapping[str, Any] | None = None, known: str = "") -> None:
+    """A sampling script: `text` is its help, `flag_configs` its flags, `known` what it is given, if anything."""
+    flags, told = parse(text, *flag_configs, defaults=defaults)
+    draws = pick(SampleConfig if SampleConfig in flag_configs else DrawConfig, flags)
     config = SampleConfig(**dataclasses.asdict(draws))
     drawing.check_sample_config(config)
     judge = pick(MetricsConfig, flags)
     evaluation.check_metrics_config(judge)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
-    for note in notes_on(told, *configs):
+    for note in notes_on(told, *flag_configs):
         logger.log(note)
     paths = checkpoint.find_checkpoints(config.multimodal_model_path)
     upsampler = drawing.load_upsampler(config, flags, told, world.device)
     this = SampleRun(flags, told, config, world, upsampler, known, find_given(flags, world) if known else None)
     measures = evaluation.make_measures(judge, world.device) if judge.ref_path else {}
-    for path in paths:
-        name = os.path.splitext(os.path.basename(path))[0]
-        folder = config.output_dir if len(paths) == 1 else os.path.join(config.output_dir, name)
+    names = [""] if len(paths) == 1 else short_names([Path(absolute(path)).with_suffix("") for path in paths])
+    for path, name in zip(paths, names, strict=True):
+        folder = os.path.join(config.output_dir, name) if name else config.output_dir
         sizes = sample_from(path, folder, this)
         if judge.ref_path:
             evaluation.evaluate_drawn(folder, judge, sizes, measures, world)
+
+
+def configs(draws: type = SampleConfig, given: bool = False) -> tuple[type, ...]:
+    """The flags of a sampling script, with those of an upsampler unless it only `draws` as DrawConfig says."""
+    upsampler = (SRModelConfig, SRDiffusionConfig) if draws is SampleConfig else ()
+    known = (GivenConfig,) if given else ()
+    return (ModelConfig, DiffusionConfig, *upsampler, DataConfig, draws, *known, MetricsConfig)
 
 
 def find_given(flags: Mapping[str, Any], world: World) -> ClipIndex[ClipInfo]:

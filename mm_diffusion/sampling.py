@@ -16,7 +16,7 @@ from .compiling import Compiled
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
-from .tree import Generators, Tree, to_device, tree_map
+from .tree import Generators, Tree, leaves, to_device, tree_map
 from .unet import ImageSuperResModel, window_shift
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
@@ -208,7 +208,7 @@ def sample_joint(
     }
     with window_shift(rng.generator(seed, "window shift")):
         sample: Any = sampler(bind(model), x_T, generators, progress, given=given)
-    return tree_map(lambda x: x.clamp(-1, 1).cpu(), sample) | (given or {})
+    return _finished(sample) | (given or {})
 
 
 @th.no_grad()
@@ -246,8 +246,15 @@ def upscale_video(
         x_T = to_device(noise, device).expand(len(low_res), -1, -1, -1)
         report = part_of(progress, start / num_frames, (start + len(low_res)) / num_frames)
         sample: Any = sampler(bind(model), x_T, generators, report, {"low_res": low_res})
-        done.append(sample.clamp(-1, 1).cpu())
+        done.append(_finished(sample))
     return th.cat(done)
+
+
+def _finished(sample: Any) -> Any:
+    """The sample within [-1, 1], on the CPU; FloatingPointError where the model has given other things than numbers."""
+    if not all(leaf.isfinite().all() for leaf in leaves(sample)):
+        raise FloatingPointError("what the model draws is not finite: try --precision fp32, or another checkpoint")
+    return tree_map(lambda leaf: leaf.clamp(-1, 1).cpu(), sample)
 
 
 def frames_that_fit(network: ImageSuperResModel, device: th.device, num_frames: int) -> int:

@@ -10,7 +10,15 @@ from typing import Any, NoReturn, TypeVar
 from . import gaussian_diffusion as gd
 from .dist_util import end_job
 from .respace import SpacedDiffusion, space_timesteps
-from .unet import AUDIO_TYPES, VIDEO_CONVS, ImageSuperResModel, MultimodalUNet, check_factor
+from .unet import (
+    AUDIO_TYPES,
+    VIDEO_CONVS,
+    ImageSuperResModel,
+    MultimodalUNet,
+    UNetConfig,
+    UpsamplerConfig,
+    check_factor,
+)
 
 Config = TypeVar("Config")
 
@@ -439,28 +447,11 @@ def create_model(config: ModelConfig, learn_sigma: bool = False) -> MultimodalUN
             f"video_type {config.video_type!r}, audio_type {config.audio_type!r}: "
             f"choose from {', '.join(VIDEO_CONVS)} and {', '.join(AUDIO_TYPES)}"
         )
-    num_frames, channels, height, width = video_size = numbers("video_size", config.video_size, 4)
+    video_size = numbers("video_size", config.video_size, 4)
     audio_size = numbers("audio_size", config.audio_size, 2)
-    return MultimodalUNet(
-        video_size=(num_frames, channels, height, width),
-        audio_size=(audio_size[0], audio_size[1]),
-        num_channels=config.num_channels,
-        num_res_blocks=config.num_res_blocks,
-        channel_mult=channel_multipliers(config.channel_mult, video_size[3]),
-        num_heads=config.num_heads,
-        num_head_channels=config.num_head_channels,
-        cross_attention_resolutions=rates("cross_attention_resolutions", config.cross_attention_resolutions),
-        cross_attention_windows=rates("cross_attention_windows", config.cross_attention_windows),
-        cross_attention_shift=config.cross_attention_shift,
-        video_attention_resolutions=rates("video_attention_resolutions", config.video_attention_resolutions),
-        audio_attention_resolutions=rates("audio_attention_resolutions", config.audio_attention_resolutions),
-        dropout=config.dropout,
-        use_checkpoint=config.use_checkpoint,
-        checkpoint_resolutions=rates("checkpoint_resolutions", config.checkpoint_resolutions),
-        use_scale_shift_norm=config.use_scale_shift_norm,
-        learn_sigma=learn_sigma,
-        video_type=config.video_type,
-    )
+    widths = channel_multipliers(config.channel_mult, video_size[3])
+    own: dict[str, Any] = {"video_size": video_size, "audio_size": audio_size, "channel_mult": widths}
+    return MultimodalUNet(**_options(UNetConfig, config, learn_sigma=learn_sigma, **own))
 
 
 def create_upsampler(config: SRModelConfig, learn_sigma: bool = True) -> ImageSuperResModel:
@@ -468,23 +459,17 @@ def create_upsampler(config: SRModelConfig, learn_sigma: bool = True) -> ImageSu
     if config.sr_class_cond:
         raise ValueError("sr_class_cond True: frames have no classes; leave it False")
     check_factor(config.large_size, config.small_size)
-    return ImageSuperResModel(
-        large_size=config.large_size,
-        small_size=config.small_size,
-        num_channels=config.sr_num_channels,
-        num_res_blocks=config.sr_num_res_blocks,
-        channel_mult=channel_multipliers(config.sr_channel_mult, config.large_size, SR),
-        num_heads=config.sr_num_heads,
-        num_head_channels=config.sr_num_head_channels,
-        num_heads_upsample=config.sr_num_heads_upsample,
-        attention_resolutions=rates("sr_attention_resolutions", config.sr_attention_resolutions),
-        dropout=config.sr_dropout,
-        use_checkpoint=config.use_checkpoint,
-        checkpoint_resolutions=rates("checkpoint_resolutions", config.checkpoint_resolutions),
-        use_scale_shift_norm=config.sr_use_scale_shift_norm,
-        resblock_updown=config.sr_resblock_updown,
-        learn_sigma=learn_sigma,
-    )
+    widths = channel_multipliers(config.sr_channel_mult, config.large_size, SR)
+    own = {"channel_mult": widths, "learn_sigma": learn_sigma}
+    return ImageSuperResModel(**_options(UpsamplerConfig, config, SR, **own))
+
+
+def _options(network: type, config: Any, prefix: str = "", **own: Any) -> dict[str, Any]:
+    """The fields of `network`: `own`, else from the flags of these names (or with `prefix`), rates parsed."""
+    flags = {f.name.removeprefix(prefix): f.name for f in dataclasses.fields(config)}
+    values = {name: getattr(config, flag) for name, flag in flags.items()}
+    values |= {n: rates(flags[n], v) for n, v in values.items() if n.endswith(("_resolutions", "_windows"))} | own
+    return {f.name: values[f.name] for f in dataclasses.fields(network)}
 
 
 def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
@@ -507,10 +492,10 @@ def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     )
 
 
-def numbers(name: str, text: str, count: int) -> tuple[int, ...]:
+def numbers(name: str, text: str | Sequence[int], count: int) -> tuple[int, ...]:
     """ "20,3,64,64" -> (20, 3, 64, 64); ValueError, naming the flag, unless `count` positive integers are given."""
     try:
-        values = tuple(int(part) for part in str(text).split(","))
+        values = tuple(int(part) for part in (text.split(",") if isinstance(text, str) else text))
     except ValueError:
         values = ()
     if len(values) != count or min(values) < 1:

@@ -31,6 +31,7 @@ from .nn import (
     VolumeConv,
     attend,
     concat_channels,
+    require_heads,
     timestep_embedding,
     zero_init,
 )
@@ -230,8 +231,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, window_frames: int, shifts: bool = True) -> None:
         super().__init__()
-        if num_heads < 1 or channels % num_heads:
-            raise ValueError(f"{channels} channels do not split into {num_heads} heads: change num_head_channels")
+        require_heads(channels, num_heads)
         self.num_heads, self.window_frames, self.shifts = num_heads, window_frames, shifts
         self.video = CrossStream(channels, len(VIDEO.stride))
         self.audio = CrossStream(channels, len(AUDIO.stride))
@@ -294,22 +294,12 @@ class OutputConv(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
+def _width(h: Maps) -> int:
+    return next(iter(h.values())).shape[-1]  # of the picture, which comes first
+
+
 def _joined(h: Maps, skip: Maps) -> Maps:
     return {name: concat_channels(x, skip[name]) for name, x in h.items()}
-
-
-class _Rates:
-    """Which maps of a walk down and up are at the chosen downsample rates (`checkpoint_resolutions`; none: all)."""
-
-    def __init__(self, first: Maps, config: Any) -> None:
-        self.full_width, self.rates = self._width(first), config.checkpoint_resolutions
-
-    def chosen(self, h: Maps) -> bool:
-        return not self.rates or self.full_width // self._width(h) in self.rates
-
-    @staticmethod
-    def _width(h: Maps) -> int:
-        return next(iter(h.values())).shape[-1]  # of the picture, which comes first
 
 
 class UNet(nn.Module):
@@ -382,21 +372,24 @@ class UNet(nn.Module):
         emb = timestep_embedding(timesteps, self.config.num_channels)
         emb = self.time_embed(emb.to(next(self.parameters()).dtype))
         wanted = self.training or any(x.requires_grad for x in h.values())  # the latter in guided sampling
-        recompute = _Rates(h, self.config) if self.use_checkpoint and th.is_grad_enabled() and wanted else None
+        recomputes = self.use_checkpoint and th.is_grad_enabled() and wanted
+        full_width = _width(h) if recomputes else 0
         skips = []
         for blocks in self.input_blocks:
-            h = self._run(blocks, h, emb, recompute, shifts)
+            h = self._run(blocks, h, emb, full_width, shifts)
             skips.append(h)
-        h = self._run(getattr(self, self.middle), h, emb, recompute, shifts)
+        h = self._run(getattr(self, self.middle), h, emb, full_width, shifts)
         for blocks in self.output_blocks:
             h = _joined(h, skips.pop())
-            h = self._run(blocks, h, emb, recompute, shifts)
+            h = self._run(blocks, h, emb, full_width, shifts)
         return h
 
-    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, recompute: _Rates | None, shifts: Iterator[Any]) -> Maps:
+    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, full_width: int, shifts: Iterator[Any]) -> Maps:
+        """Blocks one after the other, recomputed for the gradient at the chosen rates; full_width 0: nowhere."""
         for block in blocks.children():
             shift = next(shifts) if isinstance(block, CrossAttention) else 0
-            if recompute and recompute.chosen(h):
+            rate = full_width // _width(h)
+            if rate and rate in (self.config.checkpoint_resolutions or (rate,)):
                 h = checkpoint(block, h, emb, shift, use_reentrant=False)
             else:
                 h = block(h, emb, shift)

@@ -3,27 +3,8 @@ sound, beside the clips as they were."""
 
 from mm_diffusion import sample_runs
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.script_util import (
-    DataConfig,
-    DiffusionConfig,
-    GivenConfig,
-    MetricsConfig,
-    ModelConfig,
-    SampleConfig,
-    SRDiffusionConfig,
-    SRModelConfig,
-)
 
-CONFIGS = (
-    ModelConfig,
-    DiffusionConfig,
-    SRModelConfig,
-    SRDiffusionConfig,
-    DataConfig,
-    SampleConfig,
-    GivenConfig,
-    MetricsConfig,
-)
+CONFIGS = sample_runs.configs(given=True)
 DEFAULTS = {"sample_fn": "ddpm", "random_flip": False, "sr_diffusion_steps": 1100}
 
 

@@ -2,17 +2,8 @@
 
 from mm_diffusion import sample_runs
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.script_util import (
-    DataConfig,
-    DiffusionConfig,
-    MetricsConfig,
-    ModelConfig,
-    SampleConfig,
-    SRDiffusionConfig,
-    SRModelConfig,
-)
 
-CONFIGS = (ModelConfig, DiffusionConfig, SRModelConfig, SRDiffusionConfig, DataConfig, SampleConfig, MetricsConfig)
+CONFIGS = sample_runs.configs()
 DEFAULTS = {"sr_diffusion_steps": 1100}  # as published, for upsamplers that do not carry their flags
 
 

@@ -2,9 +2,9 @@
 
 from mm_diffusion import sample_runs
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.script_util import DataConfig, DiffusionConfig, DrawConfig, GivenConfig, MetricsConfig, ModelConfig
+from mm_diffusion.script_util import DrawConfig
 
-CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, DrawConfig, GivenConfig, MetricsConfig)
+CONFIGS = sample_runs.configs(DrawConfig, given=True)
 DEFAULTS = {"sample_fn": "ddpm", "random_flip": False}
 
 

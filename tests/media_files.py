@@ -46,6 +46,24 @@ def make_clip(path, frames, fps=10, audio=None, rate=16000, codec=None, video_co
     return path
 
 
+def make_resized_film(path, sizes, fps, audio, rate):
+    """Write grey pictures of these (width, height) as JPEG, which may change within a film, and sound [C, L]."""
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream("mjpeg", rate=fps)
+        picture.width, picture.height = sizes[0]
+        picture.pix_fmt = "yuvj420p"
+        sound = _add_sound(container, "pcm_s16le", rate, len(audio))
+        for index, size in enumerate(sizes):
+            held = io.BytesIO()
+            Image.new("RGB", size, (90, 90, 90)).save(held, "JPEG")
+            packet = av.Packet(held.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = picture, index, index, Fraction(1, fps)
+            packet.is_keyframe = True
+            container.mux(packet)
+        _encode_sound(container, sound, audio, rate, 0.0)
+    return path
+
+
 def make_gif(path, frames, milliseconds):
     """Write [F, H, W, 3] uint8, each frame shown that long."""
     first, *others = [Image.fromarray(frame) for frame in frames]

@@ -162,6 +162,13 @@ def test_unknown_schedule_lists_the_known():
         get_named_beta_schedule("sigmoid", 10)
 
 
+@pytest.mark.parametrize("steps", [10, 20])
+def test_a_schedule_that_leaves_nothing_of_the_clip_is_refused(steps):
+    """Linear schedules end at 20 / steps: with 1 the last alpha_bar is 0, and every sampler divides by it."""
+    with pytest.raises(ValueError, match="diffusion_steps"):
+        make(steps)
+
+
 @pytest.mark.parametrize("var", list(ModelVarType))
 def test_a_diffusion_of_one_step_has_finite_tables(var):
     diffusion = make(1000, "1", var=var)
@@ -212,7 +219,7 @@ def test_a_model_of_the_truth_gives_the_posterior_whatever_it_predicts():
     t = th.tensor([371, 600])
     x_t = make().q_sample(x0, t, noise)
     posterior = make().q_posterior_mean_variance(x0, x_t, t)[0]
-    truths = {ModelMeanType.EPSILON: noise, ModelMeanType.START_X: x0, ModelMeanType.PREVIOUS_X: posterior}
+    truths = {ModelMeanType.EPSILON: noise, ModelMeanType.START_X: x0}
     for mean, truth in truths.items():
         out = make(mean=mean).p_mean_variance(lambda x, t, truth=truth: truth, x_t, t, clip_denoised=False)
         for key in x0:
@@ -279,7 +286,7 @@ def test_losses_of_images_are_the_published_ones(case):
 def test_a_loss_is_the_sum_of_its_terms_and_trains_the_model(loss, var):
     x0, noise, _ = pair()
     gain = th.tensor(0.5, requires_grad=True)
-    learned = var in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+    learned = var is ModelVarType.LEARNED_RANGE
     model = toy_learned if learned else toy
     terms = make(loss=loss, var=var).training_losses(
         lambda x, t: tree_map(lambda leaf: gain * leaf, model(x, t)), x0, T, noise

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch as th
 from chromium import chromium, find_chromium
-from media_files import MEDIA, make_clip, noise, real_media
+from media_files import MEDIA, make_clip, make_resized_film, noise, real_media
 
 from mm_diffusion import drawing, gallery, media
 from mm_diffusion.dist_util import World
@@ -315,7 +315,8 @@ def test_a_second_table_tells_the_medians_of_each_folder(mixed, tmp_path):
     aligned = [json.loads(row["data-scores"])["alignment"] for row in page.data if row["data-folder"] == "sub"]
     assert sub[:2] == ["sub", gallery.SCORES["alignment"].form.format(sum(aligned) / 2)]
     assert sub[-3:] == ["no clip has it", "4", "no clip has it"]
-    assert top[0] == "(top)" and top[-3:] == ["7", "no clip has it", "no clip has it"]
+    assert top[0] == "(top)"
+    assert top[-3:] == ["7", "no clip has it", "no clip has it"]
     write(tmp_path / "alone.mp4")
     assert not [row for row in Reader(gallery.write_gallery(tmp_path)).table if len(row) > 3]
 
@@ -430,6 +431,21 @@ def show(monkeypatch, capsys, *args: str | Path) -> tuple[int, str]:
     return status, said.err if status else said.out
 
 
+def test_a_film_whose_pictures_change_their_size_is_shown_at_that_of_the_first(tmp_path):
+    path = tmp_path / "resized.avi"
+    make_resized_film(path, [(64, 64)] * 10 + [(64, 32)] * 10, 10, noise(32000, 2), 16000)
+    page = Reader(gallery.write_gallery(tmp_path))
+    assert [row["data-name"] for row in page.data] == ["resized"]
+    first, *_, last = media.read_image(tmp_path / page.data[0]["strip"]["src"]).chunk(gallery.STRIP_FRAMES, dim=-1)
+    assert first.shape == last.shape
+
+
+def test_a_preview_that_is_not_finite_is_told_and_training_goes_on(tmp_path, capsys):
+    preview(tmp_path, 1, broken=True)
+    assert "no preview at step 1" in capsys.readouterr().out
+    assert not list(tmp_path.glob("samples/*/*.mp4"))
+
+
 def test_the_script_tells_where_the_page_is(tmp_path, monkeypatch, capsys):
     write(tmp_path / "a.mp4")
     status, said = show(monkeypatch, capsys, tmp_path)
@@ -518,9 +534,11 @@ def test_real_clips_are_shown_whole_and_with_every_score(tmp_path):
 # ---------------------------------------------------------------- beside training
 
 
-def preview(folder: Path, step: int) -> None:
-    """Draw the previews of a step of training with a small model."""
+def preview(folder: Path, step: int, broken: bool = False) -> None:
+    """Draw the previews of a step of training with a small model, whose weights are no numbers if it is broken."""
     model, diffusion = tiny.build()
+    if broken:
+        th.nn.init.constant_(next(model.parameters()), math.nan)
     data = DataConfig(video_fps=FPS, audio_fps=RATE)
     drawing.make_preview(diffusion, "dpm_solver", "mp4", 1, str(folder), data, World())(model, step)
 

@@ -1003,6 +1003,24 @@ def test_a_network_that_takes_something_else_is_named(clips, networks):
         report_on(flags_of(clips, i3d_path=networks["audio_embedding_path"]))
 
 
+class GivesNumber(th.nn.Module):
+    """One number for each input, or for all of them."""
+
+    def __init__(self, for_all: bool) -> None:
+        super().__init__()
+        self.for_all = for_all
+
+    def forward(self, x: th.Tensor):
+        return x.mean() if self.for_all else x.flatten(1).mean(dim=1)
+
+
+@pytest.mark.parametrize("for_all", [False, True])
+def test_a_network_without_vectors_is_named(tmp_path, for_all):
+    embed = features.load_audio_embedding(saved_script(tmp_path, GivesNumber(for_all)), "waveform", ALONE.device)
+    with pytest.raises(ValueError, match="--audio_embedding_path: this module does not give a vector for each"):
+        embed(th.stack([tone(300, HZ)] * 2), HZ)
+
+
 def test_other_containers_and_rates_are_read_as_well(tmp_path):
     (tmp_path / "any").mkdir()
     frames = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8)

@@ -169,6 +169,17 @@ def test_an_error_while_saving_a_clip_is_not_lost():
         draw_clips(model, sampler, [0], 1, 1, "cpu", fail)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_clip_that_is_not_finite_is_an_error_instead_of_a_black_and_silent_film(name):
+    model, sampler = setup(name)
+    with th.no_grad():
+        next(model.parameters()).fill_(th.nan)
+    saved = []
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw_clips(model, sampler, [0], 1, 1, "cpu", lambda *args: saved.append(args))
+    assert not saved
+
+
 def test_unknown_samplers_and_settings_are_named():
     diffusion = tiny.build(as_built=True)[1]
     with pytest.raises(ValueError, match=r"sample_fn 'plms'.*ddpm, ddim, dpm_solver"):

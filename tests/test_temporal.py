@@ -5,7 +5,7 @@ import math
 import pytest
 import torch as th
 
-from mm_diffusion.metrics.temporal import temporal_alignment
+from mm_diffusion.metrics.spatial import temporal_alignment
 from mm_diffusion.toy import ToyConfig, make_clip
 
 

@@ -1,6 +1,7 @@
 """The upsampler: recorded figures of the published one, training, and what sampling with it promises."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -274,6 +275,13 @@ def test_the_automatic_chunk_shrinks_with_the_size_of_the_pictures():
     assert frames_that_fit(tiny.build_upsampler()[0], th.device("cpu"), 20) == 20
 
 
+def test_in_half_precision_more_frames_fit():
+    with th.device("meta"):
+        model = image_sr_create_model_and_diffusion()[0]
+        half = prepare(model, "bf16").model
+    assert frames_that_fit(half, th.device("cpu"), 20) > frames_that_fit(model, th.device("cpu"), 20)
+
+
 # Training
 
 
@@ -424,6 +432,19 @@ def test_sampling_with_the_upsampler_gives_as_many_large_clips_and_the_same_smal
         assert (info.width, info.height, info.fps, info.channels, info.sample_rate) == (32, 32, 4, 2, 16000)
         small, large = (read_window(full / kind / name, 0, 4, 4, 8, 8, 16000, 64) for kind in ("original", "sr_mp4"))
         assert th.equal(small[1], large[1])
+
+
+def test_checkpoints_of_one_name_get_folders_of_their_own(tmp_path, monkeypatch):
+    runs = [tmp_path / "runs" / name for name in ("first", "second")]
+    for run in runs:
+        run.mkdir(parents=True)
+        os.link(saved(tmp_path)[0], run / "model000001.pt")
+    out, three = tmp_path / "out", ["--all_save_num", "1", "--gallery", "False"]
+    sample(out, monkeypatch, *flags_for(",".join(map(str, runs)), "", out, *three))
+    assert [path.parent.relative_to(out) for path in sorted(out.rglob("original"))] == [
+        Path("first/model000001"),
+        Path("second/model000001"),
+    ]
 
 
 def test_a_folder_without_large_clips_is_completed_and_what_is_there_is_kept(tmp_path, monkeypatch):

@@ -25,9 +25,9 @@ import torch as th
 from tqdm import tqdm
 
 from .. import clip_index, datasets, logger, media, toy
-from ..datasets import ClipDataset, count_frames, count_windows, parse_size, require_positive
+from ..datasets import ClipDataset, count_frames, count_windows, require_positive
 from ..dist_util import World, all_sum, from_rank_0
-from ..script_util import EvalConfig, MetricsConfig, numbers
+from ..script_util import EvalConfig, MetricsConfig, numbers, pick
 from . import features, spatial_align, stereo, temporal_align
 from .scores import Score, histograms, rated, table
 
@@ -155,8 +155,8 @@ class Sizes:
     def mismatch(self) -> str:
         """What is wrong where picture and sound of a clip last unequally, by more than half a frame; else empty."""
         require_positive(video_fps=self.video_fps, audio_fps=self.audio_fps)
-        shown = parse_size(self.video_size, "--video_size", "F,C,H,W")[0] / self.video_fps
-        heard = parse_size(self.audio_size, "--audio_size", "C,L")[1] / self.audio_fps
+        shown = numbers("video_size", self.video_size, 4)[0] / self.video_fps
+        heard = numbers("audio_size", self.audio_size, 2)[1] / self.audio_fps
         if abs(shown - heard) * self.video_fps <= 0.5:
             return ""
         return (
@@ -174,7 +174,7 @@ class ClipFolder:
         index = clip_index.build_index(
             folder, sizes.max_bad_share, num_workers=max(1, sizes.num_workers), rank=world.rank
         )
-        frames = parse_size(sizes.video_size, "--video_size", "F,C,H,W")[0]
+        frames = numbers("video_size", sizes.video_size, 4)[0]
         rates = sizes.video_fps, sizes.audio_fps
         options = {"random_flip": False, "clip_stride": frames, "cache_bytes": 0}
         self.windows = ClipDataset(index, sizes.video_size, sizes.audio_size, *rates, **options)  # type: ignore[arg-type]
@@ -386,14 +386,9 @@ def evaluate_drawn(
         tell(evaluate(clips, config, read, measures, world), clips, world)
 
 
-def sizes_of(flags: Mapping[str, Any]) -> Sizes:
-    """How the flags ask clips to be read."""
-    return Sizes(**{f.name: flags[f.name] for f in dataclasses.fields(Sizes)})
-
-
 def sizes_asked(flags: Mapping[str, Any]) -> Sizes:
-    """`sizes_of`, but ValueError where picture and sound would not last equally long."""
-    sizes = sizes_of(flags)
+    """How the flags ask clips to be read; ValueError where picture and sound would not last equally long."""
+    sizes = pick(Sizes, flags)
     if mismatch := sizes.mismatch():
         raise ValueError(f"{mismatch}: make them equal")
     return sizes
@@ -409,7 +404,7 @@ def report_folder(config: EvalConfig) -> str:
 
 def sizes_of_samples(flags: Mapping[str, Any], upsampler: Mapping[str, Any]) -> dict[str, Sizes]:
     """Folder of clips that were drawn -> how to read them; `upsampler` is its description, empty without one."""
-    sizes = {"original": sizes_of(flags)}
+    sizes = {"original": pick(Sizes, flags)}
     if upsampler:
         frames, channels, _, _ = numbers("video_size", flags["video_size"], 4)
         large = upsampler["sr_sizes"][1]

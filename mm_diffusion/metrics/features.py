@@ -56,7 +56,7 @@ def _run(flag: str, model: Callable, x: th.Tensor, **options: Any) -> th.Tensor:
     except (RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [""])[-1]
         raise ValueError(f"--{flag}: this module does not take {list(x.shape)} ({reason})") from error
-    if not isinstance(out, th.Tensor) or len(out) != len(x):
+    if not isinstance(out, th.Tensor) or out.ndim < 2 or len(out) != len(x):
         raise ValueError(f"--{flag}: this module does not give a vector for each of {len(x)} inputs")
     out = out.flatten(1).float().cpu()
     if not out.isfinite().all():

@@ -45,10 +45,11 @@ def rated(
     """All scores of what was seen, and notes on it; `name` and `true_name` tell what a clip is called."""
     scores = [
         *_distances(ours, true),
-        _temporal(ours, true),
-        *_spatial(ours, true),
-        *_stereo(ours["stereo"], true.get("stereo")),
+        _compared("Temporal AV-Align", _mean_overlap, ours, true, "higher"),
     ]
+    if "spatial" in ours:
+        scores.append(_compared("Spatial AV-Align", _hit_share, ours, true, "higher", "events"))
+    scores += _stereo(ours["stereo"], true.get("stereo"))
     notes = [note for which, seen in (("samples", ours), ("reference", true)) for note in _oddities(which, seen)]
     if true:
         score, pairs = _memorisation(ours["thumbnail"]["seen"], true["thumbnail"]["seen"], name, true_name)
@@ -115,20 +116,12 @@ def _compared(
     return Score(name, value, reference, better, count, reference_count, unit, "; ".join(filter(None, notes)))
 
 
-def _temporal(ours: Seen, true: Seen) -> Score:
-    return _compared("Temporal AV-Align", _mean_overlap, ours, true, "higher")
-
-
 def _mean_overlap(seen: Seen) -> Figure:
     """Mean over the clips that have anything to compare."""
     overlap = temporal_align.overlap(**seen["temporal"])
     undecided = len(seen["temporal"]["pairs"]) - len(overlap)
     note = f"{undecided} clips without onsets or peaks of motion left out" if undecided else ""
     return overlap.double().mean().item() if len(overlap) else None, len(overlap), note
-
-
-def _spatial(ours: Seen, true: Seen) -> list[Score]:
-    return [_compared("Spatial AV-Align", _hit_share, ours, true, "higher", "events")] if "spatial" in ours else []
 
 
 def _hit_share(seen: Seen) -> Figure:

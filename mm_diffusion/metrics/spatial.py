@@ -100,3 +100,15 @@ def show_heard_place(videos: th.Tensor, audios: th.Tensor, share: float = 0.25) 
     rows = max(1, round(share * videos.shape[-2]))
     bar = lit[:, :, None, None, :].expand(*videos.shape[:3], rows, width)
     return th.cat([videos, bar.to(videos.dtype)], dim=-2)
+
+
+def temporal_alignment(videos: th.Tensor, audios: th.Tensor) -> float:
+    """[N, F, C, H, W] and [N, 2, L] -> correlation of object energy and sound energy over the frames, -1..1.
+
+    Both are taken relative to their mean over the clip, so that loud clips of bright objects count for nothing. The
+    frames must be dense enough to follow the sound: several for each time it swells. nan where nothing varies.
+    """
+    _, shown = horizontal_place(videos)
+    _, heard = level_difference(audios, videos.shape[1])
+    shown, heard = (energy - energy.mean(dim=1, keepdim=True) for energy in (shown, heard))
+    return weighted_correlation(shown, heard, th.ones_like(shown))

@@ -7,7 +7,7 @@ import itertools
 import cv2
 import numpy as np
 import torch as th
-import torchaudio.functional as AF
+from torchaudio.transforms import MelSpectrogram
 
 from .. import media
 from .stereo import SILENT
@@ -51,10 +51,8 @@ def spectral_flux(audio: th.Tensor, sample_rate: int) -> th.Tensor:
     window = max(16, round(WINDOW_SECONDS * sample_rate))
     hop = max(1, round(HOP_SECONDS * sample_rate))
     size = 2 ** (window - 1).bit_length()
-    padded = th.nn.functional.pad(audio, (size // 2, size // 2))  # spectrum t is centred on sample t * hop
-    power = AF.spectrogram(padded, 0, th.hann_window(window), size, hop, window, 2.0, False, center=False).mean(dim=0)
     bands = max(2, min(64, size // 16))
-    mel = AF.melscale_fbanks(size // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate).T @ power
+    mel = MelSpectrogram(sample_rate, size, window, hop, n_mels=bands, pad_mode="constant")(audio).mean(dim=0)
     level = 10 * mel.clamp(min=1e-10).log10()
     level = level.clamp(min=(level.max() - 80).item())
     flux = th.nn.functional.pad(level.diff(dim=-1).clamp(min=0).mean(dim=0), (1, 0))
