@@ -34,8 +34,7 @@ import torch as th
 from tqdm import tqdm
 
 from mm_diffusion import checkpoint, curves, logger, media, rng, tree
-from mm_diffusion.clip_index import build_index
-from mm_diffusion.datasets import ClipDataset, load_data
+from mm_diffusion.datasets import joint_data, read_clips
 from mm_diffusion.dist_util import World, friendly_errors, from_rank_0, setup_dist
 from mm_diffusion.metrics.distances import standard_frechet_distance
 from mm_diffusion.metrics.features import brief
@@ -161,8 +160,9 @@ def main() -> None:
     world, root = setup_dist(flags["devices"]), Path(flags["output_dir"])
     logger.configure(enabled=world.rank == 0)
     flags["data_dir"] = flags["data_dir"] or from_rank_0(lambda: write_clips(root / "data", flags["num_clips"], flags))
-    held_out = read_clips(from_rank_0(lambda: write_clips(root / "held_out", flags["held_out_clips"], flags)), flags)
-    data = read_clips(flags["data_dir"], flags, flags["drawn_clips"])
+    sizes = [flags[name] for name in ("video_size", "audio_size", "video_fps", "audio_fps")]
+    held_out = read_clips(from_rank_0(lambda: write_clips(root / "held_out", flags["held_out_clips"], flags)), *sizes)
+    data = read_clips(flags["data_dir"], *sizes, most=flags["drawn_clips"])
     flags["cache_dir"] = flags["cache_dir"] or str(root / "cache")
     for name in names:
         variant = VARIANTS[name]
@@ -189,14 +189,6 @@ def write_clips(folder: Path, count: int, flags: dict[str, Any]) -> str:
     return str(folder)
 
 
-def read_clips(folder: str, flags: dict[str, Any], most: int | None = None) -> Clips:
-    """The first clips of a folder, or all, as the model gets them: {"video" [N, F, C, H, W], "audio" [N, 2, L]}."""
-    sizes = (flags[name] for name in ("video_size", "audio_size", "video_fps", "audio_fps"))
-    clips = ClipDataset(build_index(folder), *sizes, random_flip=False)
-    items = [clips[k] for k in range(len(clips))[:most]]
-    return {name: th.stack([item[name] for item in items]) for name in items[0]}
-
-
 def train(flags: dict[str, Any], given: set[str], variant: Variant, held_out: Clips, world: World) -> bool:
     """Train and judge one run until its minutes are used up; False where a signal has stopped it before."""
     logger.configure(flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"])
@@ -206,22 +198,14 @@ def train(flags: dict[str, Any], given: set[str], variant: Variant, held_out: Cl
     left = from_rank_0(lambda: flags["minutes"] - judge.minutes())
     if left <= 0:
         return True
-    config, data_config = pick(TrainConfig, flags | {"max_hours": left / 60}), pick(DataConfig, flags)
+    config = pick(TrainConfig, flags | {"max_hours": left / 60})
     th.manual_seed(config.seed)
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
 
+    batches = joint_data(flags, world)
+
     def data(start_sample: int) -> Iterator[Any]:
-        batches = load_data(
-            **vars(data_config),
-            batch_size=config.batch_size,
-            video_size=flags["video_size"],
-            audio_size=flags["audio_size"],
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            start_sample=start_sample,
-        )
-        return map(mirror_pictures, batches) if variant.mirrors_pictures else batches
+        return map(mirror_pictures, batches(start_sample)) if variant.mirrors_pictures else batches(start_sample)
 
     loop = TrainLoop(
         model, diffusion, data, config, world, use_fp16=flags["use_fp16"], flags=flags, preview=judge.preview

@@ -130,7 +130,7 @@ def fingerprint(state: dict[str, th.Tensor]) -> str:
 
 
 def find_checkpoints(path: str) -> list[str]:
-    """A file, a list with commas, or a folder (its newest EMA, else its newest model) -> files.
+    """A file, a list with commas, or a folder (its newest EMA, of several the slowest, else its newest model) -> files.
 
     Raises CheckpointError where the path is empty, or the folder holds no checkpoint.
     """
@@ -138,17 +138,24 @@ def find_checkpoints(path: str) -> list[str]:
         raise CheckpointError("no checkpoint given: name a file, a list of files or a folder")
     found = []
     for part in path.split(","):
-        if "://" in part or not os.path.isdir(part):
+        if not _is_folder(part):
             found.append(part)
             continue
-        names = os.listdir(part)
+        names = list(bf.listdir(part))
         candidates = [name for name in names if re.fullmatch(r"ema_[\d.]+_\d+\.pt", name)]
         candidates = candidates or [name for name in names if re.fullmatch(r"model\d+\.pt", name)]
         if not candidates:
             raise CheckpointError(f"{part}: holds neither ema_RATE_NNNNNN.pt nor modelNNNNNN.pt")
-        newest = max(steps_done(name) for name in candidates)
-        found.append(os.path.join(part, min(name for name in candidates if steps_done(name) == newest)))
+        newest = max(candidates, key=lambda name: (steps_done(name), name.split("_")[1:2]))  # of the slowest averages
+        found.append(bf.join(part, newest))
     return found
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return bf.isdir(path)
+    except bf.Error:  # of a kind that is not for us; loading it will say so
+        return False
 
 
 def steps_done(path: str) -> int:

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 import blobfile
 from tqdm import tqdm
 
-from . import dist_util, media
+from . import media
+from .dist_util import from_rank_0
 from .media import ClipInfo, MediaError
 
 EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
@@ -56,55 +57,45 @@ def probe_folders(
     num_workers: int = 4,
     video_stream: int | None = None,
     audio_stream: int | None = None,
-    rank: int = 0,
-    barrier: Callable[[], None] = dist_util.barrier,
+    flag: str = "data_dir",
 ) -> ClipIndex[ClipInfo]:
     """The index of all clips below `data_dir` (one folder or a comma list, local or remote), streams best or by index.
 
-    DataError where a folder is missing or there are no clips.
+    Rank 0 looks and tells the others: must be called on every rank. DataError, naming `flag`, where a folder is
+    missing or there are no clips.
     """
 
     def look(path: str) -> dict:
         return dataclasses.asdict(media.probe(path, video_stream, audio_stream))
 
-    cache = cache_path(data_dir, video_stream, audio_stream)
-    index = look_up(find_clips(data_dir), look, cache, num_workers, rank, barrier)
-    return ClipIndex([(path, ClipInfo(**info)) for path, info in index.clips], index.bad)
+    def find() -> ClipIndex[ClipInfo]:
+        paths = find_files(folders_in(data_dir), EXTENSIONS, "clips", f"check --{flag}")
+        index = look_up(paths, look, cache_path(data_dir, video_stream, audio_stream), num_workers)
+        return ClipIndex([(path, ClipInfo(**info)) for path, info in index.clips], index.bad, data_dir)
+
+    return from_rank_0(find)
 
 
-def look_up(
-    paths: list[str],
-    look: Callable[[str], Any],
-    cache: Path,
-    num_workers: int,
-    rank: int = 0,
-    barrier: Callable[[], None] = dist_util.barrier,
-) -> ClipIndex[Any]:
+def look_up(paths: list[str], look: Callable[[str], Any], cache: Path, num_workers: int) -> ClipIndex[Any]:
     """The index of these files by what `look(path)` tells (as JSON would hold it), unless that raises MediaError.
 
-    Rank 0 looks at what is new or changed and writes the cache; the others wait for it at `barrier` and read it (a rank
-    that cannot see that cache looks for itself).
+    Files that have not changed since they were found good are taken from `cache`.
     """
-    if rank > 0:
-        barrier()
-    entries = _look_up_changed(paths, look, _read_cache(cache), num_workers, quiet=rank > 0)
-    if rank == 0:
-        _write_cache(cache, entries)
-        barrier()
+    entries = _look_up_changed(paths, look, _read_cache(cache), num_workers)
+    _write_cache(cache, entries)
     return ClipIndex(
         clips=[(path, entry["info"]) for path, entry in entries.items() if "info" in entry],
         bad={path: entry["reason"] for path, entry in entries.items() if "reason" in entry},
     )
 
 
-def find_clips(data_dir: str) -> list[str]:
-    """All clip files below the folder(s), sorted; DataError for a missing folder or none with clips."""
-    return find_files(data_dir.split(","), EXTENSIONS, "clips", "check --data_dir")
+def folders_in(text: str) -> list[str]:
+    """The folders of a comma list, "~" expanded."""
+    return [os.path.expanduser(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def find_files(folders: Sequence[str], extensions: tuple[str, ...], kind: str, remedy: str) -> list[str]:
     """All files below the folders with these extensions, sorted; DataError for a missing folder or none with any."""
-    folders = [os.path.expanduser(folder.strip()) for folder in folders if folder.strip()]
     if not folders:
         raise DataError(f"no data folder of {kind} given; {remedy}")
     for folder in folders:
@@ -134,7 +125,7 @@ def cache_path(
     data_dir: str, video_stream: int | None = None, audio_stream: int | None = None, kind: str = "clips"
 ) -> Path:
     """Where the index of this folder is kept."""
-    places = [absolute(part) for part in data_dir.split(",")]
+    places = [absolute(folder) for folder in folders_in(data_dir)]
     name = hashlib.sha256(json.dumps([places, video_stream, audio_stream]).encode()).hexdigest()[:24]
     return cache_folder() / f"{kind}_{name}.json"
 
@@ -143,8 +134,8 @@ def _read_cache(path: Path) -> dict[str, dict]:
     """Path -> entry of an earlier run; empty where there is none that we understand."""
     try:
         held = json.loads(path.read_text())
-        return held["entries"] if held["format"] == FORMAT else {}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return dict(held["entries"]) if held["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -182,15 +173,18 @@ def _found(path: str) -> Iterator[None]:
 
 
 def _look_up_changed(
-    paths: list[str], look: Callable[[str], Any], known: dict[str, dict], num_workers: int, quiet: bool
+    paths: list[str], look: Callable[[str], Any], known: dict[str, dict], num_workers: int
 ) -> dict[str, dict]:
-    """Path -> {"size", "mtime", and "info" or "reason"}; files of unchanged size and mtime are taken from `known`."""
+    """Path -> {"size", "mtime", and "info" or "reason"}; good files of unchanged size and mtime are as `known`.
+
+    Bad ones are looked at again: it may have been the disk, the network or the decoder that failed.
+    """
 
     def entry(path: str) -> dict:
         current: dict[str, Any] = {}
         try:
             current, held = identity(path), known.get(path, {})
-            if held.items() >= current.items():
+            if "info" in held and held.items() >= current.items():
                 return held
             if not current["size"]:
                 raise MediaError(f"{path}: is empty (0 bytes)")
@@ -199,7 +193,7 @@ def _look_up_changed(
             return current | {"reason": str(error)}
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:  # libav lets go of the interpreter; forks and MPI do not mix
-        looked_up = tqdm(pool.map(entry, paths), "files", len(paths), unit="file", disable=quiet, leave=False)
+        looked_up = tqdm(pool.map(entry, paths), "files", len(paths), unit="file", leave=False)
         return dict(zip(paths, looked_up, strict=True))
 
 

@@ -86,8 +86,8 @@ def _run_name(table: Path) -> Path:
 
 def short_names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, with as many folders above it as tell all apart."""
-    parts = [path.parts for path in paths]
-    for count in range(1, max(map(len, parts))):
+    parts = [path.parts[1:] for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(set(parts)):
             break

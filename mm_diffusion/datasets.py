@@ -11,24 +11,24 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from . import logger, media, rng
-from .clip_index import ClipIndex, absolute, build_index, identity
+from .clip_index import ClipIndex, absolute, build_index, folders_in, identity
+from .dist_util import World
 from .media import ClipInfo, MediaError
-from .script_util import numbers
+from .script_util import DataConfig, numbers, pick
 from .tree import Tree, tree_map
 
 Sample = dict[str, th.Tensor]
@@ -85,8 +85,7 @@ class DiskCache:
         if "://" in folder:
             raise ValueError(f"--cache_dir {folder}: must be a local folder")
         self.folder, self.writes = Path(folder).expanduser().absolute(), True
-        parts = [part.strip() for part in data_dir.split(",") if part.strip()]
-        if any(self.folder.is_relative_to(absolute(os.path.expanduser(part))) for part in parts):
+        if any(self.folder.is_relative_to(absolute(part)) for part in folders_in(data_dir)):
             raise ValueError(f"--cache_dir {folder}: lies in the data folder; choose one outside it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -254,6 +253,26 @@ class GlobalOrder(Sampler):
             yield [self.at(position) for position in range(first, first + self.batch_size)]
 
 
+def read_clips(
+    folder: str,
+    video_size: str | Sequence[int],
+    audio_size: str | Sequence[int],
+    video_fps: float,
+    audio_fps: int,
+    most: int | None = None,
+) -> Sample:
+    """The first clips of a folder, or all: {"video" [N, F, 3, H, W], "audio" [N, 2, L]}. Errors: see `load_data`."""
+    clips = ClipDataset(build_index(folder), video_size, audio_size, video_fps, audio_fps, random_flip=False)
+    return default_collate([clips[k] for k in range(len(clips))[:most]])
+
+
+def joint_data(flags: Mapping[str, Any], world: World) -> Callable[[int], Iterator[tuple[Sample, dict]]]:
+    """The flags of a training script -> `load_data` as a function of `start_sample`, for this rank."""
+    shared = {name: flags[name] for name in ("batch_size", "video_size", "audio_size", "seed")}
+    own = vars(pick(DataConfig, flags)) | shared | {"rank": world.rank, "world_size": world.size}
+    return lambda start_sample: load_data(**own, start_sample=start_sample)
+
+
 def load_data(
     *,
     data_dir: str,
@@ -288,7 +307,7 @@ def load_data(
     options = (video_size, audio_size, video_fps, audio_fps, random_flip, clip_stride, seed)
     ClipDataset(empty, *options)  # a wrong size is cheaper to tell than to probe all files first
     streams = {"video_stream": video_stream, "audio_stream": audio_stream}
-    index = build_index(data_dir, max_bad_share, num_workers=max(1, num_workers), rank=rank, **streams)
+    index = build_index(data_dir, max_bad_share, num_workers=num_workers, **streams)
     dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers), disk=disk)
     if rank == 0:
         logger.log(f"{data_dir}: {index.report()}")

@@ -320,6 +320,15 @@ def all_sum(values: th.Tensor) -> th.Tensor:
     return values
 
 
+def all_gather(values: th.Tensor) -> th.Tensor:
+    """[N] of each rank -> [ranks * N] in order of rank, on every rank; N is the same for all."""
+    if not dist.is_initialized():
+        return values
+    rows = [th.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, values)
+    return th.cat(rows)
+
+
 def max_of_ranks(value: int) -> int:
     """The largest of the ranks' values, on every rank; between hosts, without a wait for the devices."""
     if not dist.is_initialized():

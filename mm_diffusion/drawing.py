@@ -321,6 +321,10 @@ def check_sample_config(config: SampleConfig) -> None:
     """ValueError, naming the flag, for what cannot be sampled."""
     if not config.output_dir:
         raise ValueError("output_dir is empty: say where the clips go with --output_dir")
+    if "://" in config.output_dir:
+        raise ValueError(f"output_dir {config.output_dir}: clips are written to local folders only")
+    if config.seed < 0:
+        raise ValueError(f"seed {config.seed}: must not be negative")
     for name in ("all_save_num", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)}: need at least 1")

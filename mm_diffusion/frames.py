@@ -11,9 +11,10 @@ import numpy as np
 import torch as th
 from torch.utils.data import Dataset
 
-from . import clip_index, dist_util, logger, media, rng
+from . import clip_index, logger, media, rng
 from .clip_index import ClipIndex
 from .datasets import DiskCache, Parts, count_frames, endless_batches, is_mirrored, locate, require_positive
+from .dist_util import from_rank_0
 from .unet import check_factor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -23,28 +24,29 @@ JPEG_SHARE, JPEG_QUALITIES = 0.5, (20, 80)
 Pair = tuple[th.Tensor, dict[str, th.Tensor]]
 
 
-def find_frames(
-    data_dir: str, num_workers: int = 4, rank: int = 0, max_bad_share: float = 0.1
-) -> ClipIndex[float | None]:
+def find_frames(data_dir: str, num_workers: int = 4, max_bad_share: float = 0.1) -> ClipIndex[float | None]:
     """`find_images`, told in the log; DataError where none, or too few, can be used: more than that share is bad."""
-    index = find_images(data_dir, num_workers, rank)
-    if rank == 0:
-        logger.log(f"{data_dir}: {index.report(_count(index))}")
+    index = find_images(data_dir, num_workers)
+    logger.log(f"{data_dir}: {index.report(_count(index))}")
     clip_index.refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
     return index
 
 
-def find_images(data_dir: str, num_workers: int = 4, rank: int = 0) -> ClipIndex[float | None]:
+def find_images(data_dir: str, num_workers: int = 4) -> ClipIndex[float | None]:
     """The images and films below `data_dir` (one folder or a comma list): a film's length in seconds, None for images.
 
-    Must be called on every rank. DataError where a folder is missing or holds neither.
+    Rank 0 looks and tells the others: must be called on every rank. DataError where a folder is missing or holds
+    neither.
     """
     remedy = "check --data_dir, or extract frames of videos with py_scripts/extract_video.py"
     kinds = EXTENSIONS + clip_index.EXTENSIONS
-    paths = clip_index.find_files(data_dir.split(","), kinds, "images or videos", remedy)
-    cache = clip_index.cache_path(data_dir, kind="frames")
-    found = clip_index.look_up(paths, _seconds, cache, num_workers, rank, dist_util.barrier)
-    return dataclasses.replace(found, data_dir=data_dir)
+
+    def find() -> ClipIndex[float | None]:
+        paths = clip_index.find_files(clip_index.folders_in(data_dir), kinds, "images or videos", remedy)
+        found = clip_index.look_up(paths, _seconds, clip_index.cache_path(data_dir, kind="frames"), num_workers)
+        return dataclasses.replace(found, data_dir=data_dir)
+
+    return from_rank_0(find)
 
 
 def _seconds(path: str) -> float | None:

@@ -304,7 +304,7 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     def look(path: str) -> dict[str, Any]:
         return dataclasses.asdict(examine(path, pictures))
 
-    index = clip_index.look_up(paths, look, cache, num_workers, barrier=lambda: None)
+    index = clip_index.look_up(paths, look, cache, num_workers)
     clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
     found = [(path, Clip(**info)) for path, info in index.clips]
     _redraw_lost(found, pictures, num_workers)

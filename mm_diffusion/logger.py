@@ -31,7 +31,7 @@ class _Logger:
         self.rows: list[dict[str, str]] = []
         self.idle: list[Any] = []  # trackers (see trackers.py) that are asked for and not started yet
         self.trackers: list[Any] = []
-        self.stale = False  # progress.csv holds rows that are not in `rows`
+        self.stale = False  # progress.csv may be other than `rows`, and is to be written anew
 
 
 _current = _Logger()
@@ -64,6 +64,7 @@ def configure(
         if _table_path().exists():
             with _table_path().open(newline="") as file:
                 _current.rows = list(csv.DictReader(file))
+            _current.stale = bool(_current.rows)  # its last line may be cut
     wanted = {trackers.TensorBoard: use_tensorboard, trackers.WeightsAndBiases: use_db}
     _current.idle = [tracker(_current.folder) for tracker, wish in wanted.items() if wish]
 
@@ -142,7 +143,6 @@ def peak_memory() -> int:
 def drop_rows_from(step: int) -> None:
     """Forget rows of steps later than `step`, which a resumed run makes anew."""
     kept = [row for row in _current.rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
-    _current.stale |= len(kept) < len(_current.rows)
     _current.rows = kept
 
 
@@ -153,9 +153,12 @@ def _table_path() -> Path:
 
 def _append_row(row: dict[str, str]) -> None:
     """Add the row; a key seen for the first time adds a column, for which the file is written anew."""
-    columns = list(dict.fromkeys(key for known in [*_current.rows[:1], row] for key in known))
-    fresh = _current.stale or not _current.rows or list(_current.rows[0]) != columns
-    _current.rows = [{key: known.get(key, "") for key in columns} for known in [*_current.rows, row]]
+    known = list(_current.rows[0]) if _current.rows else []
+    columns = list(dict.fromkeys([*known, *row]))
+    fresh = _current.stale or columns != known
+    if fresh:
+        _current.rows = [{key: old.get(key, "") for key in columns} for old in _current.rows]
+    _current.rows.append({key: row.get(key, "") for key in columns})
     path = _table_path()
     target = path.with_suffix(".tmp") if fresh else path
     with target.open("w" if fresh else "a", newline="") as file:

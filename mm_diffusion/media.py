@@ -54,15 +54,8 @@ DECODER = {module.__name__: module.__version__ for module in (av, PIL, th, torch
 LEFTOVER, LEFTOVER_SECONDS = re.compile(r"\.[0-9a-f]{32}\.\w+"), 3600  # names of unfinished files, and their least age
 END_OF_JPEG = b"\xff\xd9"
 EXIF_ORIENTATION = 0x0112
-TRANSPOSITIONS = {  # that make a picture of this orientation upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TRANSPOSITIONS = dict(enumerate((Image.Transpose[name] for name in FLIPS.split()), 2))  # by the orientation they mend
 
 
 class MediaError(ValueError):
@@ -352,7 +345,7 @@ def read_image(path: str | os.PathLike) -> th.Tensor:
         image.load()
         upright = TRANSPOSITIONS.get(_orientation(image))
         flat = _flat_rgb(image)
-        return _from_pil(flat if upright is None else flat.transpose(upright))
+        return picture_functional.pil_to_tensor(flat if upright is None else flat.transpose(upright))
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -370,10 +363,6 @@ def _flat_rgb(image: Image.Image) -> Image.Image:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_pil(image: Image.Image) -> th.Tensor:
-    return th.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _resampled(cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int, first: int, count: int) -> th.Tensor:
@@ -485,28 +474,17 @@ def _origin(run: _Run, first_sound: tuple[float, int] | None) -> int:
 
 def _stereo_converter() -> Callable[[Any], th.Tensor]:
     """A function frame -> [2, n] float32 in [-1, 1]: mono doubled, stereo as it is, more channels downmixed."""
-    downmix = av.AudioResampler(format="fltp", layout="stereo")
+
+    @functools.cache
+    def converter(sample_format: str, layout: str, rate: int, channels: int) -> av.AudioResampler:
+        return av.AudioResampler("fltp", "mono" if channels == 1 else "stereo")
 
     def convert(frame) -> th.Tensor:
-        channels = frame.layout.nb_channels
-        if channels > 2:
-            (frame,) = downmix.resample(frame)
-        array = frame.to_ndarray()
-        if not frame.format.is_planar:
-            array = array.reshape(-1, min(channels, 2)).T
-        samples = th.from_numpy(_to_float(array))
-        return samples.expand(2, -1) if channels == 1 else samples
+        layout = frame.layout  # which may change on the way, like all of these
+        (frame,) = converter(frame.format.name, layout.name, frame.sample_rate, layout.nb_channels).resample(frame)
+        return th.from_numpy(frame.to_ndarray()).expand(2, -1)
 
     return convert
-
-
-def _to_float(array: np.ndarray) -> np.ndarray:
-    """Samples of any type to float32 in [-1, 1]."""
-    if array.dtype == np.uint8:
-        return (array.astype(np.float32) - 128) / 128
-    if array.dtype.kind == "i":
-        return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
-    return array.astype(np.float32)
 
 
 # ---------------------------------------------------------------- writing

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch as th
-import torch.distributed as dist
 
+from mm_diffusion.dist_util import all_gather
 from mm_diffusion.tree import Generators
 
 
@@ -72,7 +72,7 @@ class LossSecondMomentResampler(UniformSampler):
         self.losses, self.counts = self.losses.to(device), self.counts.to(device)
 
     def update_with_local_losses(self, t: th.Tensor, losses: th.Tensor) -> None:
-        t, losses = _gather(t.detach(), losses.detach().double())
+        t, losses = all_gather(t.detach()), all_gather(losses.detach().double())
         self.to(t.device)
         finite = losses.isfinite()  # a step that overflowed says nothing about its timestep
         same = (t[:, None] == t[None, :]) & finite
@@ -118,17 +118,3 @@ def _uniform(batch_size: int, generator: Generators) -> th.Tensor:
     if len(generator) != batch_size:
         raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: need one per sample")
     return th.cat([th.rand(1, generator=g, device=g.device, dtype=th.float64) for g in generator])
-
-
-def _gather(t: th.Tensor, losses: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """The timesteps and losses of all ranks, in order of rank; batches are of one size."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return t, losses
-    return _all_gather(t), _all_gather(losses)
-
-
-def _all_gather(values: th.Tensor) -> th.Tensor:
-    """[N] of each rank -> [ranks * N]."""
-    rows = [th.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, values)
-    return th.cat(rows)

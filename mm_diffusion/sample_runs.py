@@ -143,7 +143,7 @@ def run(text: str, flag_configs: Sequence[type], defaults: Mapping[str, Any] | N
         logger.log(note)
     paths = checkpoint.find_checkpoints(config.multimodal_model_path)
     upsampler = drawing.load_upsampler(config, flags, told, world.device)
-    this = SampleRun(flags, told, config, world, upsampler, known, find_given(flags, world) if known else None)
+    this = SampleRun(flags, told, config, world, upsampler, known, find_given(flags) if known else None)
     measures = evaluation.make_measures(judge, world.device) if judge.ref_path else {}
     names = [""] if len(paths) == 1 else short_names([Path(absolute(path)).with_suffix("") for path in paths])
     for path, name in zip(paths, names, strict=True):
@@ -160,12 +160,10 @@ def configs(draws: type = SampleConfig, given: bool = False) -> tuple[type, ...]
     return (ModelConfig, DiffusionConfig, *upsampler, DataConfig, draws, *known, MetricsConfig)
 
 
-def find_given(flags: Mapping[str, Any], world: World) -> ClipIndex[ClipInfo]:
+def find_given(flags: Mapping[str, Any]) -> ClipIndex[ClipInfo]:
     """The index of `data_dir`; DataError where it is no folder of clips."""
     config = pick(DataConfig, flags)
-    workers, streams = max(1, config.num_workers), (config.video_stream, config.audio_stream)
-    index = probe_folders(config.data_dir, workers, *streams, rank=world.rank)
-    return dataclasses.replace(index, data_dir=config.data_dir)
+    return probe_folders(config.data_dir, config.num_workers, config.video_stream, config.audio_stream)
 
 
 def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation.Sizes]:

@@ -499,7 +499,7 @@ def numbers(name: str, text: str | Sequence[int], count: int) -> tuple[int, ...]
     except ValueError:
         values = ()
     if len(values) != count or min(values) < 1:
-        raise ValueError(f"{name} {text!r}: need {count} positive integers with commas between")
+        raise ValueError(f"--{name} {text!r}: need {count} positive integers with commas between")
     return values
 
 

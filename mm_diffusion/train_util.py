@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 QUARTILES = 4
 LATE, SIGNALLED = 1, 2  # reasons to stop, the stronger one last
 NOT_NEGATIVE = ["lr", "weight_decay", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "preview_clips", "max_steps"]
+NOT_NEGATIVE += ["max_hours", "seed"]
 NOT_NEGATIVE += ["max_hours", "max_skipped_steps", "keep_last", "keep_every"]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -50,13 +52,8 @@ def warm_rate(rate: float, updates: int) -> float:
 def parse_rates(text: str) -> list[str]:
     """ "0.9999,0.99" -> ["0.9999", "0.99"], as they are written in file names."""
     found = [part.strip() for part in str(text).split(",")]
-    for part in found:
-        try:
-            good = 0 <= float(part) < 1
-        except ValueError:
-            good = False
-        if not good:
-            raise ValueError(f"ema_rate {text!r}: need numbers in [0, 1), with commas between")
+    if not all(re.fullmatch(r"0|0?\.\d+", part) for part in found):
+        raise ValueError(f"ema_rate {text!r}: need decimals in [0, 1), with commas between")
     return found
 
 
@@ -400,7 +397,7 @@ class TrainLoop:
         if self.precision == rest.get("precision") == "fp16":
             self.log_loss_scale.copy_(rest["log_loss_scale"])
         if "skipped" in rest:
-            self.skipped.copy_(rest["skipped"])
+            self.skipped[0] = rest["skipped"][0]  # streaks begin anew: a run that gave up gets another chance
         if rest.get("seed", self.config.seed) != self.config.seed:
             logger.log(f"note: --seed was {rest['seed']} before and is {self.config.seed} now")
         self.step = self.saved_step = step
@@ -535,8 +532,8 @@ def check_train_config(config: TrainConfig) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
     for name in NOT_NEGATIVE:
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} {getattr(config, name)}: must not be negative")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} {getattr(config, name)}: must be finite and not negative")
     cut = 0 < config.microbatch < config.batch_size
     if compile_mode(config.compile) in GRAPH_MODES and cut:
         raise ValueError(

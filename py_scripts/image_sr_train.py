@@ -38,7 +38,7 @@ def main() -> None:
         **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
     )
     preview = drawing.make_sr_preview(flags, config.sample_fn, lambda: pictures(), config.output_dir, world)
-    index = find_frames(files.data_dir, max(1, files.num_workers), world.rank, files.max_bad_share)
+    index = find_frames(files.data_dir, files.num_workers, files.max_bad_share)
     sizes = (flags["large_size"], flags["small_size"], files.video_fps)
 
     def pictures() -> tuple[th.Tensor, th.Tensor]:

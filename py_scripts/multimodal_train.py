@@ -3,7 +3,7 @@
 import torch as th
 
 from mm_diffusion import drawing, logger
-from mm_diffusion.datasets import load_data
+from mm_diffusion.datasets import joint_data
 from mm_diffusion.dist_util import friendly_errors, setup_dist
 from mm_diffusion.script_util import (
     DataConfig,
@@ -36,19 +36,8 @@ def main() -> None:
     for note in notes_on(given, *CONFIGS):
         logger.log(note)
 
-    def data(start_sample: int):
-        return load_data(
-            **vars(data_config),
-            batch_size=config.batch_size,
-            video_size=flags["video_size"],
-            audio_size=flags["audio_size"],
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            start_sample=start_sample,
-        )
-
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}")
+    data = joint_data(flags, world)
     TrainLoop(
         model, diffusion, data, config, world, use_fp16=flags["use_fp16"], flags=flags, preview=preview
     ).run_loop()

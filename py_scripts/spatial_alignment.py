@@ -7,8 +7,7 @@ from pathlib import Path
 import torch as th
 
 from mm_diffusion import media
-from mm_diffusion.clip_index import build_index
-from mm_diffusion.datasets import ClipDataset
+from mm_diffusion.datasets import read_clips
 from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.metrics.spatial import mismatched_alignment, show_heard_place, spatial_alignment, why_unaligned
 from mm_diffusion.script_util import Parser
@@ -26,13 +25,8 @@ def main() -> None:
     parser.add_argument("--watch_dir", help="write copies that are large enough for any player")
     flags = parser.parse_args()
 
-    def read(folder: str) -> tuple[th.Tensor, th.Tensor]:
-        sizes = (flags.video_size, flags.audio_size, flags.video_fps, flags.audio_fps)
-        clips = ClipDataset(build_index(folder), *sizes, random_flip=False)
-        items = [clips[i] for i in range(len(clips))]
-        return th.stack([item["video"] for item in items]), th.stack([item["audio"] for item in items])
-
-    videos, audios = read(flags.samples)
+    sizes = flags.video_size, flags.audio_size, flags.video_fps, flags.audio_fps
+    videos, audios = read_clips(flags.samples, *sizes).values()
     if flags.contact_sheet:
         media.save_contact_sheet(flags.contact_sheet, show_heard_place(videos, audios))
     if flags.watch_dir:
@@ -40,7 +34,7 @@ def main() -> None:
             path = f"{flags.watch_dir}/clip_{k:02d}.mp4"
             media.write_watchable(path, video, flags.video_fps, audio, flags.audio_fps)
     if flags.data_dir:
-        tell("spatial alignment", flags.data_dir, spatial_alignment, *read(flags.data_dir))
+        tell("spatial alignment", flags.data_dir, spatial_alignment, *read_clips(flags.data_dir, *sizes).values())
     tell("spatial alignment", flags.samples, spatial_alignment, videos, audios)
     if len(videos) > 1:
         tell("mismatched pairs", flags.samples, mismatched_alignment, videos, audios)

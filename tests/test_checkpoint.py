@@ -3,6 +3,7 @@
 import pickle
 from collections import OrderedDict
 
+import blobfile
 import pytest
 import tiny
 import torch as th
@@ -198,6 +199,17 @@ def test_without_strict_a_checkpoint_of_which_nothing_fits_is_refused_all_the_sa
         load_weights(model, {"stray": th.zeros(1)}, strict=False)
 
 
+def test_a_remote_folder_stands_for_its_newest_average_too(monkeypatch):
+    monkeypatch.setattr(blobfile, "isdir", lambda path: path == "gs://bucket/run")
+    monkeypatch.setattr(blobfile, "listdir", lambda path: iter(["model000002.pt", "ema_0.9_000002.pt", "samples/"]))
+    assert find_checkpoints("gs://bucket/run,gs://bucket/a.pt") == [
+        "gs://bucket/run/ema_0.9_000002.pt",
+        "gs://bucket/a.pt",
+    ]
+    monkeypatch.undo()
+    assert find_checkpoints("https://example.org/a.pt") == ["https://example.org/a.pt"]  # loading it says what is wrong
+
+
 def test_a_folder_stands_for_its_newest_average(tmp_path):
     names = ["model000100.pt", "ema_0.9999_000090.pt", "ema_0.9999_1000000.pt", "ema_0.9999_000100.pt", "opt1000000.pt"]
     for name in names:
@@ -208,6 +220,9 @@ def test_a_folder_stands_for_its_newest_average(tmp_path):
     for name in names[1:4]:
         (tmp_path / name).unlink()
     assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "model000100.pt")]
+    for rate in ("0.5", "0.9999", "0.999"):
+        (tmp_path / f"ema_{rate}_000100.pt").touch()
+    assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "ema_0.9999_000100.pt")]  # the slowest
     for bad in ("", str(tmp_path / "empty")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(CheckpointError):

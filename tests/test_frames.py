@@ -13,7 +13,7 @@ import torch as th
 from media_files import MEDIA, grey_frames, make_clip, make_gif, noise, real_media
 from PIL import Image
 
-from mm_diffusion import clip_index, datasets, media
+from mm_diffusion import clip_index, datasets, frames, media
 from mm_diffusion.clip_index import FINGERPRINT_BYTES, ClipIndex, DataError
 from mm_diffusion.datasets import DiskCache, GlobalOrder
 from mm_diffusion.extraction import RECORD, ExtractSettings, extract_videos
@@ -258,8 +258,10 @@ def test_the_folder_is_looked_at_and_told_once_by_rank_0(tmp_path, monkeypatch, 
     assert len(told) == 2
     assert told[0].endswith(f"{tmp_path}: 3 images and 1 videos (1.5 s), 1 files left out:")
     assert "empty.png: is empty" in told[1]
-    assert find_frames(str(tmp_path), max_bad_share=0.5, rank=1) == index
     monkeypatch.setattr(clip_index, "find_files", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr(frames, "from_rank_0", lambda make: index)
+    assert find_frames(str(tmp_path), max_bad_share=0.5) == index
+    assert capsys.readouterr().out.splitlines() == told
     batch = next(load_frames(index=index, batch_size=9, random_flip=False, **LOADING))
     shown = FrameDataset(index, **SIZES, random_flip=False)
     assert len(shown) == 9

@@ -276,6 +276,14 @@ def test_rows_that_a_resumed_run_makes_anew_appear_once(tmp_path):
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4", "5"]
 
 
+def test_a_table_whose_last_line_was_not_ended_goes_on_in_a_new_line(tmp_path):
+    (tmp_path / "progress.csv").write_text("loss,step\n0.5,10\n0.4,20")
+    logger.configure(tmp_path)
+    logger.drop_rows_from(20)
+    tell(30, loss=0.3)
+    assert (tmp_path / "progress.csv").read_text().splitlines() == ["loss,step", "0.5,10", "0.4,20", "0.3,30"]
+
+
 def test_peak_memory_is_at_least_what_the_process_holds_now_and_less_than_there_is(monkeypatch):
     monkeypatch.setattr(th.cuda, "is_initialized", lambda: False)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -272,3 +272,14 @@ def _check_windows(path, info):
         begin = round(start * info.sample_rate)
         _, audio = media.read_window(path, start, 1, 4, 8, 8, info.sample_rate, 3 * info.sample_rate)
         np.testing.assert_allclose(audio, whole[:, begin : begin + audio.shape[1]], atol=1e-6)
+
+
+def test_sound_whose_channels_change_on_the_way_is_stereo_throughout():
+    convert = media._stereo_converter()
+    for layout, channels in (("5.1", 6), ("quad", 4), ("mono", 1), ("stereo", 2), ("5.1", 6)):
+        frame = av.AudioFrame.from_ndarray(np.full((channels, 100), 0.25, np.float32), format="fltp", layout=layout)
+        frame.sample_rate = 16000
+        sound = convert(frame)
+        assert sound.shape == (2, 100)
+        assert sound.isfinite().all()
+        assert sound.abs().max() > 0.1

@@ -208,3 +208,8 @@ def test_a_curve_of_one_number_is_a_dot(tmp_path):
     runs = curves.read_runs([tmp_path])
     (lines,) = drawn(curves.draw(runs, curves.choose_panels(runs, ["vb"]))).values()
     assert lines[-1].get_marker() == "o"
+
+
+def test_a_short_name_never_leads_out_of_the_folder_that_it_is_joined_to():
+    names = curves.short_names([Path("/ema"), Path("/data/ema")])
+    assert names == ["ema", "data/ema"]

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch as th
 
-from mm_diffusion.drawing import draw_clips, solver_settings
+from mm_diffusion.drawing import check_sample_config, draw_clips, solver_settings
 from mm_diffusion.gaussian_diffusion import GaussianDiffusion
 from mm_diffusion.sampling import SAMPLERS, bind, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import SampleConfig
@@ -178,6 +178,14 @@ def test_a_clip_that_is_not_finite_is_an_error_instead_of_a_black_and_silent_fil
     with pytest.raises(FloatingPointError, match="not finite"):
         draw_clips(model, sampler, [0], 1, 1, "cpu", lambda *args: saved.append(args))
     assert not saved
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), [({"output_dir": "gs://bucket/out"}, "local folders only"), ({"seed": -1}, "seed -1")]
+)
+def test_what_cannot_be_sampled_is_said_in_words(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        check_sample_config(SampleConfig(**{"output_dir": "x", **wrong}))
 
 
 def test_unknown_samplers_and_settings_are_named():

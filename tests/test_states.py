@@ -461,9 +461,12 @@ def test_too_many_in_a_row_stop_the_run_with_good_weights_on_disk_and_advice(tmp
     poison(trainer, range(2, 100))
     with pytest.raises(ValueError, match=r"not finite 4 steps in a row .*--lr"):
         trainer.run_loop()
-    resumed = loop(tmp_path)
+    resumed = loop(tmp_path, max_skipped_steps=3, lr_anneal_steps=trainer.step + 10)
     assert resumed.step == trainer.step
     assert all(p.isfinite().all() for p in resumed.params)
+    resumed.run_loop()  # followed the advice: the streak of before does not count
+    assert resumed.step == trainer.step + 10
+    assert resumed.skipped[0] == trainer.skipped[0]
 
 
 def test_the_loss_scale_falls_at_an_overflow_grows_otherwise_and_is_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import os
 
 import numpy as np
@@ -14,7 +15,7 @@ from mm_diffusion import checkpoint, dist_util, logger
 from mm_diffusion.checkpoint import CheckpointError
 from mm_diffusion.dist_util import World
 from mm_diffusion.script_util import TrainConfig
-from mm_diffusion.train_util import TrainLoop, parse_rates, update_ema, warm_rate
+from mm_diffusion.train_util import TrainLoop, check_train_config, parse_rates, update_ema, warm_rate
 from mm_diffusion.tree import leaves, tree_map
 
 
@@ -215,10 +216,19 @@ def test_an_average_of_equal_weights_stays():
     assert th.equal(value[0], th.full((3,), 0.3))
 
 
-@pytest.mark.parametrize("text", ["", "1", "-0.1", "0.9,", "high"])
+@pytest.mark.parametrize("text", ["", "1", "-0.1", "0.9,", "high", "9e-1", "nan"])
 def test_impossible_ema_rates_are_named(text):
     with pytest.raises(ValueError, match="ema_rate"):
         parse_rates(text)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": math.nan}, {"lr": -1.0}, {"grad_clip": math.inf}, {"max_hours": math.nan}, {"seed": -1}]
+)
+def test_numbers_that_make_no_sense_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} .*must be finite and not negative"):
+        check_train_config(TrainConfig(output_dir="x", **wrong))
 
 
 # Steps, learning rates, files

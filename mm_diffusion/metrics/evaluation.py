@@ -73,7 +73,9 @@ def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure
     paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name.endswith(("_path", "_dir"))}
     config = dataclasses.replace(config, **{name: os.path.expanduser(path) for name, path in paths.items()})
     if config.ref_path:
-        clip_index.find_files(config.ref_path.split(","), clip_index.EXTENSIONS, "clips", "check --ref_path")
+        clip_index.find_files(
+            clip_index.folders_in(config.ref_path), clip_index.EXTENSIONS, "clips", "check --ref_path"
+        )
     made = {
         "temporal": Measure(
             lambda c: temporal_align.look(c.video, c.audio, c.fps, c.sample_rate), f"opencv {cv2.__version__}"
@@ -168,12 +170,8 @@ class Sizes:
 class ClipFolder:
     """The clips of a folder, by number; DataError for a folder without, or with too many bad ones."""
 
-    def __init__(self, folder: str, sizes: Sizes, world: World, flag: str) -> None:
-        paths = folder.split(",")
-        clip_index.find_files(paths, clip_index.EXTENSIONS, "clips", f"check --{flag}")
-        index = clip_index.build_index(
-            folder, sizes.max_bad_share, num_workers=max(1, sizes.num_workers), rank=world.rank
-        )
+    def __init__(self, folder: str, sizes: Sizes, flag: str) -> None:
+        index = clip_index.build_index(folder, sizes.max_bad_share, num_workers=sizes.num_workers, flag=flag)
         frames = numbers("video_size", sizes.video_size, 4)[0]
         rates = sizes.video_fps, sizes.audio_fps
         options = {"random_flip": False, "clip_stride": frames, "cache_bytes": 0}
@@ -336,10 +334,10 @@ def evaluate(
     samples: str, config: MetricsConfig, sizes: Sizes, measures: Mapping[str, Measure], world: World
 ) -> Report:
     """The report on a folder of clips, on every rank; must be called on all. DataError, MediaError, ValueError."""
-    ours = ClipFolder(samples, sizes, world, "samples_path")
+    ours = ClipFolder(samples, sizes, "samples_path")
     if config.boxes_dir or config.events_dir:
         _refuse_equal_names([path for path, _ in ours.windows.clips])
-    true = ClipFolder(config.ref_path, sizes, world, "ref_path") if config.ref_path else None
+    true = ClipFolder(config.ref_path, sizes, "ref_path") if config.ref_path else None
     seen = look_at(ours, measures, world)
     known = look_at_reference(true, measures, world) if true else {}
     scores, notes = rated(seen, known, ours.name, true.name if true else str)
@@ -396,7 +394,7 @@ def sizes_asked(flags: Mapping[str, Any]) -> Sizes:
 
 def report_folder(config: EvalConfig) -> str:
     """Where the report goes; ValueError where several folders of samples leave that open."""
-    folders = [part.strip() for part in config.samples_path.split(",") if part.strip()]
+    folders = clip_index.folders_in(config.samples_path)
     if config.output_dir in ("", config.samples_path) and len(folders) > 1:
         raise ValueError(f"--samples_path {config.samples_path}: are several; give --output_dir for the report")
     return os.path.expanduser(config.output_dir or "".join(folders))
