@@ -775,7 +775,7 @@ def test_other_weights_and_inputs_of_a_network_are_another_measure(tmp_path):
 
 def test_content_is_that_of_the_files_as_they_are_read(clips, tmp_path):
     def content(sizes=SIZES, folder=clips / "drawn/video_dev"):
-        return evaluation.ClipFolder(str(folder), sizes, ALONE, "ref_path").content()
+        return evaluation.ClipFolder(str(folder), sizes, "ref_path").content()
 
     changes = {"video_size": "8,3,16,32", "audio_size": "2,7999", "video_fps": 8, "audio_fps": 8000}
     known = {content(), *(content(dataclasses.replace(SIZES, **{name: value})) for name, value in changes.items())}
