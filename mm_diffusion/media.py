@@ -475,13 +475,14 @@ def _origin(run: _Run, first_sound: tuple[float, int] | None) -> int:
 def _stereo_converter() -> Callable[[Any], th.Tensor]:
     """A function frame -> [2, n] float32 in [-1, 1]: mono doubled, stereo as it is, more channels downmixed."""
 
-    @functools.cache
-    def converter(sample_format: str, layout: str, rate: int, channels: int) -> av.AudioResampler:
-        return av.AudioResampler("fltp", "mono" if channels == 1 else "stereo")
+    converters: dict[tuple, av.AudioResampler] = {}
 
     def convert(frame) -> th.Tensor:
-        layout = frame.layout  # which may change on the way, like all of these
-        (frame,) = converter(frame.format.name, layout.name, frame.sample_rate, layout.nb_channels).resample(frame)
+        layout = frame.layout  # which may change on the way, like all of the key
+        key = frame.format.name, layout.name, frame.sample_rate, layout.nb_channels
+        if key not in converters:
+            converters[key] = av.AudioResampler("fltp", layout if layout.nb_channels <= 2 else "stereo")
+        (frame,) = converters[key].resample(frame)
         return th.from_numpy(frame.to_ndarray()).expand(2, -1)
 
     return convert
