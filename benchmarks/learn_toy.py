@@ -74,6 +74,8 @@ class Variant:
     mirrors_pictures: bool = False
 
 
+# The thresholding of dpm_solver++ bounds what the first evaluations make of errors in the noise.
+PREDICTS_NOISE = {"predict_xstart": False, "sample_fn": "dpm_solver++"}
 VARIANTS = {
     "no_shift": Variant("windows not shifted; predicts the clip", {"cross_attention_shift": False}),
     "picture_flip": Variant(
@@ -84,11 +86,11 @@ VARIANTS = {
     "shift": Variant("windows shifted at random, as published; predicts the clip"),
     "noise": Variant(
         "windows not shifted; predicts the noise, as published",
-        {"cross_attention_shift": False, "predict_xstart": False, "sample_fn": "dpm_solver++"},
+        {"cross_attention_shift": False} | PREDICTS_NOISE,
     ),
     "published": Variant(
         "windows shifted at random; predicts the noise: both as published",
-        {"predict_xstart": False, "sample_fn": "dpm_solver++"},  # which bounds what little noise makes of an error
+        PREDICTS_NOISE,
     ),
 }
 DEFAULTS = {
@@ -201,11 +203,11 @@ def train(flags: dict[str, Any], given: set[str], variant: Variant, held_out: Cl
     config = pick(TrainConfig, flags | {"max_hours": left / 60})
     th.manual_seed(config.seed)
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
-
     batches = joint_data(flags, world)
 
     def data(start_sample: int) -> Iterator[Any]:
-        return map(mirror_pictures, batches(start_sample)) if variant.mirrors_pictures else batches(start_sample)
+        found = batches(start_sample)
+        return map(mirror_pictures, found) if variant.mirrors_pictures else found
 
     loop = TrainLoop(
         model, diffusion, data, config, world, use_fp16=flags["use_fp16"], flags=flags, preview=judge.preview

@@ -142,20 +142,26 @@ def find_checkpoints(path: str) -> list[str]:
             found.append(part)
             continue
         names = list(bf.listdir(part))
-        candidates = [name for name in names if re.fullmatch(r"ema_[\d.]+_\d+\.pt", name)]
+        candidates = [name for name in names if re.fullmatch(r"ema_\d*\.?\d+_\d+\.pt", name)]
         candidates = candidates or [name for name in names if re.fullmatch(r"model\d+\.pt", name)]
         if not candidates:
             raise CheckpointError(f"{part}: holds neither ema_RATE_NNNNNN.pt nor modelNNNNNN.pt")
-        newest = max(candidates, key=lambda name: (steps_done(name), name.split("_")[1:2]))  # of the slowest averages
-        found.append(bf.join(part, newest))
+        found.append(bf.join(part, max(candidates, key=_steps_and_rate)))
     return found
 
 
 def _is_folder(path: str) -> bool:
+    if "://" in path and path.endswith(".pt"):  # asking takes long, and retries where the place cannot be reached
+        return False
     try:
         return bf.isdir(path)
     except bf.Error:  # of a kind that is not for us; loading it will say so
         return False
+
+
+def _steps_and_rate(name: str) -> tuple[int, float]:
+    """By which the newest comes last, and of several averages the slowest."""
+    return steps_done(name), float(name.split("_")[1]) if name.startswith("ema_") else 0.0
 
 
 def steps_done(path: str) -> int:

@@ -46,7 +46,10 @@ class ClipIndex(Generic[Info]):
 
 
 def build_index(data_dir: str, max_bad_share: float = 0.1, **options) -> ClipIndex[ClipInfo]:
-    """`probe_folders`, but a DataError where no file, or too few, can be used: more than `max_bad_share` are bad."""
+    """`probe_folders`, but a DataError where no file, or too few, can be used: more than `max_bad_share` are bad.
+
+    Must be called on every rank, too.
+    """
     index = probe_folders(data_dir, **options)
     refuse_if_bad(data_dir, index, max_bad_share)
     return index

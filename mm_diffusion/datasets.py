@@ -261,7 +261,10 @@ def read_clips(
     audio_fps: int,
     most: int | None = None,
 ) -> Sample:
-    """The first clips of a folder, or all: {"video" [N, F, 3, H, W], "audio" [N, 2, L]}. Errors: see `load_data`."""
+    """The first clips of a folder, or all: {"video" [N, F, 3, H, W], "audio" [N, 2, L]}.
+
+    Must be called on every rank. Errors: see `load_data`.
+    """
     clips = ClipDataset(build_index(folder), video_size, audio_size, video_fps, audio_fps, random_flip=False)
     return default_collate([clips[k] for k in range(len(clips))[:most]])
 

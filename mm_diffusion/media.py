@@ -474,7 +474,6 @@ def _origin(run: _Run, first_sound: tuple[float, int] | None) -> int:
 
 def _stereo_converter() -> Callable[[Any], th.Tensor]:
     """A function frame -> [2, n] float32 in [-1, 1]: mono doubled, stereo as it is, more channels downmixed."""
-
     converters: dict[tuple, av.AudioResampler] = {}
 
     def convert(frame) -> th.Tensor:

@@ -71,7 +71,7 @@ class GivenClips:
         return {self.known: self.truth(k)[self.known]}
 
     def fingerprint(self) -> str:
-        """A short name of which clips these are, in this order: files by name and size, and places in them."""
+        """A short name of which clips these are, in this order: files by name, size and streams, and places in them."""
         files = [
             [os.path.basename(path), identity(path)["size"], info.video_stream, info.audio_stream]
             for path, info in self.index.clips

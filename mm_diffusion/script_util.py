@@ -495,7 +495,7 @@ def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
 def numbers(name: str, text: str | Sequence[int], count: int) -> tuple[int, ...]:
     """ "20,3,64,64" -> (20, 3, 64, 64); ValueError, naming the flag, unless `count` positive integers are given."""
     try:
-        values = tuple(int(part) for part in (text.split(",") if isinstance(text, str) else text))
+        values = tuple(int(part) for part in (text if isinstance(text, tuple | list) else str(text).split(",")))
     except ValueError:
         values = ()
     if len(values) != count or min(values) < 1:

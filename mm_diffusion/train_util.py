@@ -34,8 +34,7 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 QUARTILES = 4
 LATE, SIGNALLED = 1, 2  # reasons to stop, the stronger one last
 NOT_NEGATIVE = ["lr", "weight_decay", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "preview_clips", "max_steps"]
-NOT_NEGATIVE += ["max_hours", "seed"]
-NOT_NEGATIVE += ["max_hours", "max_skipped_steps", "keep_last", "keep_every"]
+NOT_NEGATIVE += ["max_hours", "seed", "max_skipped_steps", "keep_last", "keep_every"]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

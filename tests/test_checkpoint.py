@@ -200,7 +200,7 @@ def test_without_strict_a_checkpoint_of_which_nothing_fits_is_refused_all_the_sa
 
 
 def test_a_remote_folder_stands_for_its_newest_average_too(monkeypatch):
-    monkeypatch.setattr(blobfile, "isdir", lambda path: path == "gs://bucket/run")
+    monkeypatch.setattr(blobfile, "isdir", {"gs://bucket/run": True}.__getitem__)  # a file is not asked for
     monkeypatch.setattr(blobfile, "listdir", lambda path: iter(["model000002.pt", "ema_0.9_000002.pt", "samples/"]))
     assert find_checkpoints("gs://bucket/run,gs://bucket/a.pt") == [
         "gs://bucket/run/ema_0.9_000002.pt",
@@ -223,6 +223,8 @@ def test_a_folder_stands_for_its_newest_average(tmp_path):
     for rate in ("0.5", "0.9999", "0.999"):
         (tmp_path / f"ema_{rate}_000100.pt").touch()
     assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "ema_0.9999_000100.pt")]  # the slowest
+    (tmp_path / "ema_.99999_000100.pt").touch()
+    assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "ema_.99999_000100.pt")]
     for bad in ("", str(tmp_path / "empty")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(CheckpointError):

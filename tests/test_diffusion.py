@@ -167,6 +167,7 @@ def test_a_schedule_that_leaves_nothing_of_the_clip_is_refused(steps):
     """Linear schedules end at 20 / steps: with 1 the last alpha_bar is 0, and every sampler divides by it."""
     with pytest.raises(ValueError, match="diffusion_steps"):
         make(steps)
+    assert make(21).alphas_cumprod[-1] > 0
 
 
 @pytest.mark.parametrize("var", list(ModelVarType))

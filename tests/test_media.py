@@ -283,3 +283,12 @@ def test_sound_whose_channels_change_on_the_way_is_stereo_throughout():
         assert sound.shape == (2, 100)
         assert sound.isfinite().all()
         assert sound.abs().max() > 0.1
+        assert channels > 2 or sound.eq(0.25).all()
+
+
+@pytest.mark.parametrize("layout", ["stereo", "BL+BR", "FL+LFE", "FC+LFE", "SL+SR"])
+def test_two_channels_are_read_as_they_are_whatever_they_are_called(layout):
+    levels = np.array([[0.125], [0.25]], np.float32) * np.ones((1, 100), np.float32)
+    frame = av.AudioFrame.from_ndarray(levels, format="fltp", layout=layout)
+    frame.sample_rate = 16000
+    np.testing.assert_array_equal(media._stereo_converter()(frame), levels)

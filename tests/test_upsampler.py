@@ -282,6 +282,18 @@ def test_in_half_precision_more_frames_fit():
     assert frames_that_fit(half, th.device("cpu"), 20) > frames_that_fit(model, th.device("cpu"), 20)
 
 
+def test_the_chunk_is_that_of_the_precision_in_use(tmp_path, monkeypatch):
+    base, sr = saved(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        drawing, "frames_that_fit", lambda network, *_: seen.append(next(network.parameters()).dtype) or 4
+    )
+    out = tmp_path / "out"
+    more = ["--precision", "bf16", "--all_save_num", "1", "--gallery", "False"]
+    sample(out, monkeypatch, *flags_for(base, sr, out, *more))
+    assert seen == [th.bfloat16]
+
+
 # Training
 
 
