@@ -26,7 +26,9 @@ class Bench:
     batch_size: int = 1
     calls: tuple[str, ...] = CALLS
     quick: bool = False
-    drawn: dict[tuple[str, ...], Any] = field(default_factory=dict)  # what clips.py has sampled already
+    drawn: dict[tuple[str, ...], Any] = field(
+        default_factory=dict
+    )  # what clips.py has sampled already
     _rates: dict[tuple[str, str], float] = field(default_factory=dict)
     _flop: dict[str, int] = field(default_factory=dict)
 

@@ -20,7 +20,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mm_diffusion.nn import GroupNorm32, SelfAttention
 from mm_diffusion.sampling import prepare
-from mm_diffusion.unet import CrossAttention, InputConv, OutputConv, PictureResample, ResBlock, ResStream
+from mm_diffusion.unet import (
+    CrossAttention,
+    InputConv,
+    OutputConv,
+    PictureResample,
+    ResBlock,
+    ResStream,
+)
 
 MARK = "part: "
 KINDS: dict[type, str] = {
@@ -31,7 +38,10 @@ KINDS: dict[type, str] = {
     OutputConv: "in and out",
     PictureResample: "resampling",
 }
-OPERATIONS = {"aten::silu": "norm and SiLU", "aten::silu_": "norm and SiLU"}  # which stand beside the norms
+OPERATIONS = {
+    "aten::silu": "norm and SiLU",
+    "aten::silu_": "norm and SiLU",
+}  # which stand beside the norms
 REST = "skips, embedding, loss"
 UPDATE = "optimizer and average"
 COPIES = ("aten::copy_",)  # to which clone and contiguous lead
@@ -47,8 +57,17 @@ def measure_breakdown(bench: Bench) -> None:
             model = prepare(build(size)[0], precision)
             mark(model)
             add_parts(bench, name, "pass", precision, forward_of(model, bench.batch_size))
-        with bench.report.trying("breakdown", name, "step", precision), tempfile.TemporaryDirectory() as folder:
-            add_parts(bench, name, "step", precision, marked_step(size, precision, folder, bench.batch_size))
+        with (
+            bench.report.trying("breakdown", name, "step", precision),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            add_parts(
+                bench,
+                name,
+                "step",
+                precision,
+                marked_step(size, precision, folder, bench.batch_size),
+            )
 
 
 def marked_step(size: Size, precision: str, folder: str, batch_size: int) -> Callable[[], None]:
@@ -82,7 +101,9 @@ def marked(kind: str, function: Callable) -> Callable:
     return call
 
 
-def add_parts(bench: Bench, name: str, what: str, precision: str, function: Callable[[], object]) -> None:
+def add_parts(
+    bench: Bench, name: str, what: str, precision: str, function: Callable[[], object]
+) -> None:
     """A figure for each kind of part, the largest first, and one for copies, which are among them too."""
     count = REPEATS if seconds_of(function) < bench.seconds / REPEATS else 1
     runs = [seconds_by_kind(function) for _ in range(count)]
@@ -91,7 +112,9 @@ def add_parts(bench: Bench, name: str, what: str, precision: str, function: Call
     parts = sorted(taken.items(), key=lambda part: -median(part[1]))
     for kind, seconds in [*parts, (COPYING, copies), (ALL, total)]:
         facts = {"share": median(seconds) / median(total)}
-        bench.report.add(Figure("breakdown", name, f"{what}: {kind}", seconds, "s", precision, "plain", facts))
+        bench.report.add(
+            Figure("breakdown", name, f"{what}: {kind}", seconds, "s", precision, "plain", facts)
+        )
 
 
 def seconds_by_kind(function: Callable[[], object]) -> dict[str, float]:
@@ -115,7 +138,9 @@ def seconds_by_kind(function: Callable[[], object]) -> dict[str, float]:
 def owners_of_sequences(events: Iterable[Any]) -> dict[int, str]:
     """Number of an operation in the forward pass -> its kind, for the operations of the backward pass."""
     forward = [event for event in events if event.sequence_nr >= 0 and not _in_backward(event)]
-    return {e.sequence_nr: kind_of(e, {}) for e in sorted(forward, key=lambda e: e.time_range.start)}
+    return {
+        e.sequence_nr: kind_of(e, {}) for e in sorted(forward, key=lambda e: e.time_range.start)
+    }
 
 
 def kind_of(event: Any, owners: dict[int, str]) -> str:

@@ -41,25 +41,33 @@ class Change:
     halves_only: bool = False
 
 
-def derived_norm(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
+def derived_norm(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float
+) -> th.Tensor:
     """The norm, in float32, with the backward pass that autograd makes of it."""
     with th.autocast(x.device.type, enabled=False):
         return layers._exact_normalize(x, weight.float(), bias.float(), dims, eps)[0]
 
 
-def library_norm(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
+def library_norm(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float
+) -> th.Tensor:
     """The norm as published code has it: torch's, of a float32 copy of the map; scale and shift are a further pass."""
     order = [d for d in range(x.ndim - 1) if d not in dims] + [x.ndim - 1, *dims]
     apart, back = order.index(x.ndim - 1), [order.index(d) for d in range(x.ndim)]
     moved = x.float().permute(order)
     with th.autocast(x.device.type, enabled=False):
         y = F.group_norm(moved.flatten(0, apart - 1).flatten(2), layers.NORM_GROUPS, eps=eps)
-        return th.addcmul(bias.float(), y.view(moved.shape).permute(back), weight.float()).to(x.dtype)
+        return th.addcmul(bias.float(), y.view(moved.shape).permute(back), weight.float()).to(
+            x.dtype
+        )
 
 
 def mean_of_axes(x: th.Tensor, kernel: tuple[int, int]) -> th.Tensor:
     """Average pooling as mean over axes of the map."""
-    return from_tokens(reduce(tokens(x), "b (h s) (w t) c -> b h w c", "mean", s=kernel[0], t=kernel[1]))
+    return from_tokens(
+        reduce(tokens(x), "b (h s) (w t) c -> b h w c", "mean", s=kernel[0], t=kernel[1])
+    )
 
 
 def sequence_conv(self: Any, x: th.Tensor) -> th.Tensor:
@@ -72,9 +80,13 @@ def sequence_conv(self: Any, x: th.Tensor) -> th.Tensor:
 def factorized_conv(self: Any, x: th.Tensor) -> th.Tensor:
     """Along time as a one-dimensional convolution of every pixel."""
     b, h = x.shape[0], x.shape[3]
-    y = rearrange(self.spatial(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> (b h w) c f", b=b)
+    y = rearrange(
+        self.spatial(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> (b h w) c f", b=b
+    )
     y = F.conv1d(y, self.temporal.weight, self.temporal.bias, padding=1)
-    return rearrange(rearrange(y, "(b h w) c f -> b f h w c", b=b, h=h).contiguous(), "b f h w c -> b c f h w")
+    return rearrange(
+        rearrange(y, "(b h w) c f -> b f h w c", b=b, h=h).contiguous(), "b f h w c -> b c f h w"
+    )
 
 
 def slow_average(ema: list[th.Tensor], params: list[th.Tensor], rate: float) -> None:
@@ -84,10 +96,13 @@ def slow_average(ema: list[th.Tensor], params: list[th.Tensor], rate: float) -> 
 
 CHANGES = {
     "norm": Change(
-        "against torch's group norm of float32 copies", lambda: patch.object(layers, "_normalize", library_norm)
+        "against torch's group norm of float32 copies",
+        lambda: patch.object(layers, "_normalize", library_norm),
     ),
     "norm, backward": Change(
-        "written out, against autograd's", lambda: patch.object(layers, "_normalize", derived_norm), ("step",)
+        "written out, against autograd's",
+        lambda: patch.object(layers, "_normalize", derived_norm),
+        ("step",),
     ),
     "norm, one kernel": Change(
         "of half-precision maps, against two passes",
@@ -102,7 +117,9 @@ CHANGES = {
         ("cpu",),
     ),
     "linear layers": Change(
-        "as convolutions, against F.linear", lambda: patch.object(layers, "linear", F.linear), devices=("cpu",)
+        "as convolutions, against F.linear",
+        lambda: patch.object(layers, "linear", F.linear),
+        devices=("cpu",),
     ),
     "short attention": Change(
         "as two products, against torch's attention",
@@ -117,7 +134,8 @@ CHANGES = {
         halves_only=True,
     ),
     "pooling": Change(
-        "as torch's pooling, against a mean over axes", lambda: patch.object(F, "avg_pool2d", mean_of_axes)
+        "as torch's pooling, against a mean over axes",
+        lambda: patch.object(F, "avg_pool2d", mean_of_axes),
     ),
     "sound, convolutions": Change(
         "in two dimensions, against one",
@@ -128,7 +146,9 @@ CHANGES = {
         lambda: patch.object(layers.FactorizedConv, "forward", factorized_conv),
     ),
     "moving average": Change(
-        "of all weights at once", lambda: patch.object(train_util, "update_ema", slow_average), ("step",)
+        "of all weights at once",
+        lambda: patch.object(train_util, "update_ema", slow_average),
+        ("step",),
     ),
 }
 
@@ -142,23 +162,31 @@ def measure_changes(bench: Bench) -> None:
             under_autocast(bench, name, size, precision)
         if "step" in bench.calls:
             with tempfile.TemporaryDirectory() as folder:
-                loop = train_loop(size, precision, folder, **{f"{SR if size.upsampler else ''}dropout": 0.1})
+                loop = train_loop(
+                    size, precision, folder, **{f"{SR if size.upsampler else ''}dropout": 0.1}
+                )
                 batch = sample_of(loop.model, bench.batch_size)
                 compare_all(bench, name, "step", precision, partial(loop.run_step, *batch))
 
 
-def compare_all(bench: Bench, name: str, what: str, precision: str, call: Callable[[], object]) -> None:
+def compare_all(
+    bench: Bench, name: str, what: str, precision: str, call: Callable[[], object]
+) -> None:
     for title, change in CHANGES.items():
         fits = what in change.calls and device().type in change.devices
         if fits and (precision != "fp32" or not change.halves_only):
-            add_ratio(bench, name, f"{what}: {title}", precision, change.text, call, call, change.undo)
+            add_ratio(
+                bench, name, f"{what}: {title}", precision, change.text, call, call, change.undo
+            )
 
 
 def under_autocast(bench: Bench, name: str, size: Size, precision: str) -> None:
     """Weights and maps in half precision from end to end, against autocast of float32 ones."""
     if precision == "fp32":
         return
-    pure, exact = (forward_of(prepare(build(size)[0], p), bench.batch_size) for p in (precision, "fp32"))
+    pure, exact = (
+        forward_of(prepare(build(size)[0], p), bench.batch_size) for p in (precision, "fp32")
+    )
     add_ratio(
         bench,
         name,

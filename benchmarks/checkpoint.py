@@ -36,7 +36,11 @@ def measure_saves(bench: Bench, name: str, size: Size, folder: str) -> None:
     for parameter in loop.params:  # a state as after a step
         parameter.grad = th.zeros_like(parameter)
     loop.optimizer.step()
-    state = {"model": loop.model.state_dict(), "opt": loop.optimizer.state_dict(), "emas": loop.emas}
+    state = {
+        "model": loop.model.state_dict(),
+        "opt": loop.optimizer.state_dict(),
+        "emas": loop.emas,
+    }
     check_room(folder, loop)
 
     def add(what: str, seconds: list[float], **facts: Any) -> None:
@@ -57,7 +61,9 @@ def check_room(folder: str, loop: TrainLoop) -> None:
     need = STATES_ON_DISK * 4 * sum(p.numel() * p.element_size() for p in loop.params)
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise LeftOut(f"{folder} has {free / 1e9:.0f} GB free, need {need / 1e9:.0f}; set TMPDIR to a larger place")
+        raise LeftOut(
+            f"{folder} has {free / 1e9:.0f} GB free, need {need / 1e9:.0f}; set TMPDIR to a larger place"
+        )
 
 
 def stages(loop: TrainLoop) -> list[list[float]]:

@@ -42,7 +42,9 @@ def watch(longest: float) -> Callable[[float], None]:
     def report(fraction: float) -> None:
         elapsed = time.perf_counter() - start
         whole = elapsed / fraction if fraction else math.inf
-        if fraction < 1 and (elapsed > longest or (elapsed > SURE * longest and whole > 2 * longest)):
+        if fraction < 1 and (
+            elapsed > longest or (elapsed > SURE * longest and whole > 2 * longest)
+        ):
             raise LeftOut(f"would take about {whole:.0f} s; --longest is {longest:g}")
 
     return report
@@ -76,7 +78,9 @@ def draw_clip(bench: Bench, name: str, precision: str, sampler: str) -> Drawn:
         forward_of(prepared, bench.batch_size)()  # what is chosen or loaded at the first pass
         clips = range(bench.batch_size)
         bench.drawn[key] = timed(
-            bench, prepared, lambda progress: sample_joint(prepared, draw, clips, SEED, device(), progress)
+            bench,
+            prepared,
+            lambda progress: sample_joint(prepared, draw, clips, SEED, device(), progress),
         )
     return bench.drawn[key]
 
@@ -85,14 +89,18 @@ def upscaled(bench: Bench, name: str, precision: str, num_frames: int) -> Drawn:
     """Frames, of noise, through the upsampler of this name; drawn once."""
     key = ("frames", name, precision, str(num_frames))
     if key not in bench.drawn:
-        model, diffusion = build(bench.sizes[name], **{f"{SR}timestep_respacing": str(SR_DDIM_STEPS)})
+        model, diffusion = build(
+            bench.sizes[name], **{f"{SR}timestep_respacing": str(SR_DDIM_STEPS)}
+        )
         prepared, draw = prepare(model, precision), make_sampler(SR_SAMPLER, diffusion)
         frames = sample_of(model, num_frames)[1]["low_res"].cpu()
 
         forward_of(prepared, 1)()
 
         def run(progress: Callable) -> th.Tensor:
-            return upscale_video(prepared, draw, frames, SEED, 0, device=device(), progress=progress)
+            return upscale_video(
+                prepared, draw, frames, SEED, 0, device=device(), progress=progress
+            )
 
         bench.drawn[key] = timed(bench, prepared, run)
     return bench.drawn[key]
@@ -104,7 +112,9 @@ def upscaled(bench: Bench, name: str, precision: str, num_frames: int) -> Drawn:
 def measure_sampling(bench: Bench) -> None:
     """The section "sampling": one clip by each sampler, upsampled and written; the sum is what a user waits for."""
     if not set(UPSAMPLED_BY) & set(bench.sizes):
-        bench.report.leave_out("sampling", f"it begins with a clip: add to --models {' or '.join(UPSAMPLED_BY)}")
+        bench.report.leave_out(
+            "sampling", f"it begins with a clip: add to --models {' or '.join(UPSAMPLED_BY)}"
+        )
     for name, size, precision in bench.each():
         if size.upsampler:
             continue
@@ -118,13 +128,21 @@ def upsample(bench: Bench, name: str, precision: str) -> Drawn | None:
     """The frames of a clip through the upsampler; where they take too long one is measured, and None comes back."""
     other = UPSAMPLED_BY[name]
     if other not in bench.sizes:
-        bench.report.leave_out(f"sampling {name} {precision} upsampling", f"{other} is not among --models")
+        bench.report.leave_out(
+            f"sampling {name} {precision} upsampling", f"{other} is not among --models"
+        )
         return None
     num_frames = frames_of(bench, name)
     for count in (num_frames, 1):
         with bench.report.trying("sampling", other, precision, f"{count} of {num_frames} frames"):
             done = upscaled(bench, other, precision, count)
-            add(bench, other, f"{count} of {num_frames} frames, {SR_SAMPLER} {SR_DDIM_STEPS}", precision, done)
+            add(
+                bench,
+                other,
+                f"{count} of {num_frames} frames, {SR_SAMPLER} {SR_DDIM_STEPS}",
+                precision,
+                done,
+            )
             return done if count == num_frames else None
     return None
 
@@ -139,14 +157,23 @@ def sample_by(bench: Bench, name: str, precision: str, sampler: str, large: Draw
     drawn = draw_clip(bench, name, precision, sampler)
     add(bench, name, f"draw, {sampler}", precision, drawn)
     assert isinstance(drawn.sample, dict)
-    arguments = (drawn.sample["video"][0], drawn.sample["audio"][0], DataConfig.video_fps, DataConfig.audio_fps)
+    arguments = (
+        drawn.sample["video"][0],
+        drawn.sample["audio"][0],
+        DataConfig.video_fps,
+        DataConfig.audio_fps,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        writing = seconds_of(lambda: write_sample(folder, "clip", *arguments, large.sample if large else None))
+        writing = seconds_of(
+            lambda: write_sample(folder, "clip", *arguments, large.sample if large else None)
+        )
     bench.report.add(Figure("sampling", name, f"write, {sampler}", [writing], "s", precision))
     whole = drawn.seconds / bench.batch_size + writing + (large.seconds if large else 0)
     parts = "draw, upsample, write" if large else "draw, write"
     facts = {f"minutes_for_{LAUNCHED}": LAUNCHED * whole / 60}
-    bench.report.add(Figure("sampling", name, f"{parts}, {sampler}", [whole], "s", precision, "", facts))
+    bench.report.add(
+        Figure("sampling", name, f"{parts}, {sampler}", [whole], "s", precision, "", facts)
+    )
 
 
 def add(bench: Bench, name: str, what: str, precision: str, done: Drawn) -> None:
@@ -160,17 +187,30 @@ def measure_fidelity(bench: Bench) -> None:
     for name, size in bench.sizes.items():
         for precision in halves:
             with bench.report.trying("fidelity", name, precision):
-                exact, rough = (forward_of(prepare(build(size)[0], p))() for p in ("fp32", precision))
+                exact, rough = (
+                    forward_of(prepare(build(size)[0], p))() for p in ("fp32", precision)
+                )
                 add_fidelity(bench, name, "one pass", precision, exact, rough)
             with bench.report.trying("fidelity", name, precision):
                 exact, rough = (finished(bench, name, size, p).sample for p in ("fp32", precision))
-                add_fidelity(bench, name, SR_SAMPLER if size.upsampler else FIXED_STEPS, precision, exact, rough)
+                add_fidelity(
+                    bench,
+                    name,
+                    SR_SAMPLER if size.upsampler else FIXED_STEPS,
+                    precision,
+                    exact,
+                    rough,
+                )
 
 
-def add_fidelity(bench: Bench, name: str, how: str, precision: str, exact: Tree, rough: Tree) -> None:
+def add_fidelity(
+    bench: Bench, name: str, how: str, precision: str, exact: Tree, rough: Tree
+) -> None:
     for part, decibel in tree_items(tree_map(signal_to_noise, exact, rough)):
         facts = {"weights": bench.sizes[name].weights or "random"}
-        bench.report.add(Figure("fidelity", name, f"{part} by {how}", [decibel], "dB", precision, "", facts))
+        bench.report.add(
+            Figure("fidelity", name, f"{part} by {how}", [decibel], "dB", precision, "", facts)
+        )
 
 
 def finished(bench: Bench, name: str, size: Size, precision: str) -> Drawn:

@@ -130,7 +130,15 @@ COLUMNS = {
     "fd_audio": "FD audio",
     "fd_joint": "FD joint",
 }
-CURVES = ("spatial", "temporal", "coupling_video", "coupling_audio", "fd_video", "fd_audio", "fd_joint")
+CURVES = (
+    "spatial",
+    "temporal",
+    "coupling_video",
+    "coupling_audio",
+    "fd_video",
+    "fd_audio",
+    "fd_joint",
+)
 NUM_SAMPLES = 4
 
 
@@ -140,14 +148,16 @@ class LearnConfig:
 
     runs: str = flag(
         "no_shift,picture_flip,shift",
-        "which to train, with commas between: " + "; ".join(f"{name}: {v.text}" for name, v in VARIANTS.items()),
+        "which to train, with commas between: "
+        + "; ".join(f"{name}: {v.text}" for name, v in VARIANTS.items()),
     )
     minutes: float = flag(60.0, "of training and judging for each run, earlier calls included")
     num_clips: int = flag(1024, "toy clips to train on")
     held_out_clips: int = flag(64, "other toy clips, to measure the coupling on")
     drawn_clips: int = flag(48, "clips to draw from the model at every save")
     samples_dir: str = flag(
-        "", "write the first 4 clips of the run of least FD joint, and a picture of them; empty: none"
+        "",
+        "write the first 4 clips of the run of least FD joint, and a picture of them; empty: none",
     )
 
 
@@ -161,9 +171,13 @@ def main() -> None:
         raise ValueError(f"runs {unknown[0]!r}: choose from {', '.join(VARIANTS)}")
     world, root = setup_dist(flags["devices"]), Path(flags["output_dir"])
     logger.configure(enabled=world.rank == 0)
-    flags["data_dir"] = flags["data_dir"] or from_rank_0(lambda: write_clips(root / "data", flags["num_clips"], flags))
+    flags["data_dir"] = flags["data_dir"] or from_rank_0(
+        lambda: write_clips(root / "data", flags["num_clips"], flags)
+    )
     sizes = [flags[name] for name in ("video_size", "audio_size", "video_fps", "audio_fps")]
-    held_out = read_clips(from_rank_0(lambda: write_clips(root / "held_out", flags["held_out_clips"], flags)), *sizes)
+    held_out = read_clips(
+        from_rank_0(lambda: write_clips(root / "held_out", flags["held_out_clips"], flags)), *sizes
+    )
     data = read_clips(flags["data_dir"], *sizes, most=flags["drawn_clips"])
     flags["cache_dir"] = flags["cache_dir"] or str(root / "cache")
     for name in names:
@@ -187,13 +201,19 @@ def write_clips(folder: Path, count: int, flags: dict[str, Any]) -> str:
         seconds=num_frames / flags["video_fps"],
         seed=HELD_OUT_SEED if folder.name == "held_out" else 0,
     )
-    write_toy_dataset(folder, count, config, progress=lambda clips: tqdm(clips, desc=str(folder), unit="clip"))
+    write_toy_dataset(
+        folder, count, config, progress=lambda clips: tqdm(clips, desc=str(folder), unit="clip")
+    )
     return str(folder)
 
 
-def train(flags: dict[str, Any], given: set[str], variant: Variant, held_out: Clips, world: World) -> bool:
+def train(
+    flags: dict[str, Any], given: set[str], variant: Variant, held_out: Clips, world: World
+) -> bool:
     """Train and judge one run until its minutes are used up; False where a signal has stopped it before."""
-    logger.configure(flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"])
+    logger.configure(
+        flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"]
+    )
     flags = flags_to_start_with(flags, given)
     state = find_state(pick(TrainConfig, flags), warn=lambda text: None)
     judge = Judge(flags, held_out, world, last_step=state[1] if state else -1)
@@ -202,7 +222,9 @@ def train(flags: dict[str, Any], given: set[str], variant: Variant, held_out: Cl
         return True
     config = pick(TrainConfig, flags | {"max_hours": left / 60})
     th.manual_seed(config.seed)
-    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    model, diffusion = create_model_and_diffusion(
+        **{name: flags[name] for name in model_and_diffusion_defaults()}
+    )
     batches = joint_data(flags, world)
 
     def data(start_sample: int) -> Iterator[Any]:
@@ -210,7 +232,14 @@ def train(flags: dict[str, Any], given: set[str], variant: Variant, held_out: Cl
         return map(mirror_pictures, found) if variant.mirrors_pictures else found
 
     loop = TrainLoop(
-        model, diffusion, data, config, world, use_fp16=flags["use_fp16"], flags=flags, preview=judge.preview
+        model,
+        diffusion,
+        data,
+        config,
+        world,
+        use_fp16=flags["use_fp16"],
+        flags=flags,
+        preview=judge.preview,
     )
     if loop.step == 0:
         with loop.ema_weights() as untrained:
@@ -228,7 +257,9 @@ def mirror_pictures(batch: tuple[Clips, dict]) -> tuple[Clips, dict]:
 class Judge:
     """Measures a model at every save, and keeps the rows of learning.csv."""
 
-    def __init__(self, flags: dict[str, Any], held_out: Clips, world: World, last_step: int) -> None:
+    def __init__(
+        self, flags: dict[str, Any], held_out: Clips, world: World, last_step: int
+    ) -> None:
         self.flags, self.held_out, self.world = flags, held_out, world
         self.path = Path(flags["output_dir"], "learning.csv")
         self.rows = [row for row in read_rows(self.path) if row["step"] <= last_step]
@@ -265,7 +296,9 @@ def tell(run: Path, text: str) -> None:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {run.name}: {text}\n")
 
 
-def draw(model: th.nn.Module, sampler: Sampler, count: int, batch_size: int, device: th.device) -> Clips:
+def draw(
+    model: th.nn.Module, sampler: Sampler, count: int, batch_size: int, device: th.device
+) -> Clips:
     """Clips 0, 1, ... of seed 0."""
     batches = [range(count)[i : i + batch_size] for i in range(0, count, batch_size)]
     drawn = [sample_joint(model, sampler, batch, 0, device) for batch in batches]
@@ -275,7 +308,9 @@ def draw(model: th.nn.Module, sampler: Sampler, count: int, batch_size: int, dev
 def distances(clips: Clips, true: Clips) -> dict[str, float]:
     """Frechet distances of `brief` points; they depend on how many clips there are."""
     points, true_points = (brief(x["video"], x["audio"]) for x in (clips, true))
-    return {f"fd_{name}": standard_frechet_distance(points[name], true_points[name]) for name in points}
+    return {
+        f"fd_{name}": standard_frechet_distance(points[name], true_points[name]) for name in points
+    }
 
 
 def judged_data(data: Clips, held_out: Clips) -> dict[str, dict[str, float]]:
@@ -297,22 +332,33 @@ def alignments(clips: Clips) -> dict[str, float]:
 
 @th.no_grad()
 def coupling(
-    model: th.nn.Module, diffusion: SpacedDiffusion, clips: Clips, batch_size: int, device: th.device
+    model: th.nn.Module,
+    diffusion: SpacedDiffusion,
+    clips: Clips,
+    batch_size: int,
+    device: th.device,
 ) -> dict[str, float]:
     """error(mismatched) / error(matched) - 1 of each modality, by noise level and in the mean over the levels."""
-    noise = tree.randn_like(clips, rng.per_sample(0, "coupling", indices=range(len(clips["video"]))))
+    noise = tree.randn_like(
+        clips, rng.per_sample(0, "coupling", indices=range(len(clips["video"])))
+    )
     ratios: dict[str, list[float]] = {name: [] for name in clips}
     for level in NOISE_LEVELS:
         t = int(level * diffusion.num_timesteps)
         own, others = (
-            errors(model, diffusion, *(parted(x, shift) for x in (clips, noise)), t, batch_size, device)
+            errors(
+                model, diffusion, *(parted(x, shift) for x in (clips, noise)), t, batch_size, device
+            )
             for shift in (0, 1)
         )
         for name, values in ratios.items():
             values.append(others[name] / own[name] - 1)
     row = {f"coupling_{name}": float(np.mean(values)) for name, values in ratios.items()}
     for name, values in ratios.items():
-        row |= {f"coupling_{name}_{level}": value for level, value in zip(NOISE_LEVELS, values, strict=True)}
+        row |= {
+            f"coupling_{name}_{level}": value
+            for level, value in zip(NOISE_LEVELS, values, strict=True)
+        }
     return row
 
 
@@ -334,7 +380,10 @@ def errors(
     total = dict.fromkeys(clips, 0.0)
     count = len(clips["video"])
     for first in range(0, count, batch_size):
-        x, eps = (tree.tree_map(lambda v, i=first: v[i : i + batch_size].to(device), y) for y in (clips, noise))
+        x, eps = (
+            tree.tree_map(lambda v, i=first: v[i : i + batch_size].to(device), y)
+            for y in (clips, noise)
+        )
         t = th.full((len(x["video"]),), step, device=device)
         with window_shift(rng.generator("coupling", step, first)):
             terms = diffusion.training_losses(bind(model), x, t, eps)
@@ -350,7 +399,10 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        return [
+            {key: float(value) for key, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
@@ -363,12 +415,16 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     os.replace(partial, path)
 
 
-def conclude(root: Path, flags: dict[str, Any], data: dict[str, dict[str, float]], world: World) -> None:
+def conclude(
+    root: Path, flags: dict[str, Any], data: dict[str, dict[str, float]], world: World
+) -> None:
     """Tables, curves and samples of all runs in the folder."""
     found = {name: read_rows(root / name / "learning.csv") for name in VARIANTS}
     runs = {name: rows for name, rows in found.items() if rows}
     text = report(flags, data, runs)
-    media.atomically(root / "learning.md", lambda temporary: Path(temporary).write_text(text + "\n"))
+    media.atomically(
+        root / "learning.md", lambda temporary: Path(temporary).write_text(text + "\n")
+    )
     logger.log(f"\n{text}\n\nin {root}: learning.md")
     if drawn := {name: rows for name, rows in runs.items() if len(rows) > 1}:
         draw_curves(root, data["data"], drawn)
@@ -377,7 +433,11 @@ def conclude(root: Path, flags: dict[str, Any], data: dict[str, dict[str, float]
         write_samples(root / best_run(runs), Path(flags["samples_dir"]), flags, world)
 
 
-def report(flags: dict[str, Any], data: dict[str, dict[str, float]], runs: dict[str, list[dict[str, float]]]) -> str:
+def report(
+    flags: dict[str, Any],
+    data: dict[str, dict[str, float]],
+    runs: dict[str, list[dict[str, float]]],
+) -> str:
     """As Markdown: what data reach, then the course of every run that has been judged."""
     parts = [
         "# Learning the toy clips",
@@ -395,34 +455,53 @@ def report(flags: dict[str, Any], data: dict[str, dict[str, float]], runs: dict[
         ]
         parts += [
             f"## {name}: {VARIANTS[name].text}",
-            table(COLUMNS.values(), [("" if rows[k]["step"] else "untrained", rows[k], COLUMNS) for k in shown]),
+            table(
+                COLUMNS.values(),
+                [("" if rows[k]["step"] else "untrained", rows[k], COLUMNS) for k in shown],
+            ),
             "Coupling at the end by noise level t / T:",
             table(map(str, NOISE_LEVELS), levels),
         ]
     return "\n\n".join(parts)
 
 
-def table(header: Iterable[str], rows: Iterable[tuple[str, dict[str, float], Iterable[str]]]) -> str:
+def table(
+    header: Iterable[str], rows: Iterable[tuple[str, dict[str, float], Iterable[str]]]
+) -> str:
     """A Markdown table whose cells are of equal width; rows are a title, numbers by key, and the keys to show."""
-    lines = [["", *header], *([title, *(_cell(row.get(key)) for key in keys)] for title, row, keys in rows)]
+    lines = [
+        ["", *header],
+        *([title, *(_cell(row.get(key)) for key in keys)] for title, row, keys in rows),
+    ]
     first = max(len(line[0]) for line in lines)
     rest = max(len(cell) for line in lines for cell in line[1:])
-    texts = ["| " + " | ".join([f"{line[0]:<{first}}", *(f"{c:>{rest}}" for c in line[1:])]) + " |" for line in lines]
-    rule = "|" + "|".join(["-" * (first + 2), *["-" * (rest + 1) + ":"] * (len(lines[0]) - 1)]) + "|"
+    texts = [
+        "| " + " | ".join([f"{line[0]:<{first}}", *(f"{c:>{rest}}" for c in line[1:])]) + " |"
+        for line in lines
+    ]
+    rule = (
+        "|" + "|".join(["-" * (first + 2), *["-" * (rest + 1) + ":"] * (len(lines[0]) - 1)]) + "|"
+    )
     return "\n".join([texts[0], rule, *texts[1:]])
 
 
 def _cell(number: float | None) -> str:
     if number is None:
         return ""
-    return f"{number:.0f}" if float(number).is_integer() else f"{round(number, 3) + 0.0:.3f}"  # + 0.0: no -0.000
+    return (
+        f"{number:.0f}" if float(number).is_integer() else f"{round(number, 3) + 0.0:.3f}"
+    )  # + 0.0: no -0.000
 
 
-def draw_curves(root: Path, data: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> None:
+def draw_curves(
+    root: Path, data: dict[str, float], runs: dict[str, list[dict[str, float]]]
+) -> None:
     """learning.png: a panel for each of CURVES, with what data reach as a level line."""
     drawn = [curves.Run(name, curves.read_columns(root / name / "learning.csv")) for name in runs]
     last = max(run.columns["step"].max() for run in drawn)
-    level = {"step": np.array([0.0, last])} | {key: np.full(2, data[key]) for key in CURVES if key in data}
+    level = {"step": np.array([0.0, last])} | {
+        key: np.full(2, data[key]) for key in CURVES if key in data
+    }
     panels = [curves.Panel(COLUMNS[key], [key], is_log=key.startswith("fd_")) for key in CURVES]
     curves.save(curves.draw([*drawn, curves.Run("data", level)], panels), root / "learning.png")
 
@@ -440,12 +519,18 @@ def write_samples(run: Path, folder: Path, flags: dict[str, Any], world: World) 
     path = checkpoint.find_checkpoints(str(run))[0]
     weights, trained = checkpoint.load_state(path)
     flags = flags | trained
-    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    model, diffusion = create_model_and_diffusion(
+        **{name: flags[name] for name in model_and_diffusion_defaults()}
+    )
     checkpoint.load_weights(model, weights, name=path)
     sampler = make_sampler(flags["sample_fn"], diffusion)
-    clips = draw(prepare(model.to(world.device)), sampler, NUM_SAMPLES, flags["batch_size"], world.device)
+    clips = draw(
+        prepare(model.to(world.device)), sampler, NUM_SAMPLES, flags["batch_size"], world.device
+    )
     for k, (video, audio) in enumerate(zip(clips["video"], clips["audio"], strict=True)):
-        media.write_watchable(folder / f"sample_{k}.mp4", video, flags["video_fps"], audio, flags["audio_fps"])
+        media.write_watchable(
+            folder / f"sample_{k}.mp4", video, flags["video_fps"], audio, flags["audio_fps"]
+        )
     strips = show_heard_place(media.enlarged(clips["video"]), clips["audio"])
     media.save_contact_sheet(folder / "samples.png", strips)
     logger.log(f"{NUM_SAMPLES} clips of {path} in {folder}: sample_0.mp4 ... and samples.png")

@@ -45,14 +45,19 @@ QUICK = Files(4, 64, 1.0, 2)
 def measure_loader(bench: Bench) -> None:
     """The section "loader"."""
     files = QUICK if bench.quick else PUBLISHED
-    with tempfile.TemporaryDirectory() as folder, patch.dict("os.environ", MM_DIFFUSION_CACHE=f"{folder}/index"):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict("os.environ", MM_DIFFUSION_CACHE=f"{folder}/index"),
+    ):
         write_clips(Path(folder, "clips"), files)
         ways = {"decoded": "", "from disk": f"{folder}/kept"}
         fill = load(folder, files, ways["from disk"], 0)
         next(itertools.islice(fill, -(-files.count // BATCH_SIZE) - 1, None))
         for (how, cache_dir), num_workers in itertools.product(ways.items(), (0, NUM_WORKERS)):
             what = f"{files.side} pixels, {how}, {f'{num_workers} workers' if num_workers else 'in process'}"
-            rates = clips_per_second(lambda c=cache_dir, n=num_workers: load(folder, files, c, n), num_workers, files)
+            rates = clips_per_second(
+                lambda c=cache_dir, n=num_workers: load(folder, files, c, n), num_workers, files
+            )
             bench.report.add(Figure("loader", "", what, rates, "clips/s"))
 
 
@@ -68,7 +73,9 @@ def make_clip(number: int, files: Files) -> tuple[th.Tensor, th.Tensor]:
     coarse = th.rand(1, 3, 24, 24, generator=generator) * 2 - 1
     pattern = F.interpolate(coarse, (files.side, files.side), mode="bicubic").clamp(-1, 1)[0]
     frames = [pattern.roll((2 * k, 3 * k), (1, 2)) for k in range(round(files.seconds * FILE_FPS))]
-    return th.stack(frames), th.rand(2, round(files.seconds * DataConfig.audio_fps), generator=generator) - 0.5
+    return th.stack(frames), th.rand(
+        2, round(files.seconds * DataConfig.audio_fps), generator=generator
+    ) - 0.5
 
 
 def load(folder: str, files: Files, cache_dir: str, num_workers: int) -> itertools.chain:

@@ -19,7 +19,9 @@ MOST_REPEATS = 30
 LONG_CALL = 20.0  # seconds, of which what warming up adds is little
 # What torch does not count by itself: attention on a CPU.
 MORE_FLOP = {
-    th.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)
+    th.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: (
+        sdpa_flop_count(q, k, v)
+    )
 }
 
 
@@ -100,7 +102,9 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return alone.submit(function, *args).result()
         except BrokenProcessPool:
-            raise LeftOut("its process was killed; mostly the machine has too little memory") from None
+            raise LeftOut(
+                "its process was killed; mostly the machine has too little memory"
+            ) from None
 
 
 def memory() -> int:
@@ -116,5 +120,11 @@ def peak_memory() -> int:
         return th.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # getrusage also knows what the process that started this one had taken
-        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return next(
+            1024 * int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if "VmHWM" in line
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

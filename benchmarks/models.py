@@ -27,8 +27,18 @@ from mm_diffusion.unet import window_shift
 
 SEED = 0
 MIDDLE_STEP = 371  # a timestep like any other
-SMALL_FLAGS = {"video_size": "8,3,32,32", "audio_size": "2,8192", "channel_mult": "1,2,3", "num_channels": 64}
-SMALL_SR_FLAGS = {"small_size": 32, "large_size": 128, "sr_num_channels": 64, "sr_num_res_blocks": 1}
+SMALL_FLAGS = {
+    "video_size": "8,3,32,32",
+    "audio_size": "2,8192",
+    "channel_mult": "1,2,3",
+    "num_channels": 64,
+}
+SMALL_SR_FLAGS = {
+    "small_size": 32,
+    "large_size": 128,
+    "sr_num_channels": 64,
+    "sr_num_res_blocks": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,11 @@ def build(size: Size, **flags: Any) -> tuple[nn.Module, SpacedDiffusion]:
 
 def create(size: Size, **flags: Any) -> tuple[nn.Module, SpacedDiffusion]:
     """As built, of the flags of this size, those that its checkpoint carries, and `flags`, the last counting most."""
-    known = image_sr_model_and_diffusion_defaults() if size.upsampler else model_and_diffusion_defaults()
+    known = (
+        image_sr_model_and_diffusion_defaults()
+        if size.upsampler
+        else model_and_diffusion_defaults()
+    )
     carried = checkpoint.load_state(size.weights)[1] if size.weights else {}
     kept = {name: value for name, value in carried.items() if name in known}
     make = image_sr_create_model_and_diffusion if size.upsampler else create_model_and_diffusion
@@ -92,7 +106,10 @@ def sample_of(model: nn.Module, batch: int = 1) -> tuple[Tree, dict[str, Any]]:
         shapes = ({"video": network.video_size, "audio": network.audio_size}, {})
     th.manual_seed(SEED)
     where = next(model.parameters()).device
-    x, cond = (tree_map(lambda shape: th.randn(batch, *shape, device=where).clamp(-1, 1), tree) for tree in shapes)
+    x, cond = (
+        tree_map(lambda shape: th.randn(batch, *shape, device=where).clamp(-1, 1), tree)
+        for tree in shapes
+    )
     return x, cond
 
 
@@ -106,13 +123,22 @@ def forward_of(model: nn.Module, batch: int = 1) -> Callable[[], Tree]:
 
 def forward_flop(size: Size) -> int:
     """FLOPs of a sample's way through the model, counted without computing it."""
-    with FakeTensorMode(), window_shift("max"):  # nothing that is drawn, which would have to be computed
+    with (
+        FakeTensorMode(),
+        window_shift("max"),
+    ):  # nothing that is drawn, which would have to be computed
         model, _ = create(size)
         return flop_of(forward_of(model))
 
 
-def train_loop(size: Size, precision: str, folder: str, compiled: bool = False, **flags: Any) -> TrainLoop:
+def train_loop(
+    size: Size, precision: str, folder: str, compiled: bool = False, **flags: Any
+) -> TrainLoop:
     """The trainer as the scripts use it, but for its data: call `run_step` with a batch of `sample_of`."""
     model, diffusion = build(size, **flags)
-    config = TrainConfig(output_dir=folder, precision=precision, preview_clips=0, keep_last=1, compile=str(compiled))
-    return TrainLoop(model, diffusion, lambda start_sample: iter(()), config, World(device=device()))
+    config = TrainConfig(
+        output_dir=folder, precision=precision, preview_clips=0, keep_last=1, compile=str(compiled)
+    )
+    return TrainLoop(
+        model, diffusion, lambda start_sample: iter(()), config, World(device=device())
+    )

@@ -33,18 +33,25 @@ def forward(bench: Bench, name: str, size: Size, precision: str, variant: str) -
     model = prepare(build(size)[0], precision, "default" if variant == "compiled" else "")
     call = forward_of(model, bench.batch_size)
     facts = {"seconds_to_compile": seconds_of(call)} if variant == "compiled" else {}
-    bench.add_passes("forward", name, "pass", repeat(call, bench.seconds), precision, variant, 1, **facts)
+    bench.add_passes(
+        "forward", name, "pass", repeat(call, bench.seconds), precision, variant, 1, **facts
+    )
 
 
 def measure_training(bench: Bench) -> None:
     """The section "training": whole steps of the trainer, optimizer and moving average included."""
     for name, size, precision in bench.each():
         for variant in bench.variants:
-            with bench.report.trying("training", name, precision, variant), tempfile.TemporaryDirectory() as folder:
+            with (
+                bench.report.trying("training", name, precision, variant),
+                tempfile.TemporaryDirectory() as folder,
+            ):
                 training(bench, name, size, precision, variant, folder)
 
 
-def training(bench: Bench, name: str, size: Size, precision: str, variant: str, folder: str) -> None:
+def training(
+    bench: Bench, name: str, size: Size, precision: str, variant: str, folder: str
+) -> None:
     compiled = variant == "compiled"
     loop = train_loop(size, precision, folder, compiled, **RECOMPUTED.get(variant, {}))
     batch = sample_of(loop.model, bench.batch_size)
@@ -60,12 +67,18 @@ def measure_memory(bench: Bench) -> None:
             if variant in bench.variants:
                 with bench.report.trying("memory", name, what, precision, variant):
                     taken = {"pass": memory_of_pass, "step": memory_of_step}[what]
-                    before, peak = apart(taken, size, precision, bench.batch_size, RECOMPUTED[variant])
+                    before, peak = apart(
+                        taken, size, precision, bench.batch_size, RECOMPUTED[variant]
+                    )
                     facts = {"above_model_gib": (peak - before) / 2**30}
-                    bench.report.add(Figure("memory", name, what, [peak], "B", precision, variant, facts))
+                    bench.report.add(
+                        Figure("memory", name, what, [peak], "B", precision, variant, facts)
+                    )
 
 
-def memory_of_pass(size: Size, precision: str, batch_size: int, flags: dict[str, Any]) -> tuple[int, int]:
+def memory_of_pass(
+    size: Size, precision: str, batch_size: int, flags: dict[str, Any]
+) -> tuple[int, int]:
     """Bytes (with the model as the samplers run it, at the peak of a pass)."""
     model = prepare(build(size)[0], precision)
     call, before = forward_of(model, batch_size), memory()
@@ -74,7 +87,9 @@ def memory_of_pass(size: Size, precision: str, batch_size: int, flags: dict[str,
     return before, peak_memory()
 
 
-def memory_of_step(size: Size, precision: str, batch_size: int, flags: dict[str, Any]) -> tuple[int, int]:
+def memory_of_step(
+    size: Size, precision: str, batch_size: int, flags: dict[str, Any]
+) -> tuple[int, int]:
     """Bytes (with the weights and their average, at the peak of two training steps).
 
     The first makes the moments of the optimizer, which the second has beside its activations.

@@ -40,7 +40,9 @@ def rate(kind: str, precision: str, budget: float) -> Figure:
         function = KINDS[kind](precision)
         flop = flop_of(function)
         seconds = repeat(function, budget)
-    return Figure("rates", "", f"{kind} {_shape(kind)}", [flop / t for t in seconds], "FLOP/s", precision)
+    return Figure(
+        "rates", "", f"{kind} {_shape(kind)}", [flop / t for t in seconds], "FLOP/s", precision
+    )
 
 
 def copy_rate(budget: float) -> Figure:
@@ -48,7 +50,9 @@ def copy_rate(budget: float) -> Figure:
     size = SIZES[device().type]["copy"]
     source, target = (th.zeros(size, dtype=th.uint8, device=device()) for _ in range(2))
     seconds = repeat(lambda: target.copy_(source), budget)
-    return Figure("rates", "", f"copy of {size // 2**20} MiB", [2 * size / t for t in seconds], "B/s")
+    return Figure(
+        "rates", "", f"copy of {size // 2**20} MiB", [2 * size / t for t in seconds], "B/s"
+    )
 
 
 def _shape(kind: str) -> str:

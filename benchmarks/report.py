@@ -26,7 +26,14 @@ SCALES = {
 }
 ROW = "{:<12}{:<17}{:<40}{:<6}{:<14}{:>14}{:>8}{:>4}  {}"
 HEAD = ROW.format("section", "model", "what", "", "variant", "median", "spread", "n", "")
-SAME_MACHINE = ("device", "processor", "threads", "torch", "allocator", "float32")  # for figures to be comparable
+SAME_MACHINE = (
+    "device",
+    "processor",
+    "threads",
+    "torch",
+    "allocator",
+    "float32",
+)  # for figures to be comparable
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,16 @@ class Figure:
             pretty(median(self.repeats), self.unit),
         )
         facts = ", ".join(_fact(key, value) for key, value in self.facts.items() if key != "flop")
-        return ROW.format(*cells, "-" if share is None else f"{share:.1%}", len(self.repeats), facts).rstrip()
+        return ROW.format(
+            *cells, "-" if share is None else f"{share:.1%}", len(self.repeats), facts
+        ).rstrip()
 
     def entry(self) -> dict[str, Any]:
         """As it is written to the JSON file."""
-        return dataclasses.asdict(self) | {"median": median(self.repeats), "spread": spread(self.repeats)}
+        return dataclasses.asdict(self) | {
+            "median": median(self.repeats),
+            "spread": spread(self.repeats),
+        }
 
 
 @dataclass
@@ -92,7 +104,12 @@ class Report:
     def content(self) -> dict[str, Any]:
         left_out = [{"what": what, "why": why} for what, why in self.left_out]
         figures = [figure.entry() for figure in self.figures]
-        return {"machine": self.machine, "settings": self.settings, "figures": figures, "left_out": left_out}
+        return {
+            "machine": self.machine,
+            "settings": self.settings,
+            "figures": figures,
+            "left_out": left_out,
+        }
 
     def write(self) -> None:
         if self.path:
@@ -113,7 +130,11 @@ def _fact(key: str, value: Any) -> str:
         return pretty(value, "FLOP/s")
     if key.startswith("of_") or key == "share":
         return f"{value:.0%} {key.replace('_', ' ')}".removesuffix(" share")
-    return f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
+    return (
+        f"{key.replace('_', ' ')} {value:.4g}"
+        if isinstance(value, float)
+        else f"{key.replace('_', ' ')} {value}"
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -129,7 +150,10 @@ def machine() -> dict[str, Any]:
         "torch": th.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "allocator": {name: os.environ.get(name, "") for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")},
+        "allocator": {
+            name: os.environ.get(name, "")
+            for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+        },
         "float32": {
             "matrix_precision": th.get_float32_matmul_precision(),
             "convolution_tf32": th.backends.cudnn.allow_tf32 if on_gpu else False,
@@ -142,7 +166,10 @@ def machine() -> dict[str, Any]:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def commit() -> str:
@@ -150,7 +177,9 @@ def commit() -> str:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
@@ -176,7 +205,9 @@ def ratios(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[tuple[str, ..
     """Median of now over median of before, of the figures that both have."""
     before, after = (_by_name(content) for content in (old, new))
     return {
-        name: after[name]["median"] / before[name]["median"] for name in after if before.get(name, {}).get("median")
+        name: after[name]["median"] / before[name]["median"]
+        for name in after
+        if before.get(name, {}).get("median")
     }
 
 
@@ -188,13 +219,19 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         for name in SAME_MACHINE
         if old["machine"].get(name) != new["machine"].get(name)
     ]
-    lines.append(f"{'new / old':>9}  {'old':>14}{'new':>14}  (= where the two ranges of repeats overlap)")
+    lines.append(
+        f"{'new / old':>9}  {'old':>14}{'new':>14}  (= where the two ranges of repeats overlap)"
+    )
     for name, ratio in ratios(old, new).items():
         a, b = before[name], after[name]
-        overlap = max(min(a["repeats"]), min(b["repeats"])) <= min(max(a["repeats"]), max(b["repeats"]))
+        overlap = max(min(a["repeats"]), min(b["repeats"])) <= min(
+            max(a["repeats"]), max(b["repeats"])
+        )
         cells = (pretty(entry["median"], entry["unit"]) for entry in (a, b))
         lines.append(
-            "{:>8.3f}{}  {:>14}{:>14}  {}".format(ratio, "=" if overlap else " ", *cells, " ".join(filter(None, name)))
+            "{:>8.3f}{}  {:>14}{:>14}  {}".format(
+                ratio, "=" if overlap else " ", *cells, " ".join(filter(None, name))
+            )
         )
     for content, others, when in ((before, after, "before"), (after, before, "now")):
         if only := [" ".join(filter(None, name)) for name in content if name not in others]:

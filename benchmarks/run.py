@@ -68,33 +68,67 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help=f"of {', '.join(SECTIONS)}; the usual are all but {', '.join(ASKED_FOR)}",
     )
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, help="which to measure; None: all, with --quick the small ones"
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        help="which to measure; None: all, with --quick the small ones",
     )
     parser.add_argument(
-        "--precisions", nargs="+", choices=DTYPES, default=["fp32", half_precision(device())], help="to measure in"
+        "--precisions",
+        nargs="+",
+        choices=DTYPES,
+        default=["fp32", half_precision(device())],
+        help="to measure in",
     )
     parser.add_argument(
         "--variants", nargs="+", choices=network.VARIANTS, default=[*network.RECOMPUTED, *["compiled"] * on_gpu],
         help="activations kept (plain) or recomputed for the gradient (all, or of the finest maps), torch.compile",
     )  # fmt: skip
     parser.add_argument(
-        "--calls", nargs="+", choices=CALLS, default=list(CALLS), help="of the section changes: passes, training steps"
-    )
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="to draw a clip with")
-    parser.add_argument(
-        "--batch_size", type=int, default=1, help="clips, or pictures, of a pass and of a training step"
-    )
-    parser.add_argument("--seconds", type=float, help="to repeat a figure for; None: 30, with --quick 2")
-    parser.add_argument(
-        "--longest", type=float, help="a clip that would take more seconds is left out; None: 300, with --quick 60"
+        "--calls",
+        nargs="+",
+        choices=CALLS,
+        default=list(CALLS),
+        help="of the section changes: passes, training steps",
     )
     parser.add_argument(
-        "--weights", nargs="+", default=[], metavar="MODEL=FILE", help="checkpoints, for weights that are not random"
+        "--samplers",
+        nargs="+",
+        choices=SAMPLERS,
+        default=list(SAMPLERS),
+        help="to draw a clip with",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=1,
+        help="clips, or pictures, of a pass and of a training step",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="to repeat a figure for; None: 30, with --quick 2"
+    )
+    parser.add_argument(
+        "--longest",
+        type=float,
+        help="a clip that would take more seconds is left out; None: 300, with --quick 60",
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="MODEL=FILE",
+        help="checkpoints, for weights that are not random",
     )
     parser.add_argument("--quick", action="store_true", help="small models, few repeats")
-    parser.add_argument("--json", help="file to write; None: output/benchmarks/DATE_TIME.json; empty: no file")
     parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="FILE", help="an earlier file to compare with, or two files"
+        "--json", help="file to write; None: output/benchmarks/DATE_TIME.json; empty: no file"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="an earlier file to compare with, or two files",
     )
     options = parser.parse_args(arguments)
     usual = {
@@ -123,10 +157,21 @@ def check(options: argparse.Namespace) -> None:
 
 
 def make_bench(options: argparse.Namespace) -> Bench:
-    settings = {name: value for name, value in vars(options).items() if name not in ("json", "compare")}
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("json", "compare")
+    }
     shared = {
         name: settings[name]
-        for name in ("precisions", "variants", "samplers", "seconds", "longest", "batch_size", "calls", "quick")
+        for name in (
+            "precisions",
+            "variants",
+            "samplers",
+            "seconds",
+            "longest",
+            "batch_size",
+            "calls",
+            "quick",
+        )
     }
     report = Report(settings, Path(options.json) if options.json else None)
     return Bench(report, with_weights(options.models, options.weights), **shared)
@@ -137,7 +182,9 @@ def with_weights(names: list[str], weights: list[str]) -> dict[str, Size]:
     files = dict(text.split("=", 1) if "=" in text else (text, "") for text in weights)
     for name, path in files.items():
         if name not in names or not path:
-            raise ValueError(f"weights {name}={path}: need MODEL=FILE, the model one of {', '.join(names)}")
+            raise ValueError(
+                f"weights {name}={path}: need MODEL=FILE, the model one of {', '.join(names)}"
+            )
     return {name: dataclasses.replace(MODELS[name], weights=files.get(name, "")) for name in names}
 
 

@@ -24,13 +24,19 @@ REPEATS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(args.ranks)}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(args.ranks),
+    }
     mp.spawn(rank_main, nprocs=args.ranks)
 
 
@@ -44,13 +50,18 @@ def rank_main(rank: int) -> None:
         for parameter in model.parameters():  # layers start at zero, and so would their gradients
             parameter.add_(0.01 * th.randn_like(parameter))
     ranks = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    video, audio = (th.randn(world.size, *size).to(world.device) for size in (model.video_size, model.audio_size))
+    video, audio = (
+        th.randn(world.size, *size).to(world.device)
+        for size in (model.video_size, model.audio_size)
+    )
     mine = slice(rank, rank + 1)
 
     def backward(network: th.nn.Module, part: slice) -> None:
         model.zero_grad(set_to_none=True)
         with window_shift("zero"):
-            out = network(video[part], audio[part], th.full((len(video[part]),), 7, device=world.device))
+            out = network(
+                video[part], audio[part], th.full((len(video[part]),), 7, device=world.device)
+            )
         (out[0].square().mean() + out[1].square().mean()).backward()
 
     def alone() -> None:
@@ -76,7 +87,9 @@ def rank_main(rank: int) -> None:
         print(
             f"{world.size} ranks on {world.device}, {found.numel():,} gradients: {difference:.1e} off those of one rank"
         )
-        print(f"forward and backward alone {times['alone']:.3f} s, with the exchange {together:.3f} s;")
+        print(
+            f"forward and backward alone {times['alone']:.3f} s, with the exchange {together:.3f} s;"
+        )
         print(f"the exchange by itself {times['exchange']:.3f} s, of which {hidden:.0%} is hidden")
     dist.barrier()
     dist.destroy_process_group()

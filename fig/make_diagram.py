@@ -83,7 +83,10 @@ def published_model() -> MultimodalUNet:
 def read_plan(model: MultimodalUNet) -> Plan:
     """What the modules of a coupled U-Net are, with the sizes of their maps at its own clip size."""
     frames, _, height, width = model.video_size
-    grids: dict[str, tuple[int, ...]] = {"video": (frames, height, width), "audio": (model.audio_size[1],)}
+    grids: dict[str, tuple[int, ...]] = {
+        "video": (frames, height, width),
+        "audio": (model.audio_size[1],),
+    }
     parts: list[list[Row]] = []
     for stages in (model.input_blocks, [model.middle_blocks], model.output_blocks):
         rows: list[Row] = []
@@ -142,12 +145,27 @@ def resampled(grid: tuple[int, ...], stride: tuple[int, ...], resample: str) -> 
 # ---------------------------------------------------------------- drawing, in pixels from the top left
 
 WIDTH = 1240
-MARGIN, LABEL_X, LEFT_X, RIGHT_X = 22, 36, 176, 744  # of everything, the names of levels, and the two ways
+MARGIN, LABEL_X, LEFT_X, RIGHT_X = (
+    22,
+    36,
+    176,
+    744,
+)  # of everything, the names of levels, and the two ways
 BAR, GAP = (172, 25), 116  # a block of one stream, and the room for links between the streams
 PITCH, PANEL_PAD, PANEL_GAP = 36, 11, 14
 TOP, LEGEND_HEIGHT = 178, 140
-BLUE, ORANGE, PURPLE, GREEN, GREY, INK = "#2f6fb3", "#c8702a", "#6a4c93", "#3a8f5c", "#9aa0a8", "#222222"
-COLOURS = {"video": (BLUE, "#9dbfe2"), "audio": (ORANGE, "#ecbd97")}  # of blocks, and of those that resample
+BLUE, ORANGE, PURPLE, GREEN, GREY, INK = (
+    "#2f6fb3",
+    "#c8702a",
+    "#6a4c93",
+    "#3a8f5c",
+    "#9aa0a8",
+    "#222222",
+)
+COLOURS = {
+    "video": (BLUE, "#9dbfe2"),
+    "audio": (ORANGE, "#ecbd97"),
+}  # of blocks, and of those that resample
 CHIPS = {"spatial": "S", "temporal": "T", "audio": "A"}
 ATTENTION = {"video": ["spatial", "temporal"], "audio": ["audio"]}  # all there is, for the legend
 SPAN = 2 * BAR[0] + GAP  # of a way
@@ -177,7 +195,9 @@ def box(
 ) -> None:
     """A rounded rectangle with its top left corner at (x, y)."""
     shape = {"boxstyle": f"round,pad=0,rounding_size={radius}", "linewidth": 1.1, "clip_on": False}
-    ax.add_patch(FancyBboxPatch((x, y), *size, facecolor=face, edgecolor=edge, zorder=zorder, **shape))
+    ax.add_patch(
+        FancyBboxPatch((x, y), *size, facecolor=face, edgecolor=edge, zorder=zorder, **shape)
+    )
 
 
 def panel(ax: Axes, y: float, right: float, height: float) -> None:
@@ -187,11 +207,19 @@ def panel(ax: Axes, y: float, right: float, height: float) -> None:
 
 def write(ax: Axes, x: float, y: float, text: str, size: float = 12, **options: object) -> None:
     """Text whose middle is at the height y; `size` in pixels."""
-    known = {"color": INK, "ha": "left", "va": "center_baseline", "fontsize": 0.72 * size, "zorder": 4}
+    known = {
+        "color": INK,
+        "ha": "left",
+        "va": "center_baseline",
+        "fontsize": 0.72 * size,
+        "zorder": 4,
+    }
     ax.text(x, y, text, **{**known, **options})
 
 
-def arrow(ax: Axes, points: list[tuple[float, float]], colour: str, ends: str = "-|>", width: float = 1.5) -> None:
+def arrow(
+    ax: Axes, points: list[tuple[float, float]], colour: str, ends: str = "-|>", width: float = 1.5
+) -> None:
     """A line through points, with its last piece (or both ends) an arrow."""
     if points[1:-1]:
         ax.plot(
@@ -203,7 +231,11 @@ def arrow(ax: Axes, points: list[tuple[float, float]], colour: str, ends: str = 
             solid_joinstyle="round",
         )
     style = {"arrowstyle": ends, "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0}
-    ax.add_patch(FancyArrowPatch(*points[-2:], color=colour, linewidth=width, zorder=1, clip_on=False, **style))
+    ax.add_patch(
+        FancyArrowPatch(
+            *points[-2:], color=colour, linewidth=width, zorder=1, clip_on=False, **style
+        )
+    )
 
 
 def draw_row(ax: Axes, row: Row, left: float, y: float) -> None:
@@ -230,13 +262,29 @@ def draw_block(ax: Axes, row: Row, name: str, x: float, y: float, dark: str, lig
     box(ax, x, y, BAR, "white" if plain else light if changes else dark, dark)
     colour, middle = (dark if plain else INK if changes else "white"), y + 13
     factor = {m.name: m.stride[-1] for m in (VIDEO, AUDIO)}[name]
-    before = {"downsample": f"÷ {factor}   ", "upsample": f"× {factor}   "}.get(row.kind, "conv   " if plain else "")
+    before = {"downsample": f"÷ {factor}   ", "upsample": f"× {factor}   "}.get(
+        row.kind, "conv   " if plain else ""
+    )
     write(
-        ax, x + 10, middle, f"{before}{row.in_channels[name]} → {row.out_channels[name]}", color=colour, weight="bold"
+        ax,
+        x + 10,
+        middle,
+        f"{before}{row.in_channels[name]} → {row.out_channels[name]}",
+        color=colour,
+        weight="bold",
     )
     for k, chip in enumerate(reversed(row.attention[name])):
         box(ax, x + BAR[0] - 25 - 21 * k, y + 4, (17, 17), "white", radius=4)
-        write(ax, x + BAR[0] - 16.5 - 21 * k, middle, CHIPS[chip], 11.5, color=dark, ha="center", weight="bold")
+        write(
+            ax,
+            x + BAR[0] - 16.5 - 21 * k,
+            middle,
+            CHIPS[chip],
+            11.5,
+            color=dark,
+            ha="center",
+            weight="bold",
+        )
     if name == "audio" and not plain:
         right = x + BAR[0] - 10 - 21 * len(row.attention[name])
         write(ax, right, middle, f"d {row.dilation}", 11.5, color=colour, ha="right")
@@ -281,7 +329,9 @@ def draw(plan: Plan) -> Figure:
     heights = [max(map(len, pair)) * PITCH - (PITCH - BAR[1]) + 2 * PANEL_PAD for pair in levels]
     middle_y = TOP + sum(heights) + PANEL_GAP * len(heights) + 8
     bottom = middle_y + len(plan.middle) * PITCH + PANEL_PAD
-    figure = Figure(figsize=(WIDTH / 100, (bottom + LEGEND_HEIGHT) / 100), dpi=100, facecolor="white")
+    figure = Figure(
+        figsize=(WIDTH / 100, (bottom + LEGEND_HEIGHT) / 100), dpi=100, facecolor="white"
+    )
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(bottom + LEGEND_HEIGHT, 0))
     ax.axis("off")
     draw_head(ax, plan)
@@ -301,7 +351,10 @@ def draw_head(ax: Axes, plan: Plan) -> None:
     channels, samples = plan.audio_size
     write(ax, MARGIN, 34, "The coupled U-Net", 25, weight="bold")
     write(ax, MARGIN, 62, f"{plan.num_parameters:,} parameters", 13, color="#555555")
-    sizes = {"video": f"{frames} × {colours} × {height} × {width}", "audio": f"{channels} × {samples:,}"}
+    sizes = {
+        "video": f"{frames} × {colours} × {height} × {width}",
+        "audio": f"{channels} × {samples:,}",
+    }
     titles = {"video": "video", "audio": "stereo sound"}
     y = TOP - 14 - BAR[1]
     for name, (dark, _) in COLOURS.items():
@@ -354,15 +407,22 @@ def draw_middle(ax: Axes, plan: Plan, y: float, coarsest: float, end: float) -> 
         for k in range(len(plan.middle) - 1):
             arrow(ax, [(x, y + PITCH * k + BAR[1]), (x, y + PITCH * (k + 1))], dark)
         out = bottom - BAR[1] / 2 if name == "audio" else bottom + PANEL_PAD + 12
-        start = [(stream_x(LEFT_X, name) + BAR[0], out)] if name == "audio" else [(x, bottom), (x, out)]
+        start = (
+            [(stream_x(LEFT_X, name) + BAR[0], out)] if name == "audio" else [(x, bottom), (x, out)]
+        )
         arrow(ax, [*start, (target, out), (target, end)], dark)
 
 
 def draw_legend(ax: Axes, plan: Plan, y: float) -> None:
     """What the signs mean, in two columns."""
     finest = plan.down[1]
-    samples = {kind: dataclasses.replace(finest, kind=kind, attention=ATTENTION) for kind in ("residual", "downsample")}
-    samples["downsample"] = dataclasses.replace(samples["downsample"], attention={"video": [], "audio": []})
+    samples = {
+        kind: dataclasses.replace(finest, kind=kind, attention=ATTENTION)
+        for kind in ("residual", "downsample")
+    }
+    samples["downsample"] = dataclasses.replace(
+        samples["downsample"], attention={"video": [], "audio": []}
+    )
     for k, row in enumerate(samples.values()):
         draw_block(ax, row, "video", MARGIN, y + 48 * k, *COLOURS["video"])
     notes = {
@@ -392,7 +452,9 @@ def main() -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write an SVG that is the same whenever it is made."""
-    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None, "Title": "The coupled U-Net"})
+    figure.savefig(
+        path, format="svg", metadata={"Date": None, "Creator": None, "Title": "The coupled U-Net"}
+    )
 
 
 if __name__ == "__main__":

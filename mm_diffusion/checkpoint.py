@@ -68,18 +68,26 @@ def published_state_dict(model: nn.Module) -> dict[str, th.Tensor]:
     return {published: state[name] for published, name in published_names(model).items()}
 
 
-def save_weights(path: str, model_or_state: nn.Module | dict[str, th.Tensor], flags: dict[str, Any]) -> None:
+def save_weights(
+    path: str, model_or_state: nn.Module | dict[str, th.Tensor], flags: dict[str, Any]
+) -> None:
     """Write a state dict under published names that carries its flags; complete or absent, whatever happens.
 
     It is an ordinary state dict for every other tool: the flags are an attribute of it.
     """
-    state = published_state_dict(model_or_state) if isinstance(model_or_state, nn.Module) else model_or_state
+    state = (
+        published_state_dict(model_or_state)
+        if isinstance(model_or_state, nn.Module)
+        else model_or_state
+    )
     save(path, with_flags(state, flags))
 
 
 def with_flags(state: dict[str, th.Tensor], flags: dict[str, Any]) -> OrderedDict:
     """The state dict as it is saved, with its flags."""
-    carrier = OrderedDict((name, tensor.detach().cpu().contiguous()) for name, tensor in state.items())
+    carrier = OrderedDict(
+        (name, tensor.detach().cpu().contiguous()) for name, tensor in state.items()
+    )
     carrier.flags = dict(flags)  # type: ignore[attr-defined]
     return carrier
 
@@ -107,16 +115,24 @@ def load(path: str) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged file drives its readers to
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a complete checkpoint ({reason}); copy or save it again") from None
+        reason = (
+            str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        )
+        raise CheckpointError(
+            f"{path}: not a complete checkpoint ({reason}); copy or save it again"
+        ) from None
 
 
 def load_state(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """The weights under published names, and the flags they carry ({} for a published file)."""
     state = load(path)
     held = state.items() if isinstance(state, dict) else ()
-    if not held or not all(isinstance(name, str) and isinstance(value, th.Tensor) for name, value in held):
-        raise CheckpointError(f"{path}: holds no weights; give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt")
+    if not held or not all(
+        isinstance(name, str) and isinstance(value, th.Tensor) for name, value in held
+    ):
+        raise CheckpointError(
+            f"{path}: holds no weights; give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt"
+        )
     return dict(state), dict(getattr(state, "flags", {}))
 
 
@@ -125,7 +141,9 @@ def fingerprint(state: dict[str, th.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().flatten().view(th.uint8).numpy().tobytes())
+        digest.update(
+            state[name].detach().cpu().contiguous().flatten().view(th.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -151,7 +169,9 @@ def find_checkpoints(path: str) -> list[str]:
 
 
 def _is_folder(path: str) -> bool:
-    if "://" in path and path.endswith(".pt"):  # asking takes long, and retries where the place cannot be reached
+    if "://" in path and path.endswith(
+        ".pt"
+    ):  # asking takes long, and retries where the place cannot be reached
         return False
     try:
         return bf.isdir(path)
@@ -186,14 +206,20 @@ def load_weights(
     state, names = model.state_dict(), published_names(model)
     missing = [name for name in names if name not in given]
     extra = [name for name in given if name not in names]
-    misshapen = [name for name in names if name in given and given[name].shape != state[names[name]].shape]
+    misshapen = [
+        name for name in names if name in given and given[name].shape != state[names[name]].shape
+    ]
     if strict and (missing or extra or misshapen):
         raise CheckpointError(_misfit(path, missing, extra, misshapen, given, state, names))
     if len(missing) + len(misshapen) == len(names):
-        raise CheckpointError(f"{path}: not one of its tensors fits this model; it is of another architecture")
+        raise CheckpointError(
+            f"{path}: not one of its tensors fits this model; it is of another architecture"
+        )
     for name, value in given.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(f"{path}: {name} holds numbers that are not finite; use an earlier checkpoint")
+            raise CheckpointError(
+                f"{path}: {name} holds numbers that are not finite; use an earlier checkpoint"
+            )
     with th.no_grad():
         for published, name in names.items():
             if published not in missing and published not in misshapen:
@@ -211,7 +237,10 @@ SUSPECTS = [
     ("name middle_blocks.2", "cross_attention_windows"),
     (r"shape out\.2\.bias", "sr_learn_sigma"),
     (r"name .*\.op\.", "sr_resblock_updown"),
-    (r"name input_blocks\..*\.0\.emb_layers", "num_res_blocks or channel_mult (of the upsampler: with sr_)"),
+    (
+        r"name input_blocks\..*\.0\.emb_layers",
+        "num_res_blocks or channel_mult (of the upsampler: with sr_)",
+    ),
     (r"name input_blocks\..*\.1\.qkv", "sr_attention_resolutions"),
     (r"shape .*_out_layers\.0", "channel_mult"),
     (r"shape .*\.emb_layers", "use_scale_shift_norm"),
@@ -222,14 +251,25 @@ SUSPECTS = [
 ]
 
 
-def _misfit(path: str, missing: list, extra: list, misshapen: list, given: dict, state: dict, names: dict) -> str:
+def _misfit(
+    path: str, missing: list, extra: list, misshapen: list, given: dict, state: dict, names: dict
+) -> str:
     parts = []
     for title, found in (("missing", missing), ("extra", extra)):
         if found:
-            parts.append(f"{len(found)} {title} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})")
+            parts.append(
+                f"{len(found)} {title} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+            )
     if misshapen:
-        shapes = [f"{n} {list(given[n].shape)} for {list(state[names[n]].shape)}" for n in misshapen[:3]]
-        parts.append(f"{len(misshapen)} misshapen ({', '.join(shapes)}{', ...' if len(misshapen) > 3 else ''})")
+        shapes = [
+            f"{n} {list(given[n].shape)} for {list(state[names[n]].shape)}" for n in misshapen[:3]
+        ]
+        parts.append(
+            f"{len(misshapen)} misshapen ({', '.join(shapes)}{', ...' if len(misshapen) > 3 else ''})"
+        )
     odd = [f"name {name}" for name in missing + extra] + [f"shape {name}" for name in misshapen]
-    blame = next((flags for part, flags in SUSPECTS if any(re.match(part, name) for name in odd)), "the model's flags")
+    blame = next(
+        (flags for part, flags in SUSPECTS if any(re.match(part, name) for name in odd)),
+        "the model's flags",
+    )
     return f"{path} does not fit the model: {'; '.join(parts)}; probably wrong: {blame}"

@@ -74,12 +74,16 @@ def probe_folders(
     def find() -> ClipIndex[ClipInfo]:
         paths = find_files(folders_in(data_dir), EXTENSIONS, "clips", f"check --{flag}")
         index = look_up(paths, look, cache_path(data_dir, video_stream, audio_stream), num_workers)
-        return ClipIndex([(path, ClipInfo(**info)) for path, info in index.clips], index.bad, data_dir)
+        return ClipIndex(
+            [(path, ClipInfo(**info)) for path, info in index.clips], index.bad, data_dir
+        )
 
     return from_rank_0(find)
 
 
-def look_up(paths: list[str], look: Callable[[str], Any], cache: Path, num_workers: int) -> ClipIndex[Any]:
+def look_up(
+    paths: list[str], look: Callable[[str], Any], cache: Path, num_workers: int
+) -> ClipIndex[Any]:
     """The index of these files by what `look(path)` tells (as JSON would hold it), unless that raises MediaError.
 
     Files that have not changed since they were found good are taken from `cache`.
@@ -97,7 +101,9 @@ def folders_in(text: str) -> list[str]:
     return [os.path.expanduser(part.strip()) for part in text.split(",") if part.strip()]
 
 
-def find_files(folders: Sequence[str], extensions: tuple[str, ...], kind: str, remedy: str) -> list[str]:
+def find_files(
+    folders: Sequence[str], extensions: tuple[str, ...], kind: str, remedy: str
+) -> list[str]:
     """All files below the folders with these extensions, sorted; DataError for a missing folder or none with any."""
     if not folders:
         raise DataError(f"no data folder of {kind} given; {remedy}")
@@ -125,11 +131,16 @@ def cache_folder() -> Path:
 
 
 def cache_path(
-    data_dir: str, video_stream: int | None = None, audio_stream: int | None = None, kind: str = "clips"
+    data_dir: str,
+    video_stream: int | None = None,
+    audio_stream: int | None = None,
+    kind: str = "clips",
 ) -> Path:
     """Where the index of this folder is kept."""
     places = [absolute(folder) for folder in folders_in(data_dir)]
-    name = hashlib.sha256(json.dumps([places, video_stream, audio_stream]).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps([places, video_stream, audio_stream]).encode()).hexdigest()[
+        :24
+    ]
     return cache_folder() / f"{kind}_{name}.json"
 
 
@@ -172,7 +183,9 @@ def _found(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, blobfile.Error) as error:
-        raise MediaError(f"{path}: cannot be found ({getattr(error, 'strerror', None) or error})") from error
+        raise MediaError(
+            f"{path}: cannot be found ({getattr(error, 'strerror', None) or error})"
+        ) from error
 
 
 def _look_up_changed(
@@ -195,7 +208,9 @@ def _look_up_changed(
         except MediaError as error:
             return current | {"reason": str(error)}
 
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:  # libav lets go of the interpreter; forks and MPI do not mix
+    with ThreadPoolExecutor(
+        max(1, num_workers)
+    ) as pool:  # libav lets go of the interpreter; forks and MPI do not mix
         looked_up = tqdm(pool.map(entry, paths), "files", len(paths), unit="file", leave=False)
         return dict(zip(paths, looked_up, strict=True))
 
@@ -207,7 +222,9 @@ def refuse_if_bad(
     bad, total = len(index.bad), len(index.bad) + len(index.clips)
     examples = "; ".join(list(index.bad.values())[:MAX_EXAMPLES])
     if not index.clips:
-        raise DataError(f"{data_dir}: none of its {total} files can be used ({examples}); {told_by} lists them")
+        raise DataError(
+            f"{data_dir}: none of its {total} files can be used ({examples}); {told_by} lists them"
+        )
     if bad > max_bad_share * total:
         raise DataError(
             f"{data_dir}: {bad} of {total} files cannot be used ({examples}): more than --max_bad_share"

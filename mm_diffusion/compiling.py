@@ -15,8 +15,16 @@ from torch import nn
 from .tree import to_device
 
 # What --compile says -> the mode of torch.compile; "" leaves the network as it is.
-MODES = {"false": "", "true": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
-GRAPH_MODES = ("reduce-overhead", "max-autotune")  # with CUDA graphs, whose outputs the next call overwrites
+MODES = {
+    "false": "",
+    "true": "default",
+    "reduce-overhead": "reduce-overhead",
+    "max-autotune": "max-autotune",
+}
+GRAPH_MODES = (
+    "reduce-overhead",
+    "max-autotune",
+)  # with CUDA graphs, whose outputs the next call overwrites
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -67,7 +75,11 @@ class Compiled(nn.Module):
         if self.has_graphs:
             th.compiler.cudagraph_mark_step_begin()
         out = self.compiled(**full)
-        return tuple(self._kept(x, batch) for x in out) if isinstance(out, tuple) else self._kept(out, batch)
+        return (
+            tuple(self._kept(x, batch) for x in out)
+            if isinstance(out, tuple)
+            else self._kept(out, batch)
+        )
 
     def _kept(self, out: th.Tensor, batch: int) -> th.Tensor:
         """What was asked for, in memory of its own."""

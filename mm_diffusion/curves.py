@@ -21,8 +21,18 @@ from matplotlib.ticker import AutoLocator, EngFormatter, FuncFormatter, LogLocat
 AXES = {"step": "steps", "samples": "samples", "hours": "hours of training"}
 PICTURES = (".png", ".svg", ".pdf")
 EXACT = ("lr", "log2_loss_scale")  # set, not measured: never smoothed
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5c5c5c")  # told apart by all eyes
-QUARTILE = re.compile(r"(.+)_q[0-3]")  # what the trainer adds to the name of a loss for a quartile of the timestep
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#5c5c5c",
+)  # told apart by all eyes
+QUARTILE = re.compile(
+    r"(.+)_q[0-3]"
+)  # what the trainer adds to the name of a loss for a quartile of the timestep
 QUARTILE_NAMES = ("q0 (least noise)", "q1", "q2", "q3 (most noise)")
 FULLY_SMOOTHED = 10  # an average over N rows (rate 1 - 1 / N) takes a run of this times N rows
 PANEL_INCHES = (4.4, 2.9)
@@ -75,7 +85,9 @@ def _table_of(path: str | os.PathLike) -> Path:
     if table.is_dir():
         table = table / "progress.csv"
     if not table.is_file():
-        raise ValueError(f"{path}: holds no progress.csv; name the output folder of a training run, or a csv file")
+        raise ValueError(
+            f"{path}: holds no progress.csv; name the output folder of a training run, or a csv file"
+        )
     return table
 
 
@@ -110,8 +122,12 @@ def read_columns(path: str | os.PathLike) -> dict[str, np.ndarray]:
     table = np.array(rows, dtype=np.float64).reshape(-1, len(keys))
     table = table[_last_pass(table[:, keys.index("step")])]
     if len(table) < 2:
-        raise ValueError(f"{path}: a curve needs two rows, this has {len(table)}; wait for the next --log_interval")
-    columns = {key: values for key, values in zip(keys, table.T, strict=True) if np.isfinite(values).any()}
+        raise ValueError(
+            f"{path}: a curve needs two rows, this has {len(table)}; wait for the next --log_interval"
+        )
+    columns = {
+        key: values for key, values in zip(keys, table.T, strict=True) if np.isfinite(values).any()
+    }
     return columns | _hours(columns)
 
 
@@ -153,17 +169,28 @@ def choose_panels(runs: Sequence[Run], keys: Iterable[str] = ()) -> list[Panel]:
         if match := QUARTILE.fullmatch(key):
             losses.setdefault(match[1], []).append(key)
     quartiles = {f"{loss}_q": sorted(columns) for loss, columns in losses.items()}
-    worth = [*list(losses)[:1], *list(quartiles)[:1], *list(losses)[1:], "grad_norm", "lr", "samples_per_second"]
+    worth = [
+        *list(losses)[:1],
+        *list(quartiles)[:1],
+        *list(losses)[1:],
+        "grad_norm",
+        "lr",
+        "samples_per_second",
+    ]
     chosen = list(keys) or [key for key in worth if key in known or key in quartiles]
     for key in chosen:
         if key not in known and key not in quartiles:
-            raise ValueError(f"keys {key!r}: no run has it; choose from {', '.join([*known, *quartiles])}")
+            raise ValueError(
+                f"keys {key!r}: no run has it; choose from {', '.join([*known, *quartiles])}"
+            )
     if not chosen:
         raise ValueError(f"keys: no run has a loss; choose from {', '.join(known)}")
     return [
         Panel(f"{key[:-2]} by quartile of the timestep", quartiles[key], True)
         if key in quartiles
-        else Panel(key, [key], key == "grad_norm" or key in losses or QUARTILE.fullmatch(key) is not None)
+        else Panel(
+            key, [key], key == "grad_norm" or key in losses or QUARTILE.fullmatch(key) is not None
+        )
         for key in chosen
     ]
 
@@ -181,7 +208,9 @@ def smoothed(values: np.ndarray, share: float) -> np.ndarray:
 # ---------------------------------------------------------------- drawing
 
 
-def draw(runs: Sequence[Run], panels: Sequence[Panel], x: str = "step", smooth: float = 0.0) -> Figure:
+def draw(
+    runs: Sequence[Run], panels: Sequence[Panel], x: str = "step", smooth: float = 0.0
+) -> Figure:
     """All panels over the column `x` of AXES: raw numbers faint, their moving average (rate `smooth`) strong.
 
     A logarithmic panel averages logarithms, so that a spike does not stand for many rows; a run of few rows is
@@ -189,11 +218,17 @@ def draw(runs: Sequence[Run], panels: Sequence[Panel], x: str = "step", smooth: 
     """
     for run in runs:
         if x not in run.columns:
-            raise ValueError(f"x {x!r}: {run.name} has no such column; choose from {', '.join(AXES)}")
-    width = {1: 1, 2: 2, 4: 2}.get(len(panels)) or min((3, 4), key=lambda count: -len(panels) % count)
+            raise ValueError(
+                f"x {x!r}: {run.name} has no such column; choose from {', '.join(AXES)}"
+            )
+    width = {1: 1, 2: 2, 4: 2}.get(len(panels)) or min(
+        (3, 4), key=lambda count: -len(panels) % count
+    )
     height = -(-len(panels) // width)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((width * PANEL_INCHES[0], height * PANEL_INCHES[1] + 0.3), layout="constrained")
+        figure = Figure(
+            (width * PANEL_INCHES[0], height * PANEL_INCHES[1] + 0.3), layout="constrained"
+        )
         all_axes = list(figure.subplots(height, width, squeeze=False).flat)
         for number, (axes, panel) in enumerate(zip(all_axes, panels, strict=False)):
             _draw_panel(axes, runs, panel, x, smooth)
@@ -239,7 +274,13 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], panel: Panel, x: str, smooth: f
     if len(panel.columns) > 1:
         _tell_quartiles_apart(axes, panel, _colours(1)[0] if len(runs) == 1 else "#333333")
     elif len(curves) == 1:
-        axes.set_title(f"{mean[-1]:.4g} at the end", loc="right", color="#777777", fontsize=9, fontweight="normal")
+        axes.set_title(
+            f"{mean[-1]:.4g} at the end",
+            loc="right",
+            color="#777777",
+            fontsize=9,
+            fontweight="normal",
+        )
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -253,7 +294,9 @@ def _set_scale(axes: Axes, values: np.ndarray, is_log: bool) -> None:
         axes.set_yscale("log")
         decades = np.log10(high / low)
         axes.yaxis.set_major_locator(
-            AutoLocator() if decades < 0.7 else LogLocator(subs=(1, 2, 5)[: 3 if decades < 2 else 1])
+            AutoLocator()
+            if decades < 0.7
+            else LogLocator(subs=(1, 2, 5)[: 3 if decades < 2 else 1])
         )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -270,11 +313,15 @@ def _colours(count: int) -> list:
 def _shades(colour, count: int) -> list:
     """From light to the full colour, `count` of them."""
     full = np.array(to_rgb(colour))
-    return [tuple(1 - (1 - full) * share) for share in np.linspace(0.35 if count > 1 else 1, 1, count)]
+    return [
+        tuple(1 - (1 - full) * share) for share in np.linspace(0.35 if count > 1 else 1, 1, count)
+    ]
 
 
 def _tell_quartiles_apart(axes: Axes, panel: Panel, colour) -> None:
-    lines = [Line2D([], [], color=shade, linewidth=2) for shade in _shades(colour, len(panel.columns))]
+    lines = [
+        Line2D([], [], color=shade, linewidth=2) for shade in _shades(colour, len(panel.columns))
+    ]
     names = [QUARTILE_NAMES[int(column[-1])] for column in panel.columns]
     axes.legend(lines, names, fontsize=7.5, ncols=2, handlelength=1.2, columnspacing=1.0)
 
@@ -285,4 +332,11 @@ def _tell_runs_apart(figure: Figure, runs: Sequence[Run]) -> None:
         return
     lines = [Line2D([], [], color=colour, linewidth=2.5) for colour in _colours(len(runs))]
     names = [run.name for run in runs]
-    figure.legend(lines, names, loc="outside upper center", ncols=min(5, len(runs)), fontsize=9.5, handlelength=1.5)
+    figure.legend(
+        lines,
+        names,
+        loc="outside upper center",
+        ncols=min(5, len(runs)),
+        fontsize=9.5,
+        handlelength=1.5,
+    )

@@ -34,7 +34,9 @@ from .tree import Tree, tree_map
 Sample = dict[str, th.Tensor]
 Parts = Sequence[tuple[tuple[int, ...], str]]  # shape and type of each array of a decoded item
 CACHE_BYTES = 2**28
-CACHE_FORMAT = 1  # of the files in a cache folder; raised whenever the same settings decode to something else
+CACHE_FORMAT = (
+    1  # of the files in a cache folder; raised whenever the same settings decode to something else
+)
 SPARED_BYTES = 2**31  # of a disk are left to others: a full one would stop checkpoints, too
 BATCHES_AHEAD = 2  # that each worker makes before they are asked for
 ROUNDING_FRAMES = 0.05  # a film that ends so much before its last frame would, has that frame
@@ -86,7 +88,9 @@ class DiskCache:
             raise ValueError(f"--cache_dir {folder}: must be a local folder")
         self.folder, self.writes = Path(folder).expanduser().absolute(), True
         if any(self.folder.is_relative_to(absolute(part)) for part in folders_in(data_dir)):
-            raise ValueError(f"--cache_dir {folder}: lies in the data folder; choose one outside it")
+            raise ValueError(
+                f"--cache_dir {folder}: lies in the data folder; choose one outside it"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,14 +106,20 @@ class DiskCache:
         )
 
     def get(
-        self, path: str, item: dict[str, Any], parts: Parts, decode: Callable[[], tuple[th.Tensor, ...]]
+        self,
+        path: str,
+        item: dict[str, Any],
+        parts: Parts,
+        decode: Callable[[], tuple[th.Tensor, ...]],
     ) -> tuple[th.Tensor, ...]:
         """What `decode()` makes of the file: tensors of the shapes and types `parts`, from disk if there.
 
         item: all that it depends on beside the file. MediaError where the file is gone, or as `decode` raises it.
         """
         file = {"path": absolute(path), **identity(path)}
-        key = json.dumps([CACHE_FORMAT, media.DECODER, file, item, parts], sort_keys=True, default=str)
+        key = json.dumps(
+            [CACHE_FORMAT, media.DECODER, file, item, parts], sort_keys=True, default=str
+        )
         name = hashlib.sha256(key.encode()).hexdigest()
         place = self.folder / name[:2] / f"{name[2:]}.raw"
         held = self._read(place, key, parts)
@@ -126,7 +136,10 @@ class DiskCache:
                 flat = [np.fromfile(file, dtype, math.prod(shape)) for shape, dtype in parts]
             if told.decode() != key + "\n" or int(checksum) != _checksum(flat):
                 return None
-            return tuple(th.from_numpy(array.reshape(shape)) for array, (shape, _) in zip(flat, parts, strict=True))
+            return tuple(
+                th.from_numpy(array.reshape(shape))
+                for array, (shape, _) in zip(flat, parts, strict=True)
+            )
         except (OSError, ValueError):
             return None
 
@@ -145,7 +158,9 @@ class DiskCache:
             media.atomically(place, write)
         except OSError as error:
             self.writes = False
-            logger.warn(f"--cache_dir {self.folder}: takes no more ({error.strerror}); the rest is decoded every time")
+            logger.warn(
+                f"--cache_dir {self.folder}: takes no more ({error.strerror}); the rest is decoded every time"
+            )
 
 
 def _checksum(arrays: list[np.ndarray]) -> int:
@@ -173,7 +188,9 @@ class ClipDataset(Dataset):
         cache_bytes: int = CACHE_BYTES,
         disk: DiskCache | None = None,
     ) -> None:
-        self.num_frames, video_channels, self.height, self.width = numbers("video_size", video_size, 4)
+        self.num_frames, video_channels, self.height, self.width = numbers(
+            "video_size", video_size, 4
+        )
         audio_channels, self.num_samples = numbers("audio_size", audio_size, 2)
         if video_channels != 3 or audio_channels != 2:
             raise ValueError(
@@ -182,8 +199,12 @@ class ClipDataset(Dataset):
         require_positive(video_fps=video_fps, audio_fps=audio_fps, clip_stride=clip_stride)
         self.clips, self.video_fps, self.audio_fps = index.clips, video_fps, audio_fps
         self.random_flip, self.clip_stride, self.seed = random_flip, clip_stride, seed
-        counts = [count_windows(info, self.num_frames, video_fps, clip_stride) for _, info in self.clips]
-        self.first_after = list(itertools.accumulate(counts))  # window numbers up to this belong to clip i or earlier
+        counts = [
+            count_windows(info, self.num_frames, video_fps, clip_stride) for _, info in self.clips
+        ]
+        self.first_after = list(
+            itertools.accumulate(counts)
+        )  # window numbers up to this belong to clip i or earlier
         self.parts: Parts = [
             ((self.num_frames, self.height, self.width, 3), "uint8"),
             ((audio_channels, self.num_samples), "float32"),
@@ -198,7 +219,9 @@ class ClipDataset(Dataset):
         epoch, window = key if isinstance(key, tuple) else (0, key)
         frames, audio = self._decoded(window)
         sample = {"video": media.to_float(frames.permute(0, 3, 1, 2)), "audio": audio.clone()}
-        return mirror(sample) if self.random_flip and is_mirrored(self.seed, epoch, window) else sample
+        return (
+            mirror(sample) if self.random_flip and is_mirrored(self.seed, epoch, window) else sample
+        )
 
     def place(self, window: int) -> tuple[str, ClipInfo, Fraction]:
         """Window -> (path, info, start in seconds)."""
@@ -211,7 +234,12 @@ class ClipDataset(Dataset):
             return self.cache[window]
         path, info, start = self.place(window)
         streams = (info.video_stream, info.audio_stream)
-        rates = {"start": start, "video_fps": float(self.video_fps), "audio_fps": self.audio_fps, "streams": streams}
+        rates = {
+            "start": start,
+            "video_fps": float(self.video_fps),
+            "audio_fps": self.audio_fps,
+            "streams": streams,
+        }
 
         def decode() -> tuple[th.Tensor, th.Tensor]:
             sizes = (self.height, self.width, self.audio_fps, self.num_samples)
@@ -233,7 +261,13 @@ class GlobalOrder(Sampler):
     """
 
     def __init__(
-        self, num_windows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start_sample: int = 0
+        self,
+        num_windows: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_sample: int = 0,
     ) -> None:
         self.num_windows, self.batch_size, self.seed = num_windows, batch_size, seed
         self.stride = batch_size * world_size
@@ -241,7 +275,9 @@ class GlobalOrder(Sampler):
         self.permutation = functools.lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(rng.derive_seed(self.seed, "order", epoch)).permutation(self.num_windows)
+        return np.random.default_rng(rng.derive_seed(self.seed, "order", epoch)).permutation(
+            self.num_windows
+        )
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, window) at a position of the stream."""
@@ -265,11 +301,15 @@ def read_clips(
 
     Must be called on every rank. Errors: see `load_data`.
     """
-    clips = ClipDataset(build_index(folder), video_size, audio_size, video_fps, audio_fps, random_flip=False)
+    clips = ClipDataset(
+        build_index(folder), video_size, audio_size, video_fps, audio_fps, random_flip=False
+    )
     return default_collate([clips[k] for k in range(len(clips))[:most]])
 
 
-def joint_data(flags: Mapping[str, Any], world: World) -> Callable[[int], Iterator[tuple[Sample, dict]]]:
+def joint_data(
+    flags: Mapping[str, Any], world: World
+) -> Callable[[int], Iterator[tuple[Sample, dict]]]:
     """The flags of a training script -> `load_data` as a function of `start_sample`, for this rank."""
     shared = {name: flags[name] for name in ("batch_size", "video_size", "audio_size", "seed")}
     own = vars(pick(DataConfig, flags)) | shared | {"rank": world.rank, "world_size": world.size}
@@ -311,20 +351,32 @@ def load_data(
     ClipDataset(empty, *options)  # a wrong size is cheaper to tell than to probe all files first
     streams = {"video_stream": video_stream, "audio_stream": audio_stream}
     index = build_index(data_dir, max_bad_share, num_workers=num_workers, **streams)
-    dataset = ClipDataset(index, *options, cache_bytes=cache_bytes // max(1, num_workers), disk=disk)
+    dataset = ClipDataset(
+        index, *options, cache_bytes=cache_bytes // max(1, num_workers), disk=disk
+    )
     if rank == 0:
         logger.log(f"{data_dir}: {index.report()}")
         if disk:
             logger.log(disk.report(len(dataset), dataset.parts))
-    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_sample)
+    batches = endless_batches(
+        dataset, batch_size, num_workers, seed, rank, world_size, start_sample
+    )
     return ((batch, {}) for batch in batches)
 
 
 def endless_batches(
-    dataset: Dataset, batch_size: int, num_workers: int, seed: int, rank: int, world_size: int, start_sample: int
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    start_sample: int,
 ) -> Iterator[Any]:
     """This rank's batches of items (epoch, index) in `GlobalOrder`, collated, made by worker processes if any."""
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
+    warnings.filterwarnings(
+        "ignore", "This DataLoader will create"
+    )  # more workers than cores is the user's choice
     loader = DataLoader(
         dataset,
         batch_sampler=GlobalOrder(len(dataset), batch_size, seed, rank, world_size, start_sample),  # type: ignore[arg-type]
@@ -332,11 +384,15 @@ def endless_batches(
         pin_memory=th.cuda.is_available(),
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         worker_init_fn=functools.partial(_start_worker, rank),
-        generator=rng.generator(seed, "loader"),  # so that the caller's random state is none of its business
+        generator=rng.generator(
+            seed, "loader"
+        ),  # so that the caller's random state is none of its business
         multiprocessing_context=_worker_context() if num_workers else None,
     )
     batches = _batches(iter(loader))
-    atexit.register(_close, weakref.ref(batches))  # else the loader waits 5 s for each worker at exit
+    atexit.register(
+        _close, weakref.ref(batches)
+    )  # else the loader waits 5 s for each worker at exit
     return batches
 
 
@@ -360,13 +416,17 @@ def _close(batches: weakref.ref) -> None:
 def _batches(batches: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from batches
-    except MediaError as error:  # a worker's comes with its traceback as text, and its own line last
+    except (
+        MediaError
+    ) as error:  # a worker's comes with its traceback as text, and its own line last
         reason = str(error).strip().splitlines()[-1].split("MediaError: ", 1)[-1]
     del batches  # ends the workers; what is raised below no longer refers to them
     raise MediaError(reason)
 
 
-def prefetch_to_device(batches: Iterable[tuple[Tree, ...]], device: th.device) -> Iterator[tuple[Tree, ...]]:
+def prefetch_to_device(
+    batches: Iterable[tuple[Tree, ...]], device: th.device
+) -> Iterator[tuple[Tree, ...]]:
     """The same batches, of trees of tensors, on `device`; with CUDA each is copied while the one before is in use."""
     if device.type != "cuda":
         yield from batches
@@ -375,14 +435,18 @@ def prefetch_to_device(batches: Iterable[tuple[Tree, ...]], device: th.device) -
 
     def upload(batch: tuple[Tree, ...]) -> tuple[tuple[Tree, ...], th.cuda.Event]:
         with th.cuda.stream(side):
-            copy = tuple(tree_map(lambda x: x.to(device, non_blocking=True), part) for part in batch)
+            copy = tuple(
+                tree_map(lambda x: x.to(device, non_blocking=True), part) for part in batch
+            )
             return copy, side.record_event()
 
     for batch, arrived in _one_ahead(map(upload, batches)):
         user = th.cuda.current_stream(device)
         user.wait_event(arrived)
         for part in batch:
-            tree_map(lambda x, user=user: x.record_stream(user), part)  # its memory is not the side stream's before
+            tree_map(
+                lambda x, user=user: x.record_stream(user), part
+            )  # its memory is not the side stream's before
         yield batch
 
 

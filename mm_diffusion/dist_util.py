@@ -21,13 +21,20 @@ from typing import Any, NoReturn, TypeVar
 import torch as th
 import torch.distributed as dist
 
-MPIEXEC_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_RANK")  # of mpiexec: MPICH and Intel MPI, Open MPI
+MPIEXEC_VARIABLES = (
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_RANK",
+)  # of mpiexec: MPICH and Intel MPI, Open MPI
 PMI_VARIABLES = ("PMI_RANK", "PMIX_RANK")  # of other MPI launchers; srun may set them too
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 Result = TypeVar("Result")
 
-JOINING = datetime.timedelta(minutes=10)  # ranks may start minutes apart where many hosts read the same disks
-TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may index a large folder, or draw previews, while the others wait
+JOINING = datetime.timedelta(
+    minutes=10
+)  # ranks may start minutes apart where many hosts read the same disks
+TIMEOUT = datetime.timedelta(
+    hours=2
+)  # rank 0 may index a large folder, or draw previews, while the others wait
 PROBE_SECONDS, GRACE_SECONDS = 2.0, 10.0
 LOOPBACK, LOOPBACKS = "127.0.0.1", "127."
 OTHER_RANK_GONE = re.compile(
@@ -82,9 +89,13 @@ def _launcher() -> str:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return "torchrun"
-    if any(name in env for name in MPIEXEC_VARIABLES):  # before srun, through which mpiexec may reach other hosts
+    if any(
+        name in env for name in MPIEXEC_VARIABLES
+    ):  # before srun, through which mpiexec may reach other hosts
         return "mpi"
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # not SLURM_NTASKS: a batch script has that, yet is one process
+    if (
+        int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    ):  # not SLURM_NTASKS: a batch script has that, yet is one process
         return "srun"
     return "mpi" if any(name in env for name in PMI_VARIABLES) else ""
 
@@ -95,7 +106,11 @@ def _who_am_i() -> tuple[int, int, int]:
     if launcher == "torchrun":
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     if launcher == "srun":
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
+        return (
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env.get("SLURM_LOCALID", 0)),
+        )
     if launcher == "mpi":
         world = _mpi().COMM_WORLD
         _check_mpi(world.Get_size())
@@ -105,7 +120,9 @@ def _who_am_i() -> tuple[int, int, int]:
 
 def _mpi() -> Any:
     """The MPI module; importing it starts MPI. ValueError where there is no MPI library for it."""
-    if "OMPI_COMM_WORLD_RANK" in os.environ:  # else mpi4py takes the MPICH that is installed beside it
+    if (
+        "OMPI_COMM_WORLD_RANK" in os.environ
+    ):  # else mpi4py takes the MPICH that is installed beside it
         os.environ.setdefault("MPI4PY_LIBMPI", "libmpi.so.40")
     try:
         from mpi4py import MPI
@@ -194,7 +211,9 @@ def _offered_addresses(one_host: bool) -> list[str]:
     if one_host:
         return [LOOPBACK]
     found = [address for address in _interfaces() if not address.startswith(LOOPBACKS)]
-    return sorted(found, key=lambda address: address != _address_towards("192.0.2.1"))  # first what leads outside
+    return sorted(
+        found, key=lambda address: address != _address_towards("192.0.2.1")
+    )  # first what leads outside
 
 
 def _free_port() -> int:
@@ -206,7 +225,10 @@ def _reaches(address: str, port: int) -> bool:
     """Whether the host of rank 0 answers at this address of its; bridges of containers have the same on every host."""
     if address in _interfaces():
         return False
-    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=PROBE_SECONDS):
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((address, port), timeout=PROBE_SECONDS),
+    ):
         return True
     return False
 
@@ -217,7 +239,9 @@ def _interfaces() -> dict[str, str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
-                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+                answer = fcntl.ioctl(
+                    probe, 0x8915, struct.pack("256s", name.encode()[:15])
+                )  # SIOCGIFADDR
                 found[socket.inet_ntoa(answer[20:24])] = name
     return found
 
@@ -238,14 +262,18 @@ def _join(rank: int, size: int, device: th.device) -> None:
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=JOINING))
     except (RuntimeError, ValueError) as error:
-        place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        place = ":".join(
+            os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT")
+        )
         raise ValueError(
             f"the {size} ranks did not meet at {place}: {str(error).splitlines()[0]}; are all of them running, is"
             " MASTER_ADDR an address of the host of rank 0 that all reach, and MASTER_PORT free there?"
         ) from error
     if device.type == "cuda":
         _check_gpus(device, rank, size, store)
-    if "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo takes what the host's name means: nothing, or loopback, often
+    if (
+        "GLOO_SOCKET_IFNAME" not in os.environ
+    ):  # gloo takes what the host's name means: nothing, or loopback, often
         interface = _interfaces().get(_address_among_ranks(rank, size, store))
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -258,7 +286,9 @@ def _check_gpus(device: th.device, rank: int, size: int, store: Any) -> None:
     """ValueError, of rank 0, where two ranks compute on one GPU, whatever number each knows it by."""
     store.set(f"GPU of rank {rank}", str(th.cuda.get_device_properties(device).uuid))
     owners: dict[bytes, int] = {}
-    for other, gpu in enumerate(store.multi_get([f"GPU of rank {r}" for r in range(size)]) if rank == 0 else ()):
+    for other, gpu in enumerate(
+        store.multi_get([f"GPU of rank {r}" for r in range(size)]) if rank == 0 else ()
+    ):
         if gpu in owners:
             raise ValueError(
                 f"ranks {owners[gpu]} and {other} both got GPU {gpu.decode()}: start at most as many ranks on a host as"
@@ -277,7 +307,10 @@ def _address_among_ranks(rank: int, size: int, store: Any) -> str:
     store.set(f"address of rank {rank}", own)
     if not own.startswith(LOOPBACKS):
         return own
-    everyone = (address.decode() for address in store.multi_get([f"address of rank {r}" for r in range(size)]))
+    everyone = (
+        address.decode()
+        for address in store.multi_get([f"address of rank {r}" for r in range(size)])
+    )
     far = next((address for address in everyone if not address.startswith(LOOPBACKS)), "")
     return _address_towards(far) or own
 
@@ -286,12 +319,20 @@ def _device(devices: str, local_rank: int) -> th.device:
     count = th.cuda.device_count()
     if count == 0:
         if devices:
-            raise ValueError(f"devices {devices!r}: this host shows no GPU; leave --devices empty to run on the CPU")
+            raise ValueError(
+                f"devices {devices!r}: this host shows no GPU; leave --devices empty to run on the CPU"
+            )
         return th.device("cpu")
     try:
-        numbers = range(int(devices[1:])) if devices.startswith("G") else [int(n) for n in devices.split(",") if n]
+        numbers = (
+            range(int(devices[1:]))
+            if devices.startswith("G")
+            else [int(n) for n in devices.split(",") if n]
+        )
     except ValueError:
-        raise ValueError(f"devices {devices!r}: use '' (what is visible), 'G8' or a list such as '0,1'") from None
+        raise ValueError(
+            f"devices {devices!r}: use '' (what is visible), 'G8' or a list such as '0,1'"
+        ) from None
     numbers = list(numbers) or list(range(count))
     if max(numbers) >= count:
         raise ValueError(f"devices {devices!r}: this host shows {count} GPUs, numbered from 0")
@@ -349,8 +390,14 @@ def friendly_errors() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         end_job(f"error: {_one_line(error)}")
     except Exception as error:
-        if isinstance(error, RuntimeError) and "MASTER_ADDR" in os.environ and OTHER_RANK_GONE.search(str(error)):
-            time.sleep(GRACE_SECONDS)  # the rank that failed says why, and mostly the launcher ends us meanwhile
+        if (
+            isinstance(error, RuntimeError)
+            and "MASTER_ADDR" in os.environ
+            and OTHER_RANK_GONE.search(str(error))
+        ):
+            time.sleep(
+                GRACE_SECONDS
+            )  # the rank that failed says why, and mostly the launcher ends us meanwhile
             end_job(f"error: another rank is gone ({_one_line(error)})", patience=0)
         end_job(traceback.format_exc())
     if dist.is_initialized():
@@ -378,7 +425,9 @@ def end_job(message: str, status: int = 1, patience: float = 2) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nothing after the message
         mpi.COMM_WORLD.Abort(status)
     if size > 1:
-        os._exit(status)  # torchrun and srun end the other ranks; a clean exit would first wait for them
+        os._exit(
+            status
+        )  # torchrun and srun end the other ranks; a clean exit would first wait for them
     sys.exit(status)
 
 

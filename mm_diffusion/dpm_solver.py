@@ -33,7 +33,11 @@ from mm_diffusion.tree import (
 SOLVER_TYPES = ("dpm_solver", "taylor")
 STEP_CONTROLS = ("batch", "sample")
 MODEL_TYPES = ("noise", "x_start")
-SINGLESTEP_NODES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}  # fractions of h
+SINGLESTEP_NODES: dict[int, tuple[float, ...]] = {
+    1: (),
+    2: (1 / 2,),
+    3: (1 / 3, 2 / 3),
+}  # fractions of h
 FIRST_H, SAFETY, END_TOLERANCE, SMALLEST_H = 0.05, 0.9, 1e-5, 1e-6  # of the adaptive steps
 
 
@@ -80,7 +84,9 @@ def _interpolate(x: th.Tensor, knots: th.Tensor, values: th.Tensor) -> th.Tensor
     """The piecewise linear function through (knots, values), knots ascending; the outer pieces extend beyond them."""
     right = th.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
     left = right - 1
-    return values[left] + (x - knots[left]) * (values[right] - values[left]) / (knots[right] - knots[left])
+    return values[left] + (x - knots[left]) * (values[right] - values[left]) / (
+        knots[right] - knots[left]
+    )
 
 
 @dataclass
@@ -105,7 +111,9 @@ class _Adaptive:
         """The samples for which `mask` [R] holds."""
         if mask.all():
             return self
-        places = mask.nonzero().squeeze(1)  # on the host, which a mask on the device would make wait
+        places = mask.nonzero().squeeze(
+            1
+        )  # on the host, which a mask on the device would make wait
         parts = (_rows(tree, places) for tree in (self.rows, self.x, self.lower, self.s, self.h))
         return _Adaptive(*parts)
 
@@ -131,7 +139,9 @@ class DPMSolver:
     ):
         _check("model_type", model_type, MODEL_TYPES)
         if thresholding and not predict_x0:
-            raise ValueError("thresholding=True needs predict_x0=True: there is no data to clamp in a noise prediction")
+            raise ValueError(
+                "thresholding=True needs predict_x0=True: there is no data to clamp in a noise prediction"
+            )
         self.model_fn = model_fn
         self.schedule = NoiseSchedule(alphas_cumprod)
         self.predict_x0 = predict_x0
@@ -176,14 +186,29 @@ class DPMSolver:
         _check("solver_type", solver_type, SOLVER_TYPES)
         _check("step_control", step_control, STEP_CONTROLS)
         if method == "adaptive" and order == 1:
-            raise ValueError("order 1 has no lower order to compare with in method adaptive: choose 2 or 3")
+            raise ValueError(
+                "order 1 has no lower order to compare with in method adaptive: choose 2 or 3"
+            )
         least = order if method == "singlestep_fixed" else 1
         if method != "adaptive" and steps < least:
-            raise ValueError(f"steps {steps} is too few for method {method} of order {order}: choose at least {least}")
+            raise ValueError(
+                f"steps {steps} is too few for method {method} of order {order}: choose at least {least}"
+            )
         self.evaluations = 0
         x = tree_map(lambda leaf: leaf.float(), x_T)
         known = _Known(checked_given(given, x), x)
-        run = _Run(self, cond or {}, known, order, skip_type, solver_type, step_control, atol, rtol, progress)
+        run = _Run(
+            self,
+            cond or {},
+            known,
+            order,
+            skip_type,
+            solver_type,
+            step_control,
+            atol,
+            rtol,
+            progress,
+        )
         x = METHODS[method](run, known.taken_from(x), steps)
         x = run.predict(x, run.end, data=True) if denoise else x
         return known.put_back(x, known.clips)
@@ -195,11 +220,19 @@ class _Known:
     def __init__(self, clips: dict[str, th.Tensor], x_T: Tree) -> None:
         self.clips = clips
         self.keys = list(x_T) if isinstance(x_T, dict) else []
-        self.noise = {key: leaf for key, leaf in x_T.items() if key in clips} if isinstance(x_T, dict) else {}
+        self.noise = (
+            {key: leaf for key, leaf in x_T.items() if key in clips}
+            if isinstance(x_T, dict)
+            else {}
+        )
 
     def taken_from(self, x: Tree) -> Tree:
         """The other leaves of `x`."""
-        return {key: leaf for key, leaf in x.items() if key not in self.clips} if isinstance(x, dict) else x
+        return (
+            {key: leaf for key, leaf in x.items() if key not in self.clips}
+            if isinstance(x, dict)
+            else x
+        )
 
     def put_back(self, x: Any, known: dict[str, th.Tensor]) -> Tree:
         """`x` with the leaves `known`, in the order of `x_T`."""
@@ -207,21 +240,32 @@ class _Known:
 
     def at(self, alpha: th.Tensor, sigma: th.Tensor, rows: Any) -> dict[str, th.Tensor]:
         """The leaves of the samples `rows` at the noise level of alpha and sigma, [1] or [B]."""
-        noisy: Any = weighted_sum((alpha, _rows(self.clips, rows)), (sigma, _rows(self.noise, rows)))
+        noisy: Any = weighted_sum(
+            (alpha, _rows(self.clips, rows)), (sigma, _rows(self.noise, rows))
+        )
         return noisy
 
 
 class _Run:
     """One call of `DPMSolver.sample`: its settings, and the methods that use them."""
 
-    def __init__(self, solver, cond, known, order, skip_type, solver_type, step_control, atol, rtol, progress):
+    def __init__(
+        self, solver, cond, known, order, skip_type, solver_type, step_control, atol, rtol, progress
+    ):
         self.solver, self.schedule = solver, solver.schedule
         self.cond, self.known, self.order, self.solver_type = cond, known, order, solver_type
-        self.skip_type, self.step_control, self.atol, self.rtol = skip_type, step_control, atol, rtol
+        self.skip_type, self.step_control, self.atol, self.rtol = (
+            skip_type,
+            step_control,
+            atol,
+            rtol,
+        )
         self.progress = progress or (lambda fraction: None)
         self.end = self.schedule.times[:1]
 
-    def predict(self, x: Tree, t: th.Tensor, rows: Any = slice(None), data: bool | None = None) -> Tree:
+    def predict(
+        self, x: Tree, t: th.Tensor, rows: Any = slice(None), data: bool | None = None
+    ) -> Tree:
         """The model's noise (or data) prediction at `x`, beside the known leaves, and time t [1] or [B]."""
         solver, alpha, sigma = self.solver, self.schedule.alpha(t), self.schedule.sigma(t)
         solver.evaluations += 1
@@ -229,11 +273,15 @@ class _Run:
         batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
         steps = to_device(self.schedule.model_timesteps(t), device).expand(batch)
         seen = self.known.put_back(x, self.known.at(alpha, sigma, rows)) if self.known.clips else x
-        output: Any = solver.model_fn(seen, steps, **{name: _rows(value, rows) for name, value in self.cond.items()})
+        output: Any = solver.model_fn(
+            seen, steps, **{name: _rows(value, rows) for name, value in self.cond.items()}
+        )
         if isinstance(x, dict):
             output = {key: output[key] for key in x}
         output = tree_map(_without_variance, output, x)
-        if data != (solver.model_type == "x_start"):  # x = alpha x_0 + sigma noise, solved for the one that is wanted
+        if data != (
+            solver.model_type == "x_start"
+        ):  # x = alpha x_0 + sigma noise, solved for the one that is wanted
             known, wanted = (sigma, alpha) if data else (alpha, sigma)
             rest = weighted_sum((th.ones_like(known), x), (-known, output))
             divisor = to_device(wanted, device)
@@ -244,21 +292,29 @@ class _Run:
         """[intervals + 1] times from 1 to 1/N."""
         return SKIP_TYPES[self.skip_type](self.schedule, intervals + 1)
 
-    def advance(self, x: Tree, t: th.Tensor, nodes: list[Node], solver_type: str, behind: bool = False) -> Tree:
+    def advance(
+        self, x: Tree, t: th.Tensor, nodes: list[Node], solver_type: str, behind: bool = False
+    ) -> Tree:
         """x at the time of the first node -> x at t, of order `len(nodes)` (Eq. in the module's head)."""
         s = nodes[0].t
         alpha, sigma, log = self.schedule.alpha, self.schedule.sigma, self.schedule.lambda_
         h = log(t) - log(s)
         ratio, scale, eta = sigma(t) / sigma(s), alpha(t), -h
         if not self.solver.predict_x0:
-            ratio, scale, eta = (self.schedule.log_alpha(t) - self.schedule.log_alpha(s)).exp(), sigma(t), h
+            ratio, scale, eta = (
+                (self.schedule.log_alpha(t) - self.schedule.log_alpha(s)).exp(),
+                sigma(t),
+                h,
+            )
         offsets = [(log(node.t) - log(s)) / h for node in nodes[1:]]
         weights = node_weights(eta, offsets, solver_type, behind)
         differences = [tree_map(th.sub, node.m, nodes[0].m) for node in nodes[1:]]
         terms = zip(weights, [nodes[0].m, *differences], strict=True)
         return weighted_sum((ratio, x), *((-scale * weight, term) for weight, term in terms))
 
-    def within(self, nodes: list[Node], x: Tree, h: th.Tensor, fractions: tuple, rows: Any = slice(None)) -> list[Node]:
+    def within(
+        self, nodes: list[Node], x: Tree, h: th.Tensor, fractions: tuple, rows: Any = slice(None)
+    ) -> list[Node]:
         """`nodes` and one more at each of the `fractions` of the step h in lambda, each reached from those before."""
         start = self.schedule.lambda_(nodes[0].t)
         for fraction in fractions:
@@ -268,7 +324,11 @@ class _Run:
 
     def singlestep(self, x: Tree, steps: int) -> Tree:
         """Orders that use up exactly `steps` evaluations; only the last steps may be of lower order."""
-        ends = {0: [2, 1], 1: [1], 2: [2]}[steps % 3] if self.order == 3 else [1] * (steps % self.order)
+        ends = (
+            {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
+            if self.order == 3
+            else [1] * (steps % self.order)
+        )
         return self.steps_of_orders(x, [self.order] * ((steps - sum(ends)) // self.order) + ends)
 
     def singlestep_fixed(self, x: Tree, steps: int) -> Tree:
@@ -303,12 +363,19 @@ class _Run:
 
     def adaptive(self, x: Tree, steps: int) -> Tree:
         """Step sizes from the gap between two orders (arXiv 2206.00927, App. C); `steps` plays no part."""
-        first, last = self.schedule.lambda_(self.schedule.times[-1:]), self.schedule.lambda_(self.end)
+        first, last = (
+            self.schedule.lambda_(self.schedule.times[-1:]),
+            self.schedule.lambda_(self.end),
+        )
         result = tree_map(th.clone, x)
         rows = th.arange(leaves(x)[0].shape[0])
-        state = _Adaptive(rows, x, x, self.schedule.times[-1:].expand(len(rows)), th.full((len(rows),), FIRST_H))
+        state = _Adaptive(
+            rows, x, x, self.schedule.times[-1:].expand(len(rows)), th.full((len(rows),), FIRST_H)
+        )
         while len(state.rows):
-            state = self.attempt(state, last)  # in which the host waits once for the device, for the error
+            state = self.attempt(
+                state, last
+            )  # in which the host waits once for the device, for the error
             done = (state.s - self.end).abs() <= END_TOLERANCE
             if done.any():
                 finished, state = state.where(done), state.where(~done)
@@ -329,13 +396,19 @@ class _Run:
         if self.step_control == "batch":
             error = error.max().expand_as(error)
         if not error.isfinite().all():
-            raise FloatingPointError(f"adaptive step at time {float(s.max()):.4f}: the model's output is not finite")
+            raise FloatingPointError(
+                f"adaptive step at time {float(s.max()):.4f}: the model's output is not finite"
+            )
         accept = error <= 1
         s = th.where(accept, t, s)
         h = th.minimum(SAFETY * h * error.pow(-1.0 / self.order), last - self.schedule.lambda_(s))
         if ((h < SMALLEST_H) & (s - self.end > END_TOLERANCE)).any():
-            raise FloatingPointError(f"adaptive step at time {float(s.max()):.4f}: no step is small enough")
-        return _Adaptive(state.rows, _choose(accept, higher, x), _choose(accept, lower, state.lower), s, h)
+            raise FloatingPointError(
+                f"adaptive step at time {float(s.max()):.4f}: no step is small enough"
+            )
+        return _Adaptive(
+            state.rows, _choose(accept, higher, x), _choose(accept, lower, state.lower), s, h
+        )
 
     def error(self, lower: Tree, higher: Tree, previous: Tree) -> th.Tensor:
         """[B] on the CPU: the RMS of (higher - lower) / delta, the largest over leaves."""
@@ -347,7 +420,9 @@ class _Run:
         return th.stack(leaves(tree_map(leaf_error, lower, higher, previous))).amax(dim=0).cpu()
 
 
-def node_weights(eta: th.Tensor, offsets: list, solver_type: str, behind: bool = False) -> list[th.Tensor]:
+def node_weights(
+    eta: th.Tensor, offsets: list, solver_type: str, behind: bool = False
+) -> list[th.Tensor]:
     """phi_1 m_0 + phi_2 D_1 + phi_3 D_2 as weights of m_0 and of m_i - m_0 at the other nodes.
 
     offsets: r_i = (lambda_i - lambda_0) / h of the other nodes, negative where they lie `behind` the step.
@@ -369,20 +444,29 @@ def node_weights(eta: th.Tensor, offsets: list, solver_type: str, behind: bool =
 
 
 METHODS: dict[str, Callable[[_Run, Tree, int], Tree]] = {
-    name: getattr(_Run, name) for name in ("singlestep", "singlestep_fixed", "multistep", "adaptive")
+    name: getattr(_Run, name)
+    for name in ("singlestep", "singlestep_fixed", "multistep", "adaptive")
 }
 SKIP_TYPES: dict[str, Callable[[NoiseSchedule, int], th.Tensor]] = {
     "time_uniform": lambda schedule, n: th.linspace(1.0, 1.0 / schedule.num_steps, n),
-    "time_quadratic": lambda schedule, n: th.linspace(1.0, (1.0 / schedule.num_steps) ** 0.5, n).square(),
+    "time_quadratic": lambda schedule, n: th.linspace(
+        1.0, (1.0 / schedule.num_steps) ** 0.5, n
+    ).square(),
     "logSNR": lambda schedule, n: schedule.time(
-        th.linspace(float(schedule.lambda_(schedule.times[-1:])), float(schedule.lambda_(schedule.times[:1])), n)
+        th.linspace(
+            float(schedule.lambda_(schedule.times[-1:])),
+            float(schedule.lambda_(schedule.times[:1])),
+            n,
+        )
     ),
 }
 
 
 def _check(what: str, value: Any, choices: Any) -> None:
     if value not in choices:
-        raise ValueError(f"{what} {value!r} is unknown: choose one of {', '.join(map(str, choices))}")
+        raise ValueError(
+            f"{what} {value!r} is unknown: choose one of {', '.join(map(str, choices))}"
+        )
 
 
 def _without_variance(output: th.Tensor, x: th.Tensor) -> th.Tensor:

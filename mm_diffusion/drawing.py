@@ -65,16 +65,27 @@ Upscale = Callable[[int, th.Tensor, Callable[[float], None]], th.Tensor]
 
 def solver_settings(config: SampleConfig, prefix: str = "") -> dict[str, Any]:
     """Flags (of the upsampler, with its prefix) -> settings; 0 and empty leave the sampler's own."""
-    flags = {"steps": "sample_steps", "order": "solver_order", "method": "solver_method", "skip_type": "skip_type"}
+    flags = {
+        "steps": "sample_steps",
+        "order": "solver_order",
+        "method": "solver_method",
+        "skip_type": "skip_type",
+    }
     chosen = {setting: getattr(config, prefix + name) for setting, name in flags.items()}
     return {setting: value for setting, value in chosen.items() if value}
 
 
 def load_model(
-    path: str, weights: dict[str, th.Tensor], flags: Mapping[str, Any], config: SampleConfig, device: th.device
+    path: str,
+    weights: dict[str, th.Tensor],
+    flags: Mapping[str, Any],
+    config: SampleConfig,
+    device: th.device,
 ) -> tuple[Prepared, SpacedDiffusion]:
     """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
-    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    model, diffusion = create_model_and_diffusion(
+        **{name: flags[name] for name in model_and_diffusion_defaults()}
+    )
     precision = choose_precision(config.precision, flags["use_fp16"], device)
     return _filled(model, path, weights, config, precision, device), diffusion
 
@@ -103,7 +114,9 @@ def load_upsampler(
     """
     if not config.sr_model_path:
         if config.load_noise:
-            raise ValueError(f"load_noise {config.load_noise}: is for the upsampler; give its --sr_model_path too")
+            raise ValueError(
+                f"load_noise {config.load_noise}: is for the upsampler; give its --sr_model_path too"
+            )
         return None, {}
     path, *more = checkpoint.find_checkpoints(config.sr_model_path)
     if more:
@@ -172,9 +185,19 @@ def load_noise(path: str, size: int) -> th.Tensor:
         noise = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"load_noise {path}: is no readable .npy file ({error})") from None
-    if not isinstance(noise, np.ndarray) or noise.shape != (3, size, size) or noise.dtype.kind not in "fiu":
-        found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, np.ndarray) else "several arrays"
-        raise ValueError(f"load_noise {path}: holds {found}, need numbers of shape [3, {size}, {size}]")
+    if (
+        not isinstance(noise, np.ndarray)
+        or noise.shape != (3, size, size)
+        or noise.dtype.kind not in "fiu"
+    ):
+        found = (
+            f"{noise.dtype} {list(noise.shape)}"
+            if isinstance(noise, np.ndarray)
+            else "several arrays"
+        )
+        raise ValueError(
+            f"load_noise {path}: holds {found}, need numbers of shape [3, {size}, {size}]"
+        )
     if not np.isfinite(noise).all():
         raise ValueError(f"load_noise {path}: holds numbers that are not finite")
     return th.from_numpy(noise.astype(np.float32))
@@ -185,7 +208,10 @@ def load_noise(path: str, size: int) -> th.Tensor:
 
 def clip_paths(folder: str | os.PathLike, name: str, *more: str) -> list[Path]:
     """The files of a clip below an output folder: wav, mp4 and the mp4 in folders `more` (LARGE, TRUTH)."""
-    return [Path(folder, "audios", f"{name}.wav"), *(Path(folder, kind, f"{name}.mp4") for kind in ("original", *more))]
+    return [
+        Path(folder, "audios", f"{name}.wav"),
+        *(Path(folder, kind, f"{name}.mp4") for kind in ("original", *more)),
+    ]
 
 
 def write_sample(
@@ -209,7 +235,11 @@ def write_sample(
 
 
 def write_truth(
-    folder: str | os.PathLike, name: str, truth: Mapping[str, th.Tensor], video_fps: int, audio_fps: int
+    folder: str | os.PathLike,
+    name: str,
+    truth: Mapping[str, th.Tensor],
+    video_fps: int,
+    audio_fps: int,
 ) -> None:
     """The clip that a modality was taken from -> ground_truth/NAME.mp4."""
     *_, mp4 = clip_paths(folder, name, TRUTH)
@@ -276,8 +306,12 @@ def draw_clips(
             batch = indices[start : start + batch_size]
             drawn = start + len(batch) * (1 - share)
             known = default_collate([given(index) for index in batch]) if given else None
-            sample = sample_joint(model, sampler, batch, seed, device, part_of(progress, start, drawn), known)
-            for k, (index, video, audio) in enumerate(zip(batch, sample["video"], sample["audio"], strict=True)):
+            sample = sample_joint(
+                model, sampler, batch, seed, device, part_of(progress, start, drawn), known
+            )
+            for k, (index, video, audio) in enumerate(
+                zip(batch, sample["video"], sample["audio"], strict=True)
+            ):
                 span = drawn + k * share, drawn + (k + 1) * share
                 large = upscale(index, video, part_of(progress, *span)) if upscale else None
                 call(f"clip {index}", save, index, video, audio, large)
@@ -295,10 +329,18 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
     except ValueError:
         raise ValueError(f"{note} is damaged: choose another --output_dir") from None
     wanted: dict[str, Any] = json.loads(json.dumps(description))
-    any_clips, any_large = (any(Path(folder, kind).glob("[!.]*.mp4")) for kind in ("original", LARGE))
+    any_clips, any_large = (
+        any(Path(folder, kind).glob("[!.]*.mp4")) for kind in ("original", LARGE)
+    )
     if any_clips and not note.exists():
-        raise ValueError(f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir")
-    known = {key: v for key, v in known.items() if (any_large if key.startswith(("upsampler", SR)) else any_clips)}
+        raise ValueError(
+            f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir"
+        )
+    known = {
+        key: v
+        for key, v in known.items()
+        if (any_large if key.startswith(("upsampler", SR)) else any_clips)
+    }
     different = [key for key in wanted if known.get(key, wanted[key]) != wanted[key]]
     if different:
         raise ValueError(
@@ -308,13 +350,19 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
     media.atomically(note, lambda temporary: Path(temporary).write_text(text))
 
 
-def missing_clips(folder: str | os.PathLike, names: Sequence[str], description: dict[str, Any]) -> list[int]:
+def missing_clips(
+    folder: str | os.PathLike, names: Sequence[str], description: dict[str, Any]
+) -> list[int]:
     """Claim the folder, and the numbers of the clips of these names that it does not hold whole."""
     claim_folder(folder, description)
     more = [LARGE] * ("upsampler" in description) + [TRUTH] * bool(description["given"])
     for path in clip_paths(folder, "", *more):
         media.remove_leftovers(path.parent)
-    return [k for k, name in enumerate(names) if not all(p.exists() for p in clip_paths(folder, name, *more))]
+    return [
+        k
+        for k, name in enumerate(names)
+        if not all(p.exists() for p in clip_paths(folder, name, *more))
+    ]
 
 
 def check_sample_config(config: SampleConfig) -> None:
@@ -329,7 +377,9 @@ def check_sample_config(config: SampleConfig) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
     if config.sr_batch_size < 0:
-        raise ValueError(f"sr_batch_size {config.sr_batch_size}: need at least 1, or 0 for what fits in memory")
+        raise ValueError(
+            f"sr_batch_size {config.sr_batch_size}: need at least 1, or 0 for what fits in memory"
+        )
     compile_mode(config.compile)
     for prefix in ("", SR):
         name = getattr(config, f"{prefix}sample_fn")
@@ -341,7 +391,9 @@ def check_sample_config(config: SampleConfig) -> None:
 def preview_bar(world: World) -> Iterator[Callable[[float], None]]:
     """A progress function, which rank 0 shows as a bar."""
     form = "{l_bar}{bar}| {remaining} left"
-    with tqdm(total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format=form) as bar:
+    with tqdm(
+        total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format=form
+    ) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 
@@ -378,8 +430,15 @@ def make_preview(
         sample: dict[str, th.Tensor] = {}
         with preview_bar(world) as progress, warned_if_not_finite(step):
             sample = sample_joint(model, sampler, indices, 0, world.device, progress)
-        for k, video, audio in zip(indices, sample["video"], sample["audio"], strict=True) if sample else ():
-            path = bf.join(folder, "samples", f"{step:06d}", f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}")
+        for k, video, audio in (
+            zip(indices, sample["video"], sample["audio"], strict=True) if sample else ()
+        ):
+            path = bf.join(
+                folder,
+                "samples",
+                f"{step:06d}",
+                f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}",
+            )
             if save_type == "wav":
                 media.write_wav(path, audio, data.audio_fps)
             else:
@@ -414,9 +473,13 @@ def make_sr_preview(
     process = dataclasses.replace(process, timestep_respacing=respacing)
     sampler = make_sampler(sample_fn, create_diffusion(process), **SR_SETTINGS.get(sample_fn, {}))
 
-    def upscale(model: nn.Module, small: th.Tensor, k: int, progress: Callable[[float], None]) -> th.Tensor:
+    def upscale(
+        model: nn.Module, small: th.Tensor, k: int, progress: Callable[[float], None]
+    ) -> th.Tensor:
         part = part_of(progress, k / len(small), (k + 1) / len(small))
-        return upscale_video(model, sampler, small[k : k + 1], 0, k, device=world.device, progress=part)
+        return upscale_video(
+            model, sampler, small[k : k + 1], 0, k, device=world.device, progress=part
+        )
 
     def preview(model: nn.Module, step: int) -> None:
         true, small = pictures()
@@ -434,7 +497,9 @@ def make_sr_preview(
         path = bf.join(folder, "samples", f"{step:06d}", f"upsampled_{step}_0_{world.rank:05d}.png")
         media.save_contact_sheet(path, th.stack(columns, dim=1))
         logger.log_image(
-            "upsampled", th.cat([th.cat(list(row), dim=-1) for row in zip(*columns, strict=True)], dim=1), step
+            "upsampled",
+            th.cat([th.cat(list(row), dim=-1) for row in zip(*columns, strict=True)], dim=1),
+            step,
         )
 
     return preview

@@ -39,12 +39,18 @@ class ExtractSettings:
     def __post_init__(self) -> None:
         require_positive(fps=self.fps, quality=self.quality)
         if self.format not in FORMATS or self.quality > 100 or self.size < 0:
-            raise ValueError("--format is png or jpg, --quality 1 to 100, --size pixels (0: as the video has them)")
+            raise ValueError(
+                "--format is png or jpg, --quality 1 to 100, --size pixels (0: as the video has them)"
+            )
 
     def told(self) -> dict[str, Any]:
         """What decides the frames."""
         settings = dataclasses.asdict(self)
-        return settings if self.format == "jpg" else {name: settings[name] for name in settings if name != "quality"}
+        return (
+            settings
+            if self.format == "jpg"
+            else {name: settings[name] for name in settings if name != "quality"}
+        )
 
 
 def extract_videos(
@@ -60,14 +66,17 @@ def extract_videos(
     films, folder = films_by_name(sources), Path(target)
     held, on_disk = _claim(folder, settings), _frames_by_clip(folder)
     complete = {
-        clip: held[clip]["frames"] for clip in films if _is_complete(films[clip], held.get(clip), on_disk[clip])
+        clip: held[clip]["frames"]
+        for clip in films
+        if _is_complete(films[clip], held.get(clip), on_disk[clip])
     }
     bad, stop = {}, threading.Event()
     pool = ThreadPoolExecutor(num_workers)  # decoders and encoders let go of the interpreter
     try:
         todo = [clip for clip in films if clip not in complete]
         running = {
-            pool.submit(_extract, films[clip], clip, folder, settings, on_disk[clip], stop): clip for clip in todo
+            pool.submit(_extract, films[clip], clip, folder, settings, on_disk[clip], stop): clip
+            for clip in todo
         }
         for done in tqdm(as_completed(running), "clips", len(running), unit="clip", leave=False):
             try:
@@ -98,7 +107,9 @@ def films_by_name(sources: Sequence[str]) -> dict[str, str]:
 def _refuse_two(one: str, other: str) -> None:
     if one != other:
         names = f"image_{Path(one).stem}_*"
-        raise DataError(f"{one} and {other}: frames of both would be {names}; rename one, or extract it elsewhere (-t)")
+        raise DataError(
+            f"{one} and {other}: frames of both would be {names}; rename one, or extract it elsewhere (-t)"
+        )
 
 
 def _claim(folder: Path, settings: ExtractSettings) -> dict[str, dict]:
@@ -106,16 +117,22 @@ def _claim(folder: Path, settings: ExtractSettings) -> dict[str, dict]:
     wanted, record = settings.told(), folder / RECORD
     lines = []
     for line in record.read_text().splitlines() if record.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # one that was cut short; its clip is done anew
+        with contextlib.suppress(
+            json.JSONDecodeError
+        ):  # one that was cut short; its clip is done anew
             lines.append(json.loads(line))
     if not lines and _frames_by_clip(folder):
-        raise DataError(f"{folder}: holds frames but no record ({RECORD}) of their source; choose another folder (-t)")
+        raise DataError(
+            f"{folder}: holds frames but no record ({RECORD}) of their source; choose another folder (-t)"
+        )
     if not lines:
         folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(wanted))
     elif not lines[0].items() >= wanted.items():
         flags = " ".join(f"--{name} {value}" for name, value in lines[0].items())
-        raise DataError(f"{folder}: its frames were extracted with {flags}; use these, or another folder (-t)")
+        raise DataError(
+            f"{folder}: its frames were extracted with {flags}; use these, or another folder (-t)"
+        )
     return {entry["clip"]: entry for entry in lines[1:]}
 
 
@@ -148,10 +165,20 @@ def _is_same(path: str, entry: dict) -> bool:
 
 
 def _extract(
-    path: str, clip: str, folder: Path, settings: ExtractSettings, leftovers: list[str], stop: threading.Event
+    path: str,
+    clip: str,
+    folder: Path,
+    settings: ExtractSettings,
+    leftovers: list[str],
+    stop: threading.Event,
 ) -> int:
     """Write and record all frames of a film; how many. MediaError if not all can be decoded: then none stays."""
-    entry = {"clip": clip, "path": path, **clip_index.identity(path), "fingerprint": clip_index.fingerprint(path)}
+    entry = {
+        "clip": clip,
+        "path": path,
+        **clip_index.identity(path),
+        "fingerprint": clip_index.fingerprint(path),
+    }
     _remove([folder / name for name in leftovers])
     hidden: list[Path] = []
     try:
@@ -160,7 +187,9 @@ def _extract(
             if stop.is_set():
                 raise InterruptedError(path)
             hidden.append(folder / f".image_{clip}_{number:06d}.{settings.format}")
-            frame = media.fit_picture(frame, settings.size, settings.size) if settings.size else frame
+            frame = (
+                media.fit_picture(frame, settings.size, settings.size) if settings.size else frame
+            )
             media.write_image(hidden[-1], frame, settings.quality)
         for place in hidden:
             place.rename(place.with_name(place.name[1:]))

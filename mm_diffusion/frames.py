@@ -13,7 +13,15 @@ from torch.utils.data import Dataset
 
 from . import clip_index, logger, media, rng
 from .clip_index import ClipIndex
-from .datasets import DiskCache, Parts, count_frames, endless_batches, is_mirrored, locate, require_positive
+from .datasets import (
+    DiskCache,
+    Parts,
+    count_frames,
+    endless_batches,
+    is_mirrored,
+    locate,
+    require_positive,
+)
 from .dist_util import from_rank_0
 from .unet import check_factor
 
@@ -24,7 +32,9 @@ JPEG_SHARE, JPEG_QUALITIES = 0.5, (20, 80)
 Pair = tuple[th.Tensor, dict[str, th.Tensor]]
 
 
-def find_frames(data_dir: str, num_workers: int = 4, max_bad_share: float = 0.1) -> ClipIndex[float | None]:
+def find_frames(
+    data_dir: str, num_workers: int = 4, max_bad_share: float = 0.1
+) -> ClipIndex[float | None]:
     """`find_images`, told in the log; DataError where none, or too few, can be used: more than that share is bad."""
     index = find_images(data_dir, num_workers)
     logger.log(f"{data_dir}: {index.report(_count(index))}")
@@ -42,8 +52,12 @@ def find_images(data_dir: str, num_workers: int = 4) -> ClipIndex[float | None]:
     kinds = EXTENSIONS + clip_index.EXTENSIONS
 
     def find() -> ClipIndex[float | None]:
-        paths = clip_index.find_files(clip_index.folders_in(data_dir), kinds, "images or videos", remedy)
-        found = clip_index.look_up(paths, _seconds, clip_index.cache_path(data_dir, kind="frames"), num_workers)
+        paths = clip_index.find_files(
+            clip_index.folders_in(data_dir), kinds, "images or videos", remedy
+        )
+        found = clip_index.look_up(
+            paths, _seconds, clip_index.cache_path(data_dir, kind="frames"), num_workers
+        )
         return dataclasses.replace(found, data_dir=data_dir)
 
     return from_rank_0(find)
@@ -59,7 +73,9 @@ def _seconds(path: str) -> float | None:
 def _count(index: ClipIndex[float | None]) -> str:
     """What there is, in words."""
     lengths = [seconds for _, seconds in index.clips if seconds is not None]
-    return f"{len(index.clips) - len(lengths)} images and {len(lengths)} videos ({sum(lengths):.1f} s)"
+    return (
+        f"{len(index.clips) - len(lengths)} images and {len(lengths)} videos ({sum(lengths):.1f} s)"
+    )
 
 
 def degrade(large: th.Tensor, small_size: int, generator: np.random.Generator) -> th.Tensor:
@@ -71,7 +87,9 @@ def degrade(large: th.Tensor, small_size: int, generator: np.random.Generator) -
         small = (small + sigma * noise).round_().clamp_(0, 255).to(th.uint8)
     if generator.random() < JPEG_SHARE:
         lowest, highest = JPEG_QUALITIES
-        small = media.jpeg_round_trip(small, int(generator.integers(lowest, highest, endpoint=True)))
+        small = media.jpeg_round_trip(
+            small, int(generator.integers(lowest, highest, endpoint=True))
+        )
     return small
 
 
@@ -97,10 +115,17 @@ class FrameDataset(Dataset):
         require_positive(video_fps=video_fps)
         check_factor(large_size, small_size)
         self.files, self.video_fps = index.clips, video_fps
-        self.large_size, self.small_size, self.random_flip, self.seed = large_size, small_size, random_flip, seed
+        self.large_size, self.small_size, self.random_flip, self.seed = (
+            large_size,
+            small_size,
+            random_flip,
+            seed,
+        )
         self.parts: Parts = [((3, large_size, large_size), "uint8")]
         self.disk = disk
-        counts = [1 if seconds is None else count_frames(seconds, video_fps) for _, seconds in self.files]
+        counts = [
+            1 if seconds is None else count_frames(seconds, video_fps) for _, seconds in self.files
+        ]
         self.first_after = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
@@ -124,13 +149,21 @@ class FrameDataset(Dataset):
     def picture(self, index: int) -> th.Tensor:
         """[3, h, w] uint8 as the file has it."""
         path, number = self.place(index)
-        return media.read_image(path) if number is None else next(media.read_frames(path, number, 1, self.video_fps))
+        return (
+            media.read_image(path)
+            if number is None
+            else next(media.read_frames(path, number, 1, self.video_fps))
+        )
 
     def _large(self, index: int) -> th.Tensor:
         """[3, L, L] uint8, upright and fitted."""
 
         def decode() -> tuple[th.Tensor]:
-            return (media.fit_picture(self.picture(index), self.large_size, self.large_size).contiguous(),)
+            return (
+                media.fit_picture(
+                    self.picture(index), self.large_size, self.large_size
+                ).contiguous(),
+            )
 
         if not self.disk:
             return decode()[0]
@@ -165,5 +198,7 @@ def load_frames(
     dataset = FrameDataset(index, large_size, small_size, video_fps, random_flip, seed, disk)
     if disk and rank == 0:
         logger.log(disk.report(len(dataset), dataset.parts))
-    batches = endless_batches(dataset, batch_size, num_workers, seed, rank, world_size, start_sample)
+    batches = endless_batches(
+        dataset, batch_size, num_workers, seed, rank, world_size, start_sample
+    )
     return ((large, small) for large, small in batches)

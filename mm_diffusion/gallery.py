@@ -36,7 +36,9 @@ PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
 MEASURED = "measured_2.json"  # below PICTURES: what is known of clips that have not changed; 2 is its format
 KINDS = ("poster", "strip", "sound")  # of pictures that a clip has
 GENERATOR = "mm-diffusion-stereo gallery"  # by which the page is known as ours
-OURS = re.compile(rf"[0-9a-f]{{16}}_({'|'.join(KINDS)})\.jpg|measured_\d+\.json")  # below PICTURES, beside SHEET
+OURS = re.compile(
+    rf"[0-9a-f]{{16}}_({'|'.join(KINDS)})\.jpg|measured_\d+\.json"
+)  # below PICTURES, beside SHEET
 TEMPLATE = Path(__file__).with_name("gallery.html")
 
 MAX_SECONDS = 60  # of a clip that are looked at
@@ -51,7 +53,9 @@ MEL_CORNER_HZ = 700  # above which the scale of frequencies turns from linear to
 MARKED_HZ = 1000  # marked beside the spectrogram
 JPEG_QUALITY = 85
 
-BLANK = (0.5 / 127.5) ** 2  # mean square of the brightness above its median, below which a picture shows nothing
+BLANK = (
+    0.5 / 127.5
+) ** 2  # mean square of the brightness above its median, below which a picture shows nothing
 FAINT = 0.05  # share of the mean energy of a clip's frames below which a frame has no place
 LOWEST_RATE, PLAYABLE = 3000, (".mp4", ".mov", ".webm")  # Hz, and containers that browsers play
 
@@ -72,9 +76,15 @@ SCORES = {
         "correlation over the clip of the object's horizontal place and the left-right level difference; 1 is best",
     ),
     "level": Score("Level", "{:.1f} dB", "root mean square of both channels, 0 dB at full scale"),
-    "correlation": Score("Left-right correlation", "{:z.2f}", "of the samples of the two channels; 1: mono"),
-    "balance": Score("Balance", "{:+z.2f}", "(right - left) / (right + left) of the energies, -1 to 1"),
-    "motion": Score("Motion", "{:.1f} %", "mean change of a pixel from frame to frame, of the full range"),
+    "correlation": Score(
+        "Left-right correlation", "{:z.2f}", "of the samples of the two channels; 1: mono"
+    ),
+    "balance": Score(
+        "Balance", "{:+z.2f}", "(right - left) / (right + left) of the energies, -1 to 1"
+    ),
+    "motion": Score(
+        "Motion", "{:.1f} %", "mean change of a pixel from frame to frame, of the full range"
+    ),
 }
 
 
@@ -104,9 +114,14 @@ def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
     energies = audio.double().square().mean(dim=-1)
     silent, quiet = _is_silent(audio), [_is_silent(channel[None]) for channel in audio]
     both = math.nan if any(quiet) else stereo.correlation(audio.double())
-    steady = "a channel does not vary" if not any(quiet) else f"{'left' if quiet[0] else 'right'} is silent"
+    steady = (
+        "a channel does not vary"
+        if not any(quiet)
+        else f"{'left' if quiet[0] else 'right'} is silent"
+    )
     return {
-        "alignment": _why_unaligned(video, audio, silent) or spatial_alignment(video[None], audio[None]),
+        "alignment": _why_unaligned(video, audio, silent)
+        or spatial_alignment(video[None], audio[None]),
         "level": "silent" if silent else 10 * energies.mean().log10().item(),
         "correlation": "silent" if silent else steady if math.isnan(both) else both,
         "balance": "silent" if silent else (energies.diff() / energies.sum()).item(),
@@ -132,14 +147,22 @@ def _why_unaligned(video: th.Tensor, audio: th.Tensor, silent: bool) -> str:
     if len(together) < 2:
         return "never seen and heard at once"
     spreads = [max(values) - min(values) for values in zip(*together, strict=True)]
-    return "the object stays where it is" if spreads[0] < STILL else "the sound stays" if spreads[1] < STILL else ""
+    return (
+        "the object stays where it is"
+        if spreads[0] < STILL
+        else "the sound stays"
+        if spreads[1] < STILL
+        else ""
+    )
 
 
 def _why_unseen(video: th.Tensor) -> str:
     """Why nothing is to be seen in a picture; empty if something is."""
     if video.max() < BLACK:
         return "black"
-    blank = horizontal_place(video[None])[1].mean().item() < BLANK * video.shape[-2] * video.shape[-1]
+    blank = (
+        horizontal_place(video[None])[1].mean().item() < BLANK * video.shape[-2] * video.shape[-1]
+    )
     return "nothing stands out in the picture" if blank else ""
 
 
@@ -151,7 +174,9 @@ def places(video: th.Tensor, audio: th.Tensor) -> tuple[list[float | None], list
     place, shown = (x[0] for x in horizontal_place(video[None]))
     level, loud = (x[0] for x in level_difference(audio[None], len(video)))
     least_shown = max(FAINT * shown.mean().item(), BLANK * video.shape[-2] * video.shape[-1])
-    least_loud = max(FAINT * loud.mean().item(), 2 * stereo.SILENT**2 * audio.shape[-1] / len(video))
+    least_loud = max(
+        FAINT * loud.mean().item(), 2 * stereo.SILENT**2 * audio.shape[-1] / len(video)
+    )
     return _kept(2 * place - 1, shown >= least_shown), _kept(level, loud >= least_loud)
 
 
@@ -169,8 +194,12 @@ def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
     """
     n_fft = max(64, 2 ** int(math.log2(sample_rate * WINDOW_SECONDS)))
     padded = F.pad(audio, (0, max(0, n_fft - audio.shape[-1])))
-    power = AF.spectrogram(padded, 0, th.hann_window(n_fft), n_fft, n_fft // 4, n_fft, 2.0, normalized="window")
-    rows, columns = (min(most, size) for most, size in zip(SPECTROGRAM, power.shape[1:], strict=True))
+    power = AF.spectrogram(
+        padded, 0, th.hann_window(n_fft), n_fft, n_fft // 4, n_fft, 2.0, normalized="window"
+    )
+    rows, columns = (
+        min(most, size) for most, size in zip(SPECTROGRAM, power.shape[1:], strict=True)
+    )
     power = F.adaptive_avg_pool1d(_mel_rows(power.double(), rows, sample_rate / 2), columns).flip(1)
     loudest = max(power.max().item(), stereo.SILENT**2)
     decibel = AF.amplitude_to_DB(power, 10.0, amin=1e-16, db_multiplier=math.log10(loudest))
@@ -222,7 +251,9 @@ def write_sheet(path: Path, strips: Iterable[tuple[Path, int]]) -> None:
     for picture, count in strips:
         frames = media.read_image(picture).chunk(count, dim=-1)
         chosen = th.linspace(0, count - 1, SHEET_FRAMES).round().long().tolist()
-        rows.append(th.stack([media.fit_picture(frames[k], SHEET_SIDE, SHEET_SIDE) for k in chosen]))
+        rows.append(
+            th.stack([media.fit_picture(frames[k], SHEET_SIDE, SHEET_SIDE) for k in chosen])
+        )
     media.save_contact_sheet(path, rows)
 
 
@@ -285,7 +316,9 @@ def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) 
 # ---------------------------------------------------------------- the page
 
 
-def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = "", num_workers: int = 4) -> Path:
+def write_gallery(
+    folder: str | os.PathLike, scores_file: str | os.PathLike = "", num_workers: int = 4
+) -> Path:
     """Write the page of the clips below `folder` (local) and a contact sheet; -> the path of the page.
 
     Clips that have not changed since the last time, and whose pictures are there, are not looked at again. Files that
@@ -294,7 +327,9 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     no sense.
     """
     root = Path(clip_index.absolute(os.path.expanduser(os.fspath(folder))))
-    paths = clip_index.find_files([os.fspath(root)], clip_index.EXTENSIONS, "clips", "give a folder of clips")
+    paths = clip_index.find_files(
+        [os.fspath(root)], clip_index.EXTENSIONS, "clips", "give a folder of clips"
+    )
     names = {path: os.path.relpath(path, root) for path in paths}
     given = Path(scores_file) if scores_file else root / "scores.json"
     more = read_scores(given, names.values()) if scores_file or given.exists() else {}
@@ -308,12 +343,19 @@ def write_gallery(folder: str | os.PathLike, scores_file: str | os.PathLike = ""
     clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
     found = [(path, Clip(**info)) for path, info in index.clips]
     _redraw_lost(found, pictures, num_workers)
-    clips = {names[path]: clip for path, clip in sorted(found, key=lambda pair: _order(names[pair[0]]))}
+    clips = {
+        names[path]: clip for path, clip in sorted(found, key=lambda pair: _order(names[pair[0]]))
+    }
     first = list(clips.values())[:SHEET_CLIPS]
-    write_sheet(pictures / SHEET, [(pictures / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first])
+    write_sheet(
+        pictures / SHEET,
+        [(pictures / c.pictures["strip"], min(STRIP_FRAMES, len(c.seen))) for c in first],
+    )
     bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
     text = render(root.name, clips, more, bad)
-    media.atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    media.atomically(
+        root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
+    )
     _sweep(pictures, clips.values())
     return root / PAGE
 
@@ -332,7 +374,9 @@ def _claim(root: Path) -> Path:
     """Make the folder of the pictures, and the path of what is remembered there; ValueError where it is not ours."""
     page, pictures = root / PAGE, root / PICTURES
     if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{page} is no gallery of ours: move it, or put the clips into a folder of their own")
+        raise ValueError(
+            f"{page} is no gallery of ours: move it, or put the clips into a folder of their own"
+        )
     held = {path.name for path in pictures.iterdir()} if pictures.exists() else set()
     ours = set(filter(OURS.fullmatch, held))
     strange = sorted(held - ours - ({SHEET} if ours else set()))
@@ -348,7 +392,11 @@ def _claim(root: Path) -> Path:
 
 def _redraw_lost(clips: Iterable[tuple[str, Clip]], pictures: Path, num_workers: int) -> None:
     """Draw the pictures of clips of which one has been removed or damaged since it was drawn."""
-    lost = [path for path, clip in clips if not all(_is_whole(pictures / file) for file in clip.pictures.values())]
+    lost = [
+        path
+        for path, clip in clips
+        if not all(_is_whole(pictures / file) for file in clip.pictures.values())
+    ]
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         for future in [pool.submit(examine, path, pictures) for path in lost]:
             future.result()
@@ -388,10 +436,14 @@ def read_scores(path: Path, names: Collection[str]) -> dict[str, dict[str, float
         stem = os.path.splitext(name)[0]
         for key in (name, stem, os.path.basename(stem)):
             if key in held:
-                scores[name] = {label: _number(path, key, label, value) for label, value in held[key].items()}
+                scores[name] = {
+                    label: _number(path, key, label, value) for label, value in held[key].items()
+                }
                 break
     if held and not scores:
-        raise ValueError(f"{path}: names none of the {len(names)} clips (first of its own: {next(iter(held))!r})")
+        raise ValueError(
+            f"{path}: names none of the {len(names)} clips (first of its own: {next(iter(held))!r})"
+        )
     return scores
 
 
@@ -404,10 +456,16 @@ def _number(path: Path, clip: str, label: str, value: Any) -> float:
 
 
 def render(
-    title: str, clips: Mapping[str, Clip], more: Mapping[str, Mapping[str, float]], bad: Mapping[str, str]
+    title: str,
+    clips: Mapping[str, Clip],
+    more: Mapping[str, Mapping[str, float]],
+    bad: Mapping[str, str],
 ) -> str:
     """The page: clips in that order, what `more` scores there are, and the reasons why other files cannot be shown."""
-    given = {name: {f"given {label}": value for label, value in row.items()} for name, row in more.items()}
+    given = {
+        name: {f"given {label}": value for label, value in row.items()}
+        for name, row in more.items()
+    }
     labels = SCORES | {
         key: Score(key.removeprefix("given "), "{:.4g}", "from the file of scores")
         for row in given.values()
@@ -415,13 +473,20 @@ def render(
     }
     rows = [_row(name, clip, labels, given.get(name, {})) for name, clip in clips.items()]
     folders = sorted({row["folder"] for row in rows})
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         generator=GENERATOR,
         title=_printable(title),
         rows=rows,
         scores=[
-            {"key": key, "score": score, "median": median, "missing": sum(key not in row["numbers"] for row in rows)}
+            {
+                "key": key,
+                "score": score,
+                "median": median,
+                "missing": sum(key not in row["numbers"] for row in rows),
+            }
             for (key, score), median in zip(labels.items(), _medians(labels, rows), strict=True)
         ],
         medians={f: _medians(labels, [row for row in rows if row["folder"] == f]) for f in folders},
@@ -434,10 +499,15 @@ def render(
     )
 
 
-def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, float]) -> dict[str, Any]:
+def _row(
+    name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, float]
+) -> dict[str, Any]:
     """What the template needs of one clip."""
     values = {key: (clip.scores | more).get(key, "not given") for key in labels}
-    values = {key: v if isinstance(v, str) or math.isfinite(v) else "not a number" for key, v in values.items()}
+    values = {
+        key: v if isinstance(v, str) or math.isfinite(v) else "not a number"
+        for key, v in values.items()
+    }
     return {
         "name": _printable(os.path.splitext(name)[0]),
         "folder": _printable(os.path.dirname(name)),
@@ -445,7 +515,9 @@ def _row(name: str, clip: Clip, labels: Mapping[str, Score], more: dict[str, flo
         **{kind: f"{PICTURES}/{file}" for kind, file in clip.pictures.items()},
         "aspect": f"{clip.width} / {clip.height}",
         "frames": min(STRIP_FRAMES, len(clip.seen)),
-        "marked": f"{50 * (1 - mel_height(MARKED_HZ, clip.top_hz)):.1f}%" if clip.top_hz >= 4 * MARKED_HZ else "",
+        "marked": f"{50 * (1 - mel_height(MARKED_HZ, clip.top_hz)):.1f}%"
+        if clip.top_hz >= 4 * MARKED_HZ
+        else "",
         "seen": curve(clip.seen),
         "heard": curve(clip.heard),
         "clip": clip,
@@ -465,4 +537,7 @@ def _printable(text: str) -> str:
 def _medians(labels: Mapping[str, Score], rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The median of every score over the clips that have it."""
     values = {key: [row["numbers"][key] for row in rows if key in row["numbers"]] for key in labels}
-    return [labels[key].form.format(statistics.median(v)) if v else "no clip has it" for key, v in values.items()]
+    return [
+        labels[key].form.format(statistics.median(v)) if v else "no clip has it"
+        for key, v in values.items()
+    ]

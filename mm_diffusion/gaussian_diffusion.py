@@ -79,7 +79,9 @@ BETA_SCHEDULES = {"linear": _linear_betas, "cosine": _cosine_betas}
 def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
     """[steps] float64 betas of the schedule `name`."""
     if name not in BETA_SCHEDULES:
-        raise ValueError(f"noise_schedule {name!r} is unknown: choose one of {', '.join(BETA_SCHEDULES)}")
+        raise ValueError(
+            f"noise_schedule {name!r} is unknown: choose one of {', '.join(BETA_SCHEDULES)}"
+        )
     return BETA_SCHEDULES[name](steps)
 
 
@@ -104,7 +106,9 @@ class GaussianDiffusion:
         self.rescale_timesteps = rescale_timesteps
         self.betas = betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f"betas {list(betas.shape)} must be one row of numbers in (0, 1): check diffusion_steps")
+            raise ValueError(
+                f"betas {list(betas.shape)} must be one row of numbers in (0, 1): check diffusion_steps"
+            )
         self.num_timesteps = self.original_num_steps = len(betas)
         self.timestep_map = list(range(len(betas)))
         self._on_device: dict[tuple[str, th.device], th.Tensor] = {}
@@ -140,7 +144,9 @@ class GaussianDiffusion:
         key = (table, t.device)
         if key not in self._on_device:
             values = th.as_tensor(getattr(self, table))
-            self._on_device[key] = to_device(values.float() if values.is_floating_point() else values, t.device)
+            self._on_device[key] = to_device(
+                values.float() if values.is_floating_point() else values, t.device
+            )
         return self._on_device[key][t]
 
     def _fill(self, table: str, t: th.Tensor, like: Tree) -> Tree:
@@ -150,7 +156,9 @@ class GaussianDiffusion:
     def model_timesteps(self, t: th.Tensor) -> th.Tensor:
         """[B] indices -> [B] what the model receives: original step numbers, or floats 0..1000 if rescaled."""
         steps = self._at("timestep_map", t)
-        return steps.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else steps
+        return (
+            steps.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else steps
+        )
 
     # Forward process
 
@@ -163,10 +171,15 @@ class GaussianDiffusion:
     def q_sample(self, x_start: Tree, t: th.Tensor, noise: Tree | None = None) -> Tree:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (arXiv 2006.11239, Eq. 4)."""
         noise = randn_like(x_start) if noise is None else noise
-        alpha, sigma = self._at("sqrt_alphas_cumprod", t), self._at("sqrt_one_minus_alphas_cumprod", t)
+        alpha, sigma = (
+            self._at("sqrt_alphas_cumprod", t),
+            self._at("sqrt_one_minus_alphas_cumprod", t),
+        )
         return weighted_sum((alpha, x_start), (sigma, noise))
 
-    def q_posterior_mean_variance(self, x_start: Tree, x_t: Tree, t: th.Tensor) -> tuple[Tree, Tree, Tree]:
+    def q_posterior_mean_variance(
+        self, x_start: Tree, x_t: Tree, t: th.Tensor
+    ) -> tuple[Tree, Tree, Tree]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (arXiv 2006.11239, Eq. 7)."""
         coef1, coef2 = self._at("posterior_mean_coef1", t), self._at("posterior_mean_coef2", t)
         mean = weighted_sum((coef1, x_start), (coef2, x_t))
@@ -179,19 +192,27 @@ class GaussianDiffusion:
         """One model call in float32: the prediction, and the variance values if sigma is learned."""
         output = tree_map(lambda out, _: out.float(), model_fn(x, self.model_timesteps(t)), x)
         if self.model_var_type is ModelVarType.LEARNED_RANGE:
-            return tuple(tree_map(lambda out, x, i=i: split_doubled(out, x)[i], output, x) for i in (0, 1))
+            return tuple(
+                tree_map(lambda out, x, i=i: split_doubled(out, x)[i], output, x) for i in (0, 1)
+            )
         return output, None
 
     def _xstart(self, prediction: Tree, x: Tree, t: th.Tensor) -> Tree:
         """The x_0 that a prediction at x_t implies."""
         if self.model_mean_type is ModelMeanType.START_X:
             return prediction
-        scale, noise = self._at("sqrt_recip_alphas_cumprod", t), self._at("sqrt_recipm1_alphas_cumprod", t)
+        scale, noise = (
+            self._at("sqrt_recip_alphas_cumprod", t),
+            self._at("sqrt_recipm1_alphas_cumprod", t),
+        )
         return weighted_sum((scale, x), (-noise, prediction))
 
     def _epsilon(self, x_start: Tree, x: Tree, t: th.Tensor) -> Tree:
         """The noise that leads from x_0 to x_t."""
-        scale, noise = self._at("sqrt_recip_alphas_cumprod", t), self._at("sqrt_recipm1_alphas_cumprod", t)
+        scale, noise = (
+            self._at("sqrt_recip_alphas_cumprod", t),
+            self._at("sqrt_recipm1_alphas_cumprod", t),
+        )
         return weighted_sum((scale / noise, x), (-1 / noise, x_start))
 
     def _variances(self, values: Tree | None, x: Tree, t: th.Tensor) -> tuple[Tree, Tree]:
@@ -203,15 +224,24 @@ class GaussianDiffusion:
         log_variance = weighted_sum((high, share), (low, tree_map(lambda v: 1 - v, share)))
         return tree_map(th.exp, log_variance), log_variance
 
-    def _reverse(self, prediction: Tree, values: Tree | None, x: Tree, t: th.Tensor, clip: bool) -> dict[str, Tree]:
+    def _reverse(
+        self, prediction: Tree, values: Tree | None, x: Tree, t: th.Tensor, clip: bool
+    ) -> dict[str, Tree]:
         pred_xstart = self._xstart(prediction, x, t)
         if clip:
             pred_xstart = tree_map(lambda x_start: x_start.clamp(-1, 1), pred_xstart)
         mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]
         variance, log_variance = self._variances(values, x, t)
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+        return {
+            "mean": mean,
+            "variance": variance,
+            "log_variance": log_variance,
+            "pred_xstart": pred_xstart,
+        }
 
-    def p_mean_variance(self, model_fn: ModelFn, x: Tree, t: th.Tensor, clip_denoised: bool = True) -> dict[str, Tree]:
+    def p_mean_variance(
+        self, model_fn: ModelFn, x: Tree, t: th.Tensor, clip_denoised: bool = True
+    ) -> dict[str, Tree]:
         """p(x_{t-1} | x_t): trees `mean`, `variance`, `log_variance` and `pred_xstart`, each like `x`."""
         return self._reverse(*self._evaluate(model_fn, x, t), x, t, clip_denoised)
 
@@ -226,14 +256,23 @@ class GaussianDiffusion:
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
-        self, model_fn: ModelFn, x: Tree, t: th.Tensor, generator: Generators = None, eta: float = 0.0, **options: Any
+        self,
+        model_fn: ModelFn,
+        x: Tree,
+        t: th.Tensor,
+        generator: Generators = None,
+        eta: float = 0.0,
+        **options: Any,
     ) -> dict[str, Tree]:
         """One DDIM step (arXiv 2010.02502, Eq. 12 and 16): `sample` and `pred_xstart`."""
         pred_xstart = self.p_mean_variance(model_fn, x, t, **options)["pred_xstart"]
         epsilon = self._epsilon(pred_xstart, x, t)
         alpha_bar, previous = self._at("alphas_cumprod", t), self._at("alphas_cumprod_prev", t)
         sigma = eta * ((1 - previous) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / previous).sqrt()
-        terms = [(previous.sqrt(), pred_xstart), ((1 - previous - sigma**2).clamp(min=0).sqrt(), epsilon)]
+        terms = [
+            (previous.sqrt(), pred_xstart),
+            ((1 - previous - sigma**2).clamp(min=0).sqrt(), epsilon),
+        ]
         if eta:
             terms.append(((t > 0) * sigma, randn_like(epsilon, generator)))
         sample = weighted_sum(*terms)
@@ -242,7 +281,13 @@ class GaussianDiffusion:
     # Loops
 
     def p_sample_loop_progressive(
-        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, *, given: dict | None = None, **options: Any
+        self,
+        model_fn: ModelFn,
+        x_T: Tree,
+        generator: Generators = None,
+        *,
+        given: dict | None = None,
+        **options: Any,
     ) -> Iterator[dict[str, Tree]]:
         """Ancestral sampling from noise `x_T`; yields `sample` and `pred_xstart` after every step.
 
@@ -256,16 +301,26 @@ class GaussianDiffusion:
         return self._loop(self.p_sample, model_fn, x_T, generator, given, **options)
 
     def ddim_sample_loop_progressive(
-        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, *, given: dict | None = None, **options: Any
+        self,
+        model_fn: ModelFn,
+        x_T: Tree,
+        generator: Generators = None,
+        *,
+        given: dict | None = None,
+        **options: Any,
     ) -> Iterator[dict[str, Tree]]:
         """DDIM sampling from noise `x_T`; options and results as for `p_sample_loop_progressive`."""
         return self._loop(self.ddim_sample, model_fn, x_T, generator, given, **options)
 
-    def p_sample_loop(self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any) -> Tree:
+    def p_sample_loop(
+        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any
+    ) -> Tree:
         """The sample at the end of `p_sample_loop_progressive`."""
         return _last(self.p_sample_loop_progressive(model_fn, x_T, generator, **options))
 
-    def ddim_sample_loop(self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any) -> Tree:
+    def ddim_sample_loop(
+        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any
+    ) -> Tree:
         """The sample at the end of `ddim_sample_loop_progressive`."""
         return _last(self.ddim_sample_loop_progressive(model_fn, x_T, generator, **options))
 
@@ -311,7 +366,9 @@ class GaussianDiffusion:
         clips: the published mean over the batch weakens guidance by the batch size and ties a clip to its neighbours.
         """
         with th.enable_grad():
-            free = {key: leaf.detach().requires_grad_() for key, leaf in x.items() if key not in given}
+            free = {
+                key: leaf.detach().requires_grad_() for key, leaf in x.items() if key not in given
+            }
             out: dict[str, Any] = step({**x, **free}, t)
             target: Any = self.q_sample(given, t - 1, noise)
             errors = [mean_flat((out["sample"][key] - target[key]).square()) for key in given]
@@ -321,7 +378,9 @@ class GaussianDiffusion:
         out = {name: tree_map(th.Tensor.detach, tree) for name, tree in out.items()}
         generated = {key: out["sample"][key] for key in free}
         scale = -classifier_scale / size * self._at("sqrt_alphas_cumprod", t)
-        guided: Any = weighted_sum((th.ones_like(t), generated), (scale, dict(zip(free, gradients, strict=True))))
+        guided: Any = weighted_sum(
+            (th.ones_like(t), generated), (scale, dict(zip(free, gradients, strict=True)))
+        )
         return {**out, "sample": {**out["sample"], **guided}}
 
     # Training
@@ -343,14 +402,21 @@ class GaussianDiffusion:
             target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
             mse = tree_map(lambda a, b: mean_flat((a - b).square()), target, prediction)
             terms |= _named("mse", mse)
-            prediction = tree_map(th.Tensor.detach, prediction)  # the bound trains the variance alone
+            prediction = tree_map(
+                th.Tensor.detach, prediction
+            )  # the bound trains the variance alone
         if values is not None or self.loss_type is LossType.RESCALED_KL:
             bound = self._bound(prediction, values, x_start, x_t, t)
-            rescale = {LossType.RESCALED_MSE: self.num_timesteps / 1000, LossType.RESCALED_KL: self.num_timesteps}
+            rescale = {
+                LossType.RESCALED_MSE: self.num_timesteps / 1000,
+                LossType.RESCALED_KL: self.num_timesteps,
+            }
             terms |= _named("vb", tree_map(lambda vb: vb * rescale.get(self.loss_type, 1), bound))
         return {"loss": th.stack(list(terms.values())).sum(dim=0), **terms}
 
-    def _bound(self, prediction: Tree, values: Tree | None, x_start: Tree, x_t: Tree, t: th.Tensor) -> Tree:
+    def _bound(
+        self, prediction: Tree, values: Tree | None, x_start: Tree, x_t: Tree, t: th.Tensor
+    ) -> Tree:
         """[B] per leaf: the term of the variational bound at t, in bits per dimension, without clipping.
 
         KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the discretised -log p(x_0 | x_1).
@@ -360,14 +426,22 @@ class GaussianDiffusion:
 
         def leaf_bound(x0, true_mean, true_logvar, mean, logvar):
             kl = mean_flat(normal_kl(true_mean, true_logvar, mean, logvar))
-            nll = -mean_flat(discretized_gaussian_log_likelihood(x0, means=mean, log_scales=0.5 * logvar))
+            nll = -mean_flat(
+                discretized_gaussian_log_likelihood(x0, means=mean, log_scales=0.5 * logvar)
+            )
             return th.where(t == 0, nll, kl) / math.log(2.0)
 
-        return tree_map(leaf_bound, x_start, true_mean, true_log_variance, out["mean"], out["log_variance"])
+        return tree_map(
+            leaf_bound, x_start, true_mean, true_log_variance, out["mean"], out["log_variance"]
+        )
 
 
 def _named(name: str, tree: Any) -> dict[str, th.Tensor]:
-    return {f"{name}_{key}": leaf for key, leaf in tree.items()} if isinstance(tree, dict) else {name: tree}
+    return (
+        {f"{name}_{key}": leaf for key, leaf in tree.items()}
+        if isinstance(tree, dict)
+        else {name: tree}
+    )
 
 
 def _last(steps: Iterable[dict[str, Tree]]) -> Tree:

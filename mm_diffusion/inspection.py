@@ -46,11 +46,15 @@ def measure(path: str, info: ClipInfo) -> Measured:
     return Measured(path, info, decibels((left + right) / 2), decibels(right) - decibels(left))
 
 
-def windows_of(index: ClipIndex, video_size: str | Sequence[int], video_fps: float, clip_stride: int) -> int:
+def windows_of(
+    index: ClipIndex, video_size: str | Sequence[int], video_fps: float, clip_stride: int
+) -> int:
     """How many training windows the clips hold; ValueError for impossible sizes."""
     num_frames = numbers("video_size", video_size, 4)[0]
     datasets.require_positive(video_fps=video_fps, clip_stride=clip_stride)
-    return sum(datasets.count_windows(info, num_frames, video_fps, clip_stride) for _, info in index.clips)
+    return sum(
+        datasets.count_windows(info, num_frames, video_fps, clip_stride) for _, info in index.clips
+    )
 
 
 def describe(index: ClipIndex, rows: list[Measured], windows: int) -> str:

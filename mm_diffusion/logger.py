@@ -29,7 +29,9 @@ class _Logger:
         self.enabled = True
         self.values: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
-        self.idle: list[Any] = []  # trackers (see trackers.py) that are asked for and not started yet
+        self.idle: list[
+            Any
+        ] = []  # trackers (see trackers.py) that are asked for and not started yet
         self.trackers: list[Any] = []
         self.stale = False  # progress.csv may be other than `rows`, and is to be written anew
 
@@ -38,7 +40,10 @@ _current = _Logger()
 
 
 def configure(
-    folder: str | os.PathLike | None = None, enabled: bool = True, use_db: bool = False, use_tensorboard: bool = False
+    folder: str | os.PathLike | None = None,
+    enabled: bool = True,
+    use_db: bool = False,
+    use_tensorboard: bool = False,
 ) -> None:
     """Write below `folder` (None: console only). Ranks other than 0 pass enabled=False and stay silent.
 
@@ -104,7 +109,11 @@ def dumpkvs() -> dict[str, float]:
     log(_table(values))
     if _current.folder is not None:
         _append_row({key: _cell(value) for key, value in values.items()})
-    _track("numbers", {key: value for key, value in values.items() if key != "step"}, int(values.get("step", 0)))
+    _track(
+        "numbers",
+        {key: value for key, value in values.items() if key != "step"},
+        int(values.get("step", 0)),
+    )
     return values
 
 
@@ -113,7 +122,14 @@ def log_image(name: str, image: th.Tensor, step: int) -> None:
     _track("image", name, image, step)
 
 
-def log_clip(name: str, video: th.Tensor, fps: float | Fraction, audio: th.Tensor, sample_rate: int, step: int) -> None:
+def log_clip(
+    name: str,
+    video: th.Tensor,
+    fps: float | Fraction,
+    audio: th.Tensor,
+    sample_rate: int,
+    step: int,
+) -> None:
     """Show a clip, [F, 3, H, W] (or uint8) and [C, L] in [-1, 1], in TensorBoard and Weights & Biases likewise.
 
     The latter plays it; TensorBoard has the frames in one picture beside the sound. fps in frames per second,
@@ -142,7 +158,11 @@ def peak_memory() -> int:
 
 def drop_rows_from(step: int) -> None:
     """Forget rows of steps later than `step`, which a resumed run makes anew."""
-    kept = [row for row in _current.rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+    kept = [
+        row
+        for row in _current.rows
+        if (row.get("step") or "").isdigit() and int(row["step"]) <= step
+    ]
     _current.rows = kept
 
 
@@ -181,4 +201,6 @@ def _table(values: dict[str, float]) -> str:
     cells = [(key, _cell(value)) for key, value in values.items()]
     left, right = (max(len(cell[i]) for cell in cells) for i in range(2))
     rule = "-" * (left + right + 7)
-    return "\n".join([rule, *(f"| {key:<{left}} | {value:<{right}} |" for key, value in cells), rule])
+    return "\n".join(
+        [rule, *(f"| {key:<{left}} | {value:<{right}} |" for key, value in cells), rule]
+    )

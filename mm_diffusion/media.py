@@ -40,22 +40,41 @@ from torchvision.transforms.v2 import functional as picture_functional
 from torchvision.utils import make_grid, save_image
 
 av.logging.set_level(av.logging.PANIC)
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and large pictures, once for each file
+warnings.filterwarnings(
+    "ignore", module=r"PIL\."
+)  # of odd EXIF and large pictures, once for each file
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
-PREROLL_SECONDS = 0.5  # decoding starts at least this long before a window, for codecs whose frames overlap
+PREROLL_SECONDS = (
+    0.5  # decoding starts at least this long before a window, for codecs whose frames overlap
+)
 WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
 SOUND_FRAMES_TO_SETTLE = 2  # after a seek the first sound frames may be damaged or misplaced
-MAX_MISSING_SECONDS = 1.0  # a file whose streams all end earlier than it announces by more than this is truncated
-MIN_BYTES_PER_SECOND = 16  # a file that lasts longer has damaged time stamps: pictures of any codec take more
-MAX_RESAMPLING_KERNEL = 8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
-RESAMPLING_CONTEXT = 64  # samples of the lower rate on either side of a window: more than the filter reaches
-DECODER = {module.__name__: module.__version__ for module in (av, PIL, th, torchaudio, torchvision)}  # may decide bits
-LEFTOVER, LEFTOVER_SECONDS = re.compile(r"\.[0-9a-f]{32}\.\w+"), 3600  # names of unfinished files, and their least age
+MAX_MISSING_SECONDS = (
+    1.0  # a file whose streams all end earlier than it announces by more than this is truncated
+)
+MIN_BYTES_PER_SECOND = (
+    16  # a file that lasts longer has damaged time stamps: pictures of any codec take more
+)
+MAX_RESAMPLING_KERNEL = (
+    8e6  # taps of the polyphase filter; odd pairs of rates are approximated (to about 1e-7)
+)
+RESAMPLING_CONTEXT = (
+    64  # samples of the lower rate on either side of a window: more than the filter reaches
+)
+DECODER = {
+    module.__name__: module.__version__ for module in (av, PIL, th, torchaudio, torchvision)
+}  # may decide bits
+LEFTOVER, LEFTOVER_SECONDS = (
+    re.compile(r"\.[0-9a-f]{32}\.\w+"),
+    3600,
+)  # names of unfinished files, and their least age
 END_OF_JPEG = b"\xff\xd9"
 EXIF_ORIENTATION = 0x0112
 FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-TRANSPOSITIONS = dict(enumerate((Image.Transpose[name] for name in FLIPS.split()), 2))  # by the orientation they mend
+TRANSPOSITIONS = dict(
+    enumerate((Image.Transpose[name] for name in FLIPS.split()), 2)
+)  # by the orientation they mend
 
 
 class MediaError(ValueError):
@@ -90,7 +109,9 @@ def _opened(path: str) -> Iterator[Any]:
             source = path if is_local else stack.enter_context(blobfile.BlobFile(path, "rb"))
             yield stack.enter_context(av.open(source, metadata_errors="ignore"))
     except (av.error.FFmpegError, blobfile.Error) as error:
-        raise MediaError(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
+        raise MediaError(
+            f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or error})"
+        ) from error
 
 
 def _choose_stream(path: str, container, kind: str, index: int | None) -> Any:
@@ -117,7 +138,9 @@ def _frame_seconds(stream, frame) -> Fraction:
         return Fraction(frame.samples, frame.sample_rate)
     steady, tick = 1 / Fraction(stream.average_rate or 25), Fraction(stream.time_base)
     told = Fraction(frame.duration or 0) * Fraction(frame.time_base or tick)
-    return told if told and abs(told - steady) > tick else steady  # within a tick what is told is rounded
+    return (
+        told if told and abs(told - steady) > tick else steady
+    )  # within a tick what is told is rounded
 
 
 def _decode(container, stream) -> Iterator[tuple[Fraction, Any]]:
@@ -140,7 +163,9 @@ def _decode_from(path: str, stream_index: int, begin: Fraction) -> Iterator[tupl
                 return
             settle = SOUND_FRAMES_TO_SETTLE if stream.type == "audio" else 0
             try:
-                container.seek(math.floor((begin - Fraction(back)) / stream.time_base), stream=stream)
+                container.seek(
+                    math.floor((begin - Fraction(back)) / stream.time_base), stream=stream
+                )
                 timed = _decode(container, stream)
                 head = list(itertools.islice(timed, settle + 1))
             except av.error.FFmpegError:
@@ -150,7 +175,9 @@ def _decode_from(path: str, stream_index: int, begin: Fraction) -> Iterator[tupl
                 return
 
 
-def probe(path: str | os.PathLike, video_stream: int | None = None, audio_stream: int | None = None) -> ClipInfo:
+def probe(
+    path: str | os.PathLike, video_stream: int | None = None, audio_stream: int | None = None
+) -> ClipInfo:
     """What the file holds. Decodes the beginning and the end of both streams: a good header alone does not pass.
 
     Streams are the best ones, or those of the given indices in the file. MediaError with the reason where the file has
@@ -181,7 +208,9 @@ def picture_seconds(path: str | os.PathLike) -> float:
     path = os.fspath(path)
     with _opened(path) as container:
         picture = _choose_stream(path, container, "video", None)
-        sound = None if picture.duration else container.streams.best("audio")  # what is announced may be its end
+        sound = (
+            None if picture.duration else container.streams.best("audio")
+        )  # what is announced may be its end
         streams = [picture, sound] if sound and sound.codec_context else [picture]
         return float(_ends(path, container, streams)[0] - _start(picture))
 
@@ -193,9 +222,13 @@ def _ends(path: str, container, streams: list) -> list[Fraction]:
     ends = [_last_instant(path, s, end) for s, end in zip(streams, announced, strict=True)]
     if max(ends) < max(announced) - Fraction(MAX_MISSING_SECONDS):
         held, promised = float(max(ends)), float(max(announced))
-        raise MediaError(f"{path}: is truncated (ends at {held:.1f} s, should reach {promised:.1f} s)")
+        raise MediaError(
+            f"{path}: is truncated (ends at {held:.1f} s, should reach {promised:.1f} s)"
+        )
     if 0 < container.size < MIN_BYTES_PER_SECOND * (lasts := max(ends) - _start(streams[0])):
-        raise MediaError(f"{path}: has damaged times (its {container.size} bytes would last {float(lasts):.0f} s)")
+        raise MediaError(
+            f"{path}: has damaged times (its {container.size} bytes would last {float(lasts):.0f} s)"
+        )
     return ends
 
 
@@ -241,15 +274,21 @@ def read_window(
     def cut(begin: int, end: int) -> th.Tensor:
         return _cut_sound(path, sound_index, zero, in_rate, begin, end)
 
-    audio = _resampled(cut, in_rate, sample_rate, round(start * sample_rate), num_samples).clamp_(-1, 1)
+    audio = _resampled(cut, in_rate, sample_rate, round(start * sample_rate), num_samples).clamp_(
+        -1, 1
+    )
     if audio.isnan().any():
         raise MediaError(f"{path}: its sound holds what is no number, from {float(start):.2f} s on")
-    converter = av.video.reformatter.VideoReformatter()  # one for all: setting it up costs more than a small frame
+    converter = (
+        av.video.reformatter.VideoReformatter()
+    )  # one for all: setting it up costs more than a small frame
     fitted = {id(frame): fit_picture(_to_rgb(frame, converter), height, width) for frame in frames}
     return th.stack([fitted[id(frame)] for frame in frames]).permute(0, 2, 3, 1).contiguous(), audio
 
 
-def read_frames(path: str | os.PathLike, first: int, count: int, fps: float | Fraction) -> Iterator[th.Tensor]:
+def read_frames(
+    path: str | os.PathLike, first: int, count: int, fps: float | Fraction
+) -> Iterator[th.Tensor]:
     """The pictures [3, h, w] uint8 shown at (first + i) / fps seconds, i < count, one by one; no sound is needed.
 
     Upright RGB; past the end the last one repeats. MediaError where the file cannot be decoded.
@@ -265,7 +304,9 @@ def read_frames(path: str | os.PathLike, first: int, count: int, fps: float | Fr
         yield image
 
 
-def _shown_frames(path: str, stream, start: Fraction, count: int, fps: float | Fraction) -> Iterator[Any]:
+def _shown_frames(
+    path: str, stream, start: Fraction, count: int, fps: float | Fraction
+) -> Iterator[Any]:
     """The frames shown `start + i / fps` seconds after the stream's beginning."""
     times = [_start(stream) + start + i / Fraction(fps) for i in range(count)]
     slack = Fraction(stream.time_base) / 2 + Fraction(1, 10**6)
@@ -291,7 +332,9 @@ def _pick_frames(
 
 def _to_rgb(frame, converter) -> th.Tensor:
     """-> [3, h, w] uint8, turned upright as the file's display matrix asks."""
-    array = np.rot90(converter.reformat(frame, format="rgb24").to_ndarray(), round(frame.rotation / 90))
+    array = np.rot90(
+        converter.reformat(frame, format="rgb24").to_ndarray(), round(frame.rotation / 90)
+    )
     return th.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
@@ -303,18 +346,29 @@ def fit_picture(image: th.Tensor, height: int, width: int) -> th.Tensor:
     if size != [h, w]:
         image = picture_functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
     down, across = height - size[0], width - size[1]
-    return picture_functional.pad(image, [across // 2, down // 2, across - across // 2, down - down // 2])
+    return picture_functional.pad(
+        image, [across // 2, down // 2, across - across // 2, down - down // 2]
+    )
 
 
 @contextmanager
 def _opened_image(path: str | os.PathLike) -> Iterator[tuple[Any, Image.Image]]:
     """(file, image whose header is read) of a JPEG or PNG, local or remote; what is wrong with it as MediaError."""
     try:
-        with blobfile.BlobFile(os.fspath(path), "rb") as file, Image.open(file, formats=("JPEG", "PNG")) as image:
+        with (
+            blobfile.BlobFile(os.fspath(path), "rb") as file,
+            Image.open(file, formats=("JPEG", "PNG")) as image,
+        ):
             yield file, image
     except UnidentifiedImageError as error:
         raise MediaError(f"{path}: is neither a JPEG nor a PNG image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, blobfile.Error) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        blobfile.Error,
+    ) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise MediaError(f"{path}: cannot be read as an image ({reason})") from error
 
@@ -345,27 +399,35 @@ def read_image(path: str | os.PathLike) -> th.Tensor:
         image.load()
         upright = TRANSPOSITIONS.get(_orientation(image))
         flat = _flat_rgb(image)
-        return picture_functional.pil_to_tensor(flat if upright is None else flat.transpose(upright))
+        return picture_functional.pil_to_tensor(
+            flat if upright is None else flat.transpose(upright)
+        )
 
 
 def _orientation(image: Image.Image) -> Any:
     """What the EXIF of a loaded image says of it; None where there is none, or it cannot be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # PIL's parser raises whatever it stumbles over; the picture is good all the same
+    except (
+        Exception
+    ):  # PIL's parser raises whatever it stumbles over; the picture is good all the same
         return None
 
 
 def _flat_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
-        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            ((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8)
+        ).convert("RGB")
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _resampled(cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int, first: int, count: int) -> th.Tensor:
+def _resampled(
+    cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int, first: int, count: int
+) -> th.Tensor:
     """Samples [first, first + count) of the whole sound at `out_rate`, where cut(begin, end) gives it at `in_rate`.
 
     A polyphase filter repeats every `ratio.denominator` input samples, so a cut that begins at a multiple of that and
@@ -379,7 +441,9 @@ def _resampled(cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int
     block = math.floor((first / ratio - context) / ratio.denominator)
     begin, skip = block * ratio.denominator, first - block * ratio.numerator
     end = math.ceil((first + count) / ratio) + context
-    return _resampler(ratio.denominator, ratio.numerator)(cut(begin, end))[:, skip : skip + count].contiguous()
+    return _resampler(ratio.denominator, ratio.numerator)(cut(begin, end))[
+        :, skip : skip + count
+    ].contiguous()
 
 
 @functools.lru_cache(maxsize=8)
@@ -387,7 +451,9 @@ def _resampler(in_step: int, out_step: int) -> th.nn.Module:
     return torchaudio.transforms.Resample(in_step, out_step)
 
 
-def _cut_sound(path: str, stream_index: int, zero: Fraction, rate: int, begin: int, end: int) -> th.Tensor:
+def _cut_sound(
+    path: str, stream_index: int, zero: Fraction, rate: int, begin: int, end: int
+) -> th.Tensor:
     """[2, end - begin]: samples begin..end at the stream's own rate, counted from `zero` seconds; silence elsewhere."""
     window = th.zeros(2, end - begin)
     for origin, samples in _runs_of_sound(path, stream_index, zero, rate, begin, end):
@@ -414,7 +480,10 @@ class _Run:
         """Take the next frame; the bounds tighten if its time stamp is plausible."""
         if self.expects(position, half_tick):
             start = position - self.length
-            self.low, self.high = max(self.low, start - half_tick), min(self.high, start + half_tick)
+            self.low, self.high = (
+                max(self.low, start - half_tick),
+                min(self.high, start + half_tick),
+            )
         self.pieces.append(samples)
         self.length += samples.shape[1]
 
@@ -439,7 +508,9 @@ def _gapless_runs(frames: list[tuple[float, th.Tensor]], half_tick: float) -> li
     for index, (position, samples) in enumerate(frames):
         following = frames[index + 1][0] - samples.shape[1] if index + 1 < len(frames) else None
         odd = bool(runs) and not runs[-1].expects(position, half_tick)
-        if not runs or (odd and following is not None and not runs[-1].expects(following, half_tick)):
+        if not runs or (
+            odd and following is not None and not runs[-1].expects(following, half_tick)
+        ):
             runs.append(_Run(position - half_tick, position + half_tick, []))
         runs[-1].append(position, half_tick, samples)
     return runs
@@ -480,7 +551,9 @@ def _stereo_converter() -> Callable[[Any], th.Tensor]:
         layout = frame.layout  # which may change on the way, like all of the key
         key = frame.format.name, layout.name, frame.sample_rate, layout.nb_channels
         if key not in converters:
-            converters[key] = av.AudioResampler("fltp", layout if layout.nb_channels <= 2 else "stereo")
+            converters[key] = av.AudioResampler(
+                "fltp", layout if layout.nb_channels <= 2 else "stereo"
+            )
         (frame,) = converters[key].resample(frame)
         return th.from_numpy(frame.to_ndarray()).expand(2, -1)
 
@@ -518,7 +591,13 @@ def _writing(path: str | os.PathLike) -> Iterator[None]:
     """What stands in an encoder's way becomes an OSError of one line that names the file."""
     try:
         yield
-    except (OSError, ValueError, av.error.FFmpegError, soundfile.LibsndfileError, blobfile.Error) as error:
+    except (
+        OSError,
+        ValueError,
+        av.error.FFmpegError,
+        soundfile.LibsndfileError,
+        blobfile.Error,
+    ) as error:
         _, _, told = getattr(error, "log", None) or ("", "", "")  # FFmpeg's own words
         reason = told or getattr(error, "strerror", None) or error
         raise OSError(f"{path}: cannot be written ({reason})") from error
@@ -526,12 +605,18 @@ def _writing(path: str | os.PathLike) -> Iterator[None]:
 
 def to_uint8(images: th.Tensor) -> th.Tensor:
     """[-1, 1] floats -> 0..255, the inverse of `uint8 / 127.5 - 1`; uint8 passes through."""
-    return images if images.dtype == th.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255).to(th.uint8)
+    return (
+        images
+        if images.dtype == th.uint8
+        else ((images.float() + 1) * 127.5).round().clamp(0, 255).to(th.uint8)
+    )
 
 
 def to_float(images: th.Tensor) -> th.Tensor:
     """uint8 -> float32 in [-1, 1]."""
-    return images.to(th.float32, copy=True).div_(127.5).sub_(1)  # in place: fresh memory costs more than the sums
+    return (
+        images.to(th.float32, copy=True).div_(127.5).sub_(1)
+    )  # in place: fresh memory costs more than the sums
 
 
 def _to_int16(audio: th.Tensor) -> np.ndarray:
@@ -541,15 +626,27 @@ def _to_int16(audio: th.Tensor) -> np.ndarray:
 
 
 def write_clip(
-    path: str | os.PathLike, video: th.Tensor, fps: float | Fraction, audio: th.Tensor, sample_rate: int
+    path: str | os.PathLike,
+    video: th.Tensor,
+    fps: float | Fraction,
+    audio: th.Tensor,
+    sample_rate: int,
 ) -> None:
     """Write an mp4: H.264 picture (near transparent) and FLAC sound (16 bit, exactly L samples).
 
     video: [F, 3, H, W] in [-1, 1], or uint8; audio: [2, L] in [-1, 1]; fps in frames per second, sample_rate in Hz.
     ValueError for other shapes.
     """
-    if video.ndim != 4 or video.shape[1] != 3 or audio.ndim != 2 or audio.shape[0] != 2 or not audio.shape[1]:
-        raise ValueError(f"{path}: need video [F, 3, H, W] and audio [2, L], got {[*video.shape]}, {[*audio.shape]}")
+    if (
+        video.ndim != 4
+        or video.shape[1] != 3
+        or audio.ndim != 2
+        or audio.shape[0] != 2
+        or not audio.shape[1]
+    ):
+        raise ValueError(
+            f"{path}: need video [F, 3, H, W] and audio [2, L], got {[*video.shape]}, {[*audio.shape]}"
+        )
     frames = np.ascontiguousarray(to_uint8(video.detach()).permute(0, 2, 3, 1).cpu().numpy())
     samples = _to_int16(audio)
 
@@ -595,12 +692,17 @@ def _encode_audio(container, stream, samples: np.ndarray) -> None:
 def write_image(path: str | os.PathLike, image: th.Tensor, jpeg_quality: int = 95) -> None:
     """Write [3, H, W] uint8, as its suffix says: a lossless .png, or a .jpg of that quality and unsubsampled colour."""
     kinds: dict[str, dict[str, Any]] = {
-        ".png": {"format": "PNG", "compress_level": 1},  # twice as fast as the usual 6, and 3 % larger
+        ".png": {
+            "format": "PNG",
+            "compress_level": 1,
+        },  # twice as fast as the usual 6, and 3 % larger
         ".jpg": {"format": "JPEG", "quality": jpeg_quality, "subsampling": 0},
     }
     kind = kinds.get(Path(path).suffix.lower())
     if kind is None or image.ndim != 3 or len(image) != 3 or image.dtype != th.uint8:
-        raise ValueError(f"{path}: need .png or .jpg and [3, H, W] uint8, got {[*image.shape]} {image.dtype}")
+        raise ValueError(
+            f"{path}: need .png or .jpg and [3, H, W] uint8, got {[*image.shape]} {image.dtype}"
+        )
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     atomically(path, lambda temporary: picture.save(temporary, **kind))
 
@@ -614,7 +716,12 @@ def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> No
     """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
     samples = _to_int16(audio).T
     with _writing(path):
-        atomically(path, lambda temporary: soundfile.write(temporary, samples, sample_rate, "PCM_16", format="WAV"))
+        atomically(
+            path,
+            lambda temporary: soundfile.write(
+                temporary, samples, sample_rate, "PCM_16", format="WAV"
+            ),
+        )
 
 
 def read_wav(path: str | os.PathLike) -> tuple[th.Tensor, int]:
@@ -632,17 +739,23 @@ def enlarged(images: th.Tensor, min_side: int = 64) -> th.Tensor:
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
-def write_watchable(path: str | os.PathLike, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int) -> None:
+def write_watchable(
+    path: str | os.PathLike, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int
+) -> None:
     """As `write_clip`, frames and sample rate raised to what any player takes."""
     loud = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
     write_clip(path, enlarged(video, WATCH_PIXELS), fps, loud, WATCH_HZ)
 
 
-def save_contact_sheet(path: str | os.PathLike, videos: th.Tensor | Sequence[th.Tensor], min_side: int = 64) -> None:
+def save_contact_sheet(
+    path: str | os.PathLike, videos: th.Tensor | Sequence[th.Tensor], min_side: int = 64
+) -> None:
     """Write a PNG of [N, F, 3, H, W] in [-1, 1] (or uint8): a clip's frames in a row, clips below each other.
 
     Small frames are `enlarged`.
     """
     images = enlarged(th.stack([to_uint8(video.detach().cpu()) for video in videos]), min_side)
-    grid = make_grid(images.flatten(0, 1).float() / 255, nrow=images.shape[1], padding=2, pad_value=1.0)
+    grid = make_grid(
+        images.flatten(0, 1).float() / 255, nrow=images.shape[1], padding=2, pad_value=1.0
+    )
     atomically(path, lambda temporary: save_image(grid, temporary, format="png"))

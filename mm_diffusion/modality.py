@@ -22,7 +22,10 @@ class Modality:
     stride: tuple[int, ...]
 
     def _pooled(self) -> str:
-        axes = (axis if s == 1 else f"({axis} {s})" for axis, s in zip(self.grid.split(), self.stride, strict=True))
+        axes = (
+            axis if s == 1 else f"({axis} {s})"
+            for axis, s in zip(self.grid.split(), self.stride, strict=True)
+        )
         return f"b {' '.join(axes)} c"
 
     def enter(self, x: th.Tensor) -> th.Tensor:
@@ -37,7 +40,9 @@ class Modality:
         """Average pooling by `stride`, which leaves all axes but the last two alone."""
         y = tokens(x)
         plane = (1, *y.shape[1:-1])[-2:]
-        pooled = F.avg_pool2d(from_tokens(y.reshape(-1, *plane, y.shape[-1])), (1, *self.stride)[-2:])
+        pooled = F.avg_pool2d(
+            from_tokens(y.reshape(-1, *plane, y.shape[-1])), (1, *self.stride)[-2:]
+        )
         grid = (n // s for n, s in zip(y.shape[1:-1], self.stride, strict=True))
         return from_tokens(tokens(pooled).reshape(len(y), *grid, y.shape[-1]))
 

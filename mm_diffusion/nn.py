@@ -20,7 +20,9 @@ HALVES = (th.bfloat16, th.float16)
 SHORT_SEQUENCE = 64  # on a CPU attention over fewer keys than this is faster as two matrix products
 MOST_SCORES = 2**22  # of a head that are kept at once; the published model has 2^21 at most
 CHUNK = 2**17  # elements of a map that stay in the cache of a CPU
-LONG_MAP = 1024  # on a CPU the native norm of half-precision maps is slow for fewer places than this
+LONG_MAP = (
+    1024  # on a CPU the native norm of half-precision maps is slow for fewer places than this
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,7 +30,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000.0) -> th.Tensor:
     """[B] timesteps -> [B, dim] sinusoids, cosines first."""
     half = dim // 2
-    frequencies = th.exp(-math.log(max_period) / half * th.arange(half, dtype=th.float32, device=timesteps.device))
+    frequencies = th.exp(
+        -math.log(max_period) / half * th.arange(half, dtype=th.float32, device=timesteps.device)
+    )
     angles = timesteps[:, None].float() * frequencies
     return F.pad(th.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
@@ -53,7 +57,9 @@ class _Normalize(th.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
+    def forward(
+        ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float
+    ) -> th.Tensor:
         normalize = _normalize_for(x, dims)
         y, mean, rstd = normalize(x, weight, bias, dims, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
@@ -65,11 +71,17 @@ class _Normalize(th.autograd.Function):
     def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, mean, rstd, weight = ctx.saved_tensors
         grad, dims = grads[0], ctx.dims
-        step = max(1, CHUNK * x.shape[dims[0]] // x.numel()) if x.device.type == "cpu" else x.shape[dims[0]]
+        step = (
+            max(1, CHUNK * x.shape[dims[0]] // x.numel())
+            if x.device.type == "cpu"
+            else x.shape[dims[0]]
+        )
         grad_x = th.empty_like(x)
         parts = list(zip(*(each.split(step, dims[0]) for each in (x, grad, grad_x)), strict=True))
         grad_bias = grad.sum(dims, keepdim=True, dtype=th.float32)
-        grad_weight = sum((part - mean).mul_(g).sum(dims, keepdim=True) for part, g, _ in parts) * rstd
+        grad_weight = (
+            sum((part - mean).mul_(g).sum(dims, keepdim=True) for part, g, _ in parts) * rstd
+        )
         count = math.prod(x.shape[d] for d in dims)
         slope = _group_mean(grad_weight * weight) / count * rstd
         offset = _group_mean(grad_bias * weight) / count
@@ -82,7 +94,9 @@ class _Normalize(th.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-Normalized = tuple[th.Tensor, th.Tensor, th.Tensor]  # and mean and 1 / standard deviation, [..., C] over the same axes
+Normalized = tuple[
+    th.Tensor, th.Tensor, th.Tensor
+]  # and mean and 1 / standard deviation, [..., C] over the same axes
 
 
 def _normalize_for(x: th.Tensor, dims: list[int]) -> Callable[..., Normalized]:
@@ -95,7 +109,9 @@ def _normalize_for(x: th.Tensor, dims: list[int]) -> Callable[..., Normalized]:
     return _native_normalize if long and dims[-1] == x.ndim - 2 else _exact_normalize
 
 
-def _moments_normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> Normalized:
+def _moments_normalize(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float
+) -> Normalized:
     """Of E[x] and E[x^2], summed in float32: three passes over a half-precision map, no float32 copy of it."""
     count = math.prod([x.shape[d] for d in dims])
     mean = _group_mean(x.mean(dims, keepdim=True, dtype=th.float32))
@@ -105,27 +121,38 @@ def _moments_normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: l
     return th.addcmul(bias - mean * scale, x, scale, out=th.empty_like(x)), mean, rstd
 
 
-def _exact_normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> Normalized:
+def _exact_normalize(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float
+) -> Normalized:
     mean = _group_mean(x.mean(dims, keepdim=True, dtype=th.float32))
     centred = x - mean
     rstd = (_group_mean(centred.square().mean(dims, keepdim=True)) + eps).rsqrt()
     return th.addcmul(bias, centred, rstd * weight).to(x.dtype), mean, rstd
 
 
-def _native_normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> Normalized:
+def _native_normalize(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float
+) -> Normalized:
     """In one kernel, whose variance is E[x^2] - E[x]^2: off by less than the rounding of a half-precision x.
 
     In float32 it would be the largest error of the network (1e-2 where the mean is 30 standard deviations).
     """
     if weight.numel() > x.shape[-1]:  # a scale and shift per sample
-        each = [_native_normalize(x[i : i + 1], weight[i : i + 1], bias[i : i + 1], dims, eps) for i in range(len(x))]
-        y, mean, rstd = (th.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True))
+        each = [
+            _native_normalize(x[i : i + 1], weight[i : i + 1], bias[i : i + 1], dims, eps)
+            for i in range(len(x))
+        ]
+        y, mean, rstd = (
+            th.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True)
+        )
         return y, mean, rstd
     apart, channels = [1 if d in dims else n for d, n in enumerate(x.shape[:-1])], x.shape[-1]
     maps = x.reshape(math.prod(apart), -1, 1, channels).contiguous().permute(0, 3, 1, 2)
     sizes = (len(maps), channels, maps.shape[2], NORM_GROUPS)
     y, *statistics = th.native_group_norm(maps, weight.flatten(), bias.flatten(), *sizes, eps)
-    mean, rstd = (s.repeat_interleave(channels // NORM_GROUPS, -1).view(*apart, channels) for s in statistics)
+    mean, rstd = (
+        s.repeat_interleave(channels // NORM_GROUPS, -1).view(*apart, channels) for s in statistics
+    )
     return y.permute(0, 2, 3, 1).view(x.shape), mean, rstd
 
 
@@ -154,7 +181,9 @@ class GroupNorm32(nn.Module):
         weight: th.Tensor = self.weight
         bias: th.Tensor = self.bias
         if scale_shift is not None:
-            scale, shift = scale_shift.float().view(x.shape[0], *(1,) * (x.ndim - 2), -1).chunk(2, dim=-1)
+            scale, shift = (
+                scale_shift.float().view(x.shape[0], *(1,) * (x.ndim - 2), -1).chunk(2, dim=-1)
+            )
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
         return from_tokens(_normalize(sequence, weight, bias, list(range(1, x.ndim - 1)), self.eps))
 
@@ -163,9 +192,13 @@ class GroupNorm32(nn.Module):
         return _normalize(x, self.weight, self.bias, dims, self.eps)
 
 
-def _normalize(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float) -> th.Tensor:
+def _normalize(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, dims: list[int], eps: float
+) -> th.Tensor:
     with th.autocast(x.device.type, enabled=False):
-        if th.compiler.is_compiling():  # which derives and fuses the backward itself; torch 2.11 makes zeros of ours
+        if (
+            th.compiler.is_compiling()
+        ):  # which derives and fuses the backward itself; torch 2.11 makes zeros of ours
             return _exact_normalize(x, weight.float(), bias.float(), dims, eps)[0]
         return _Normalize.apply(x, weight.float(), bias.float(), dims, eps)
 
@@ -178,10 +211,16 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         dropped = round(self.p * 2**16)
-        own = x.device.type == "cpu" and not th.compiler.is_compiling()  # compiled, the mask is fused with what follows
+        own = (
+            x.device.type == "cpu" and not th.compiler.is_compiling()
+        )  # compiled, the mask is fused with what follows
         if not own or not self.training or dropped in (0, 2**16):
             return super().forward(x)
-        bits = th.empty(-(-x.numel() // 4), dtype=th.int64).random_(-(2**63), None).view(th.int16)[: x.numel()]
+        bits = (
+            th.empty(-(-x.numel() // 4), dtype=th.int64)
+            .random_(-(2**63), None)
+            .view(th.int16)[: x.numel()]
+        )
         mask = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
         return x * mask.view(tokens(x).shape).movedim(-1, 1)
 
@@ -214,15 +253,25 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor
 class SequenceConv(nn.Conv1d):
     """A dilated convolution along [B, C, L] of odd kernel, run as a two-dimensional one in channels-last memory."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, dilation=dilation)
         self.reach = dilation * (kernel_size // 2)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         if self.dilation[0] >= x.shape[-1]:  # the outer taps see padding only
-            return from_tokens(linear(tokens(x), self.weight[..., self.kernel_size[0] // 2], self.bias))
+            return from_tokens(
+                linear(tokens(x), self.weight[..., self.kernel_size[0] // 2], self.bias)
+            )
         weight = self.weight.unsqueeze(2)
-        y = F.conv2d(x.unsqueeze(2), weight, self.bias, padding=(0, self.reach), dilation=(1, self.dilation[0]))
+        y = F.conv2d(
+            x.unsqueeze(2),
+            weight,
+            self.bias,
+            padding=(0, self.reach),
+            dilation=(1, self.dilation[0]),
+        )
         return y.squeeze(2)
 
 
@@ -276,7 +325,12 @@ def _slow_in_halves(q: th.Tensor, k: th.Tensor) -> bool:
     Where a gradient is wanted, or there are very many scores, it is used all the same, since it does not keep them.
     """
     few = q.shape[-2] * k.shape[-2] <= MOST_SCORES
-    return few and q.dtype is th.bfloat16 and not q.requires_grad and not th.cpu._is_amx_tile_supported()
+    return (
+        few
+        and q.dtype is th.bfloat16
+        and not q.requires_grad
+        and not th.cpu._is_amx_tile_supported()
+    )
 
 
 class SelfAttention(nn.Module):
@@ -287,7 +341,12 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, channels: int, num_heads: int, grid: str = "l", among: str = "l", layout: str = "qkv heads dim"
+        self,
+        channels: int,
+        num_heads: int,
+        grid: str = "l",
+        among: str = "l",
+        layout: str = "qkv heads dim",
     ) -> None:
         super().__init__()
         require_heads(channels, num_heads)
@@ -304,6 +363,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: th.Tensor) -> th.Tensor:
         sizes = dict(zip(self.grid.split(), x.shape[2:], strict=True))
         y = tokens(x)
-        qkv = rearrange(self.qkv.on_tokens(self.norm.over(y, self.dims)), self.split, qkv=3, heads=self.num_heads)
+        qkv = rearrange(
+            self.qkv.on_tokens(self.norm.over(y, self.dims)),
+            self.split,
+            qkv=3,
+            heads=self.num_heads,
+        )
         out = rearrange(attend_heads(*qkv), f"{self.sequences} -> b {self.grid} c", **sizes)
         return from_tokens(y + self.proj.on_tokens(out))

@@ -46,7 +46,9 @@ class UniformSampler:
 
     def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
         if state:
-            raise ValueError(f"schedule_sampler uniform keeps no state, the checkpoint has {sorted(state)}")
+            raise ValueError(
+                f"schedule_sampler uniform keeps no state, the checkpoint has {sorted(state)}"
+            )
 
 
 class LossSecondMomentResampler(UniformSampler):
@@ -59,13 +61,17 @@ class LossSecondMomentResampler(UniformSampler):
         super().__init__(num_timesteps)
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
-        self.losses = th.zeros(num_timesteps, history_per_term, dtype=th.float64)  # a ring buffer per timestep
+        self.losses = th.zeros(
+            num_timesteps, history_per_term, dtype=th.float64
+        )  # a ring buffer per timestep
         self.counts = th.zeros(num_timesteps, dtype=th.long)  # losses ever seen
 
     def probabilities(self) -> th.Tensor:
         moments = self.losses.square().mean(dim=1).sqrt().clamp(min=1e-30)
         p = (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob * self.uniform
-        return th.where((self.counts >= self.history_per_term).all(), p, self.uniform)  # no wait for the device
+        return th.where(
+            (self.counts >= self.history_per_term).all(), p, self.uniform
+        )  # no wait for the device
 
     def to(self, device: th.device | str) -> None:
         super().to(device)
@@ -79,7 +85,9 @@ class LossSecondMomentResampler(UniformSampler):
         earlier = same.tril(-1).sum(dim=1)  # occurrences of the same timestep before this one
         kept = finite & (earlier >= same.sum(dim=1) - self.history_per_term)
         places = t * self.history_per_term + (self.counts[t] + earlier) % self.history_per_term
-        beyond = self.losses.numel()  # where what is not kept goes: masks would make the host wait for the device
+        beyond = (
+            self.losses.numel()
+        )  # where what is not kept goes: masks would make the host wait for the device
         flat = th.cat([self.losses.flatten(), self.losses.new_zeros(1)])
         flat[th.where(kept, places, beyond)] = losses
         self.losses = flat[:beyond].view_as(self.losses)
@@ -106,7 +114,9 @@ SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecond
 def create_named_schedule_sampler(name: str, num_timesteps: int) -> UniformSampler:
     """The timestep sampler called `name`."""
     if name not in SCHEDULE_SAMPLERS:
-        raise ValueError(f"schedule_sampler {name!r} is unknown: choose one of {', '.join(SCHEDULE_SAMPLERS)}")
+        raise ValueError(
+            f"schedule_sampler {name!r} is unknown: choose one of {', '.join(SCHEDULE_SAMPLERS)}"
+        )
     return SCHEDULE_SAMPLERS[name](num_timesteps)
 
 
@@ -116,5 +126,7 @@ def _uniform(batch_size: int, generator: Generators) -> th.Tensor:
         device = generator.device if generator is not None else None
         return th.rand(batch_size, generator=generator, device=device, dtype=th.float64)
     if len(generator) != batch_size:
-        raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: need one per sample")
+        raise ValueError(
+            f"{len(generator)} generators for a batch of {batch_size}: need one per sample"
+        )
     return th.cat([th.rand(1, generator=g, device=g.device, dtype=th.float64) for g in generator])

@@ -66,7 +66,9 @@ class SpacedDiffusion(GaussianDiffusion):
     def __init__(self, use_timesteps: Iterable[int], *, betas: np.ndarray, **kwargs: Any):
         kept = sorted(set(use_timesteps))
         if not kept or kept[0] < 0 or kept[-1] >= len(betas):
-            raise ValueError(f"use_timesteps {kept[:1]} .. {kept[-1:]} must lie in 0 .. {len(betas) - 1}")
+            raise ValueError(
+                f"use_timesteps {kept[:1]} .. {kept[-1:]} must lie in 0 .. {len(betas) - 1}"
+            )
         alpha_bar = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[kept]
         super().__init__(betas=1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), **kwargs)
         self.timestep_map = kept

@@ -20,6 +20,8 @@ def generator(*key: int | str, device: th.device | str = "cpu") -> th.Generator:
     return th.Generator(device).manual_seed(derive_seed(*key))
 
 
-def per_sample(*key: int | str, indices: Sequence[int], device: th.device | str = "cpu") -> list[th.Generator]:
+def per_sample(
+    *key: int | str, indices: Sequence[int], device: th.device | str = "cpu"
+) -> list[th.Generator]:
     """One generator per sample, which depends on the key and the sample's index only."""
     return [generator(*key, index, device=device) for index in indices]

@@ -52,12 +52,18 @@ class GivenClips:
     def __init__(self, known: str, index: ClipIndex[ClipInfo], flags: Mapping[str, Any]) -> None:
         self.known, self.data_dir = known, index.data_dir
         config = pick(DataConfig, flags)
-        require_positive(video_fps=config.video_fps, audio_fps=config.audio_fps, clip_stride=config.clip_stride)
+        require_positive(
+            video_fps=config.video_fps, audio_fps=config.audio_fps, clip_stride=config.clip_stride
+        )
         num_frames = numbers("video_size", flags["video_size"], 4)[0]
         self.index = long_enough(index, num_frames, config.video_fps, config.max_bad_share)
         sizes = (flags["video_size"], flags["audio_size"], config.video_fps, config.audio_fps)
-        self.windows = ClipDataset(self.index, *sizes, config.random_flip, config.clip_stride, flags["seed"])
-        self.order = sorted(range(len(self.windows)), key=lambda w: locate(w, self.windows.first_after)[::-1])
+        self.windows = ClipDataset(
+            self.index, *sizes, config.random_flip, config.clip_stride, flags["seed"]
+        )
+        self.order = sorted(
+            range(len(self.windows)), key=lambda w: locate(w, self.windows.first_after)[::-1]
+        )
 
     def __len__(self) -> int:
         return len(self.order)
@@ -129,7 +135,12 @@ class SampleRun:
     index: ClipIndex[ClipInfo] | None = None
 
 
-def run(text: str, flag_configs: Sequence[type], defaults: Mapping[str, Any] | None = None, known: str = "") -> None:
+def run(
+    text: str,
+    flag_configs: Sequence[type],
+    defaults: Mapping[str, Any] | None = None,
+    known: str = "",
+) -> None:
     """A sampling script: `text` is its help, `flag_configs` its flags, `known` what it is given, if anything."""
     flags, told = parse(text, *flag_configs, defaults=defaults)
     draws = pick(SampleConfig if SampleConfig in flag_configs else DrawConfig, flags)
@@ -143,9 +154,15 @@ def run(text: str, flag_configs: Sequence[type], defaults: Mapping[str, Any] | N
         logger.log(note)
     paths = checkpoint.find_checkpoints(config.multimodal_model_path)
     upsampler = drawing.load_upsampler(config, flags, told, world.device)
-    this = SampleRun(flags, told, config, world, upsampler, known, find_given(flags) if known else None)
+    this = SampleRun(
+        flags, told, config, world, upsampler, known, find_given(flags) if known else None
+    )
     measures = evaluation.make_measures(judge, world.device) if judge.ref_path else {}
-    names = [""] if len(paths) == 1 else short_names([Path(absolute(path)).with_suffix("") for path in paths])
+    names = (
+        [""]
+        if len(paths) == 1
+        else short_names([Path(absolute(path)).with_suffix("") for path in paths])
+    )
     for path, name in zip(paths, names, strict=True):
         folder = os.path.join(config.output_dir, name) if name else config.output_dir
         sizes = sample_from(path, folder, this)
@@ -163,7 +180,9 @@ def configs(draws: type = SampleConfig, given: bool = False) -> tuple[type, ...]
 def find_given(flags: Mapping[str, Any]) -> ClipIndex[ClipInfo]:
     """The index of `data_dir`; DataError where it is no folder of clips."""
     config = pick(DataConfig, flags)
-    return probe_folders(config.data_dir, config.num_workers, config.video_stream, config.audio_stream)
+    return probe_folders(
+        config.data_dir, config.num_workers, config.video_stream, config.audio_stream
+    )
 
 
 def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation.Sizes]:
@@ -176,7 +195,9 @@ def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation
     model, diffusion = drawing.load_model(path, weights, flags, config, world.device)
     settings = drawing.solver_settings(config)
     scale = pick(GivenConfig, flags).classifier_scale if this.known else 0.0
-    sampler = make_sampler(config.sample_fn, diffusion, config.clip_denoised, classifier_scale=scale, **settings)
+    sampler = make_sampler(
+        config.sample_fn, diffusion, config.clip_denoised, classifier_scale=scale, **settings
+    )
     clips = GivenClips(this.known, this.index, flags) if this.index else None
     count = min(config.all_save_num, len(clips)) if clips else config.all_save_num
     stem = f"{config.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
@@ -206,7 +227,9 @@ def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation
 
     with tqdm(total=len(mine), disable=world.rank > 0, bar_format=drawing.BAR) as bar:
         options = (model, sampler, mine, config.batch_size, config.seed, world.device, save)
-        drawing.draw_clips(*options, lambda done: bar.update(done - bar.n), upscale, clips.given if clips else None)
+        drawing.draw_clips(
+            *options, lambda done: bar.update(done - bar.n), upscale, clips.given if clips else None
+        )
     barrier()
     kinds = ["original", *([drawing.LARGE] if upscale else []), *([drawing.TRUTH] if clips else [])]
     logger.log(f"{count} clips in {folder}: {', '.join(kinds)} and audios")

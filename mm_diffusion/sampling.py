@@ -43,7 +43,9 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 GUIDED = ("ddpm", "ddim")  # with guidance by a given modality, which is defined step by step
 # What replaces them in the previews of training, and in the upsampler.
-PREVIEW_SETTINGS: dict[str, dict[str, Any]] = {"dpm_solver": {"steps": 50, "skip_type": "time_uniform"}}
+PREVIEW_SETTINGS: dict[str, dict[str, Any]] = {
+    "dpm_solver": {"steps": 50, "skip_type": "time_uniform"}
+}
 _MULTISTEP = {"steps": 50, "order": 2, "method": "multistep", "skip_type": "time_uniform"}
 SR_SETTINGS: dict[str, dict[str, Any]] = {"dpm_solver": _MULTISTEP, "dpm_solver++": _MULTISTEP}
 
@@ -53,7 +55,9 @@ GPU_ACTIVATION_SHARE = 0.6  # and of the free memory of a GPU
 Sampler = Callable[..., Tree]
 
 
-def part_of(progress: Callable[[float], None] | None, first: float, last: float) -> Callable[[float], None]:
+def part_of(
+    progress: Callable[[float], None] | None, first: float, last: float
+) -> Callable[[float], None]:
     """The progress function of a part of the work: its 0..1 are `first`..`last` of the whole."""
 
     def report(fraction: float) -> None:
@@ -91,21 +95,29 @@ def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
 class Prepared(nn.Module):
     """A model as the samplers run it: evaluation mode, weights in the working precision, float32 in and out."""
 
-    def __init__(self, model: nn.Module, precision: str, compile_mode: str = "", **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, precision: str, compile_mode: str = "", **options: Any
+    ) -> None:
         super().__init__()
         self.model: Any = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
         for weight in self.model.parameters():
-            if weight.ndim == 4:  # of a convolution in two dimensions, which would rearrange it at every call
+            if (
+                weight.ndim == 4
+            ):  # of a convolution in two dimensions, which would rearrange it at every call
                 weight.data = weight.data.contiguous(memory_format=th.channels_last)
         self.precision = precision
-        self.run: nn.Module = Compiled(self.model, compile_mode, **options).eval() if compile_mode else self.model
+        self.run: nn.Module = (
+            Compiled(self.model, compile_mode, **options).eval() if compile_mode else self.model
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.run(*args, **kwargs)
         return tuple(x.float() for x in out) if isinstance(out, tuple) else out.float()
 
 
-def prepare(model: nn.Module, precision: str = "fp32", compile_mode: str = "", **options: Any) -> Prepared:
+def prepare(
+    model: nn.Module, precision: str = "fp32", compile_mode: str = "", **options: Any
+) -> Prepared:
     """A copy of the model as the samplers run it (same call, float32 in and out).
 
     `precision`: "fp32", "bf16" or "fp16", of weights and maps; norms, softmax and the schedule stay in float32.
@@ -134,7 +146,9 @@ def make_sampler(
     if name not in SAMPLERS:
         raise ValueError(f"{prefix}sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")
     if not 0 <= classifier_scale < math.inf:
-        raise ValueError(f"classifier_scale {classifier_scale}: need 0 (no guidance) or a positive number")
+        raise ValueError(
+            f"classifier_scale {classifier_scale}: need 0 (no guidance) or a positive number"
+        )
     if name in GUIDED:
         if settings:
             raise ValueError(
@@ -240,9 +254,13 @@ def upscale_video(
         noise = th.randn(3, size, size, generator=rng.generator(seed, "upsampler", index))
     most = frames_at_once or frames_that_fit(network, th.device(device), num_frames)
     done: list[th.Tensor] = []
-    for part in video.tensor_split(math.ceil(num_frames / most)):  # alike in size, as compiled networks want them
+    for part in video.tensor_split(
+        math.ceil(num_frames / most)
+    ):  # alike in size, as compiled networks want them
         low_res, start = to_device(part, device), sum(map(len, done))
-        generators = [rng.generator(seed, "upsampler step", index)] * len(low_res)  # one: the frames share its noise
+        generators = [rng.generator(seed, "upsampler step", index)] * len(
+            low_res
+        )  # one: the frames share its noise
         x_T = to_device(noise, device).expand(len(low_res), -1, -1, -1)
         report = part_of(progress, start / num_frames, (start + len(low_res)) / num_frames)
         sample: Any = sampler(bind(model), x_T, generators, report, {"low_res": low_res})
@@ -253,7 +271,9 @@ def upscale_video(
 def _finished(sample: Any) -> Any:
     """The sample within [-1, 1], on the CPU; FloatingPointError where the model has given other things than numbers."""
     if not all(leaf.isfinite().all() for leaf in leaves(sample)):
-        raise FloatingPointError("what the model draws is not finite: try --precision fp32, or another checkpoint")
+        raise FloatingPointError(
+            "what the model draws is not finite: try --precision fp32, or another checkpoint"
+        )
     return tree_map(lambda leaf: leaf.clamp(-1, 1).cpu(), sample)
 
 

@@ -68,7 +68,11 @@ class State:
 def states_in(folder: str) -> list[State]:
     """All states, newest first, unverified: with a manifest, or with a model and what the optimizer knows of it."""
     names = set(bf.listdir(folder)) if bf.isdir(folder) else set()
-    steps = {int(match[1]) for name in names if (match := MODEL.fullmatch(name)) and f"opt{match[1]}.pt" in names}
+    steps = {
+        int(match[1])
+        for name in names
+        if (match := MODEL.fullmatch(name)) and f"opt{match[1]}.pt" in names
+    }
     steps |= {int(match[1]) for name in names if (match := MANIFEST.fullmatch(name))}
     return [State(folder, step, *_manifest(folder, step)) for step in sorted(steps, reverse=True)]
 
@@ -77,7 +81,9 @@ def manifest_name(step: int) -> str:
     return f"state{step:06d}.json"
 
 
-def newest_intact(folder: str, warn: Callable[[str], None], origin: str | None = None) -> State | None:
+def newest_intact(
+    folder: str, warn: Callable[[str], None], origin: str | None = None
+) -> State | None:
     """The newest state of the folder (of that origin) that is whole; each newer one that is not is told.
 
     None if there is no state; CheckpointError where there are states and none is whole.
@@ -89,7 +95,9 @@ def newest_intact(folder: str, warn: Callable[[str], None], origin: str | None =
             return state
         warn(f"{reason}: the state of step {state.step} cannot be used, trying the one before")
     if states:
-        raise CheckpointError(f"{folder}: none of its {len(states)} states is whole; choose another --output_dir")
+        raise CheckpointError(
+            f"{folder}: none of its {len(states)} states is whole; choose another --output_dir"
+        )
     return None
 
 
@@ -253,7 +261,11 @@ class StateWriter:
             self.wait()
 
     def write(
-        self, step: int, copy: Callable[[], Mapping[str, Save]], facts: Mapping[str, Any], then: Callable[[], None]
+        self,
+        step: int,
+        copy: Callable[[], Mapping[str, Save]],
+        facts: Mapping[str, Any],
+        then: Callable[[], None],
     ) -> None:
         """Begin to write a state, after the one before; `then()` is called when it is complete.
 
@@ -264,7 +276,11 @@ class StateWriter:
         self._running = self._pool.submit(self._write, step, copy, facts, then)
 
     def _write(
-        self, step: int, copy: Callable[[], Mapping[str, Save]], facts: Mapping[str, Any], then: Callable[[], None]
+        self,
+        step: int,
+        copy: Callable[[], Mapping[str, Save]],
+        facts: Mapping[str, Any],
+        then: Callable[[], None],
     ) -> None:
         checksums: dict[str, dict[str, Any]] = {}
         try:
@@ -285,7 +301,9 @@ class StateWriter:
             full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk is full" if full else " ".join(str(error).split())
             safe = next((state for state in states_in(self.folder) if not state.damage()), None)
-            kept = f"the state of step {safe.step} is intact" if safe else "no state was saved before"
+            kept = (
+                f"the state of step {safe.step} is intact" if safe else "no state was saved before"
+            )
             raise StateError(f"{self.folder}: cannot save step {step}: {reason}; {kept}") from None
         then()
         try:
@@ -297,7 +315,9 @@ class StateWriter:
         """Remove what need not stay of the states up to the newest; of each the manifest first, then the model."""
         if not self.keep_last:
             return
-        complete = [state for state in states_in(self.folder) if state.files and state.step <= newest]
+        complete = [
+            state for state in states_in(self.folder) if state.files and state.step <= newest
+        ]
         for state in complete[self.keep_last :]:
             assert state.files
             if not (self.keep_every and state.step % self.keep_every == 0):

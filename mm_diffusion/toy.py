@@ -76,7 +76,9 @@ class Thing:
             return 0.3 + 0.7 * np.sin(np.pi * cycle) ** 2
         since_stroke = cycle % 1
         attack = np.minimum(since_stroke / 0.06, 1)
-        tail = np.exp(-1.0) * (1 - attack)  # what the stroke before left, so that the envelope has no jump
+        tail = np.exp(-1.0) * (
+            1 - attack
+        )  # what the stroke before left, so that the envelope has no jump
         return attack * np.exp(-since_stroke) + tail
 
     def tone(self, t: np.ndarray, highest_hz: float) -> np.ndarray:
@@ -100,7 +102,11 @@ class Thing:
         harmonics = np.arange(1, 25)
         distance = harmonics[:, None] * self.fundamental_hz - np.array(self.formants_hz)
         formant_gain = 0.06 * np.exp(-0.5 * (distance / 150) ** 2).sum(axis=1)
-        return list(zip(harmonics.tolist(), (0.25 ** (harmonics - 1.0) + formant_gain).tolist(), strict=True))
+        return list(
+            zip(
+                harmonics.tolist(), (0.25 ** (harmonics - 1.0) + formant_gain).tolist(), strict=True
+            )
+        )
 
 
 def draw_things(config: ToyConfig, rng: np.random.Generator) -> list[Thing]:
@@ -131,30 +137,44 @@ def centre_pixels(thing: Thing, t: np.ndarray, config: ToyConfig) -> tuple[np.nd
     return radius + x * (config.width - 2 * radius), radius + y * (config.height - 2 * radius)
 
 
-def render_frames(things: Iterable[Thing], config: ToyConfig, rng: np.random.Generator) -> np.ndarray:
+def render_frames(
+    things: Iterable[Thing], config: ToyConfig, rng: np.random.Generator
+) -> np.ndarray:
     """-> [F, H, W, 3] uint8. A frame shows the middle of the time for which it is on the screen."""
     rows = np.arange(config.height)[:, None] + 0.5
     columns = np.arange(config.width)[None, :] + 0.5
-    frames = np.broadcast_to(_ground(rows, columns, config, rng), (config.num_frames, config.height, config.width, 3))
+    frames = np.broadcast_to(
+        _ground(rows, columns, config, rng), (config.num_frames, config.height, config.width, 3)
+    )
     t = (np.arange(config.num_frames) + 0.5) / config.fps
     for thing in things:
         x, y = (place[:, None, None] for place in centre_pixels(thing, t, config))
         across, down = np.abs(columns - x), np.abs(rows - y)
         radius = thing.radius * config.width
-        distance = np.hypot(across, down) if thing.category == SPEECH else 1.15 * np.maximum(across, down)
+        distance = (
+            np.hypot(across, down) if thing.category == SPEECH else 1.15 * np.maximum(across, down)
+        )
         cover = np.clip(radius - distance + 0.5, 0, 1)[..., None]
         brightness = 0.75 + 0.25 * thing.loudness(t)[:, None, None, None]
         frames = frames * (1 - cover) + cover * brightness * np.array(COLOURS[thing.category])
     return np.round(255 * np.clip(frames, 0, 1)).astype(np.uint8)
 
 
-def _ground(rows: np.ndarray, columns: np.ndarray, config: ToyConfig, rng: np.random.Generator) -> np.ndarray:
+def _ground(
+    rows: np.ndarray, columns: np.ndarray, config: ToyConfig, rng: np.random.Generator
+) -> np.ndarray:
     """[H, W, 3] dark texture: a few plane waves of random direction and colour."""
     ground = np.full((config.height, config.width, 3), 0.08)
     for _ in range(4):
         waves_down, waves_across = rng.uniform(-6, 6, size=2)
-        angle = 2 * np.pi * (waves_down * rows / config.height + waves_across * columns / config.width)
-        ground += 0.012 * np.sin(angle + rng.uniform(0, 2 * np.pi))[..., None] * rng.uniform(0.5, 1, size=3)
+        angle = (
+            2 * np.pi * (waves_down * rows / config.height + waves_across * columns / config.width)
+        )
+        ground += (
+            0.012
+            * np.sin(angle + rng.uniform(0, 2 * np.pi))[..., None]
+            * rng.uniform(0.5, 1, size=3)
+        )
     return ground
 
 
@@ -166,7 +186,9 @@ def render_sound(things: list[Thing], config: ToyConfig) -> np.ndarray:
         x, _ = thing.place(t)
         for ear, nearness in enumerate((1 - x, x)):
             delay = MAX_EAR_DELAY_SECONDS * np.clip(1 - 2 * nearness, 0, 1)
-            ears[ear] += np.sin(np.pi / 2 * nearness) * thing.tone(t - delay, config.sample_rate / 2)
+            ears[ear] += np.sin(np.pi / 2 * nearness) * thing.tone(
+                t - delay, config.sample_rate / 2
+            )
     return np.clip(ears / len(things), -1, 1)
 
 
@@ -176,7 +198,10 @@ def metadata_rows(things: list[Thing], config: ToyConfig) -> list[str]:
     for frame in range(max(1, int(config.seconds * METADATA_HZ))):
         for thing in things:
             pixels = centre_pixels(thing, np.array(frame / METADATA_HZ), config)
-            scaled = [METADATA_PIXELS * p / side for p, side in zip(pixels, (config.width, config.height), strict=True)]
+            scaled = [
+                METADATA_PIXELS * p / side
+                for p, side in zip(pixels, (config.width, config.height), strict=True)
+            ]
             x, y = (int(np.clip(place, 0, METADATA_PIXELS - 1)) for place in scaled)
             rows.append(f"{frame},{thing.category},{x},{y}")
     return rows
@@ -190,7 +215,9 @@ def make_clip(config: ToyConfig, index: int) -> tuple[th.Tensor, th.Tensor, list
     return video, th.from_numpy(render_sound(things, config)).float(), metadata_rows(things, config)
 
 
-def write_toy_dataset(out_dir: str | Path, num_clips: int, config: ToyConfig | None = None, progress=iter) -> None:
+def write_toy_dataset(
+    out_dir: str | Path, num_clips: int, config: ToyConfig | None = None, progress=iter
+) -> None:
     """Write `video_dev/toy_NNNNN.mp4` and `metadata_dev/toy_NNNNN.csv` below `out_dir`; complete clips are kept.
 
     `progress` wraps the clip numbers (tqdm, say). ValueError where the folder holds anything else, or clips of another
@@ -200,8 +227,15 @@ def write_toy_dataset(out_dir: str | Path, num_clips: int, config: ToyConfig | N
     if num_clips < 1:
         raise ValueError(f"toy data: {num_clips} clips asked for, need at least 1")
     root = Path(out_dir)
-    targets = [(root / f"video_dev/toy_{k:05d}.mp4", root / f"metadata_dev/toy_{k:05d}.csv") for k in range(num_clips)]
-    _claim_folder(root, {path for pair in targets for path in pair}, json.dumps(dataclasses.asdict(config), indent=1))
+    targets = [
+        (root / f"video_dev/toy_{k:05d}.mp4", root / f"metadata_dev/toy_{k:05d}.csv")
+        for k in range(num_clips)
+    ]
+    _claim_folder(
+        root,
+        {path for pair in targets for path in pair},
+        json.dumps(dataclasses.asdict(config), indent=1),
+    )
     for index in progress(range(num_clips)):
         video_path, rows_path = targets[index]
         if video_path.exists():
@@ -218,7 +252,9 @@ def _claim_folder(root: Path, targets: set[Path], description: str) -> None:
     strangers = {path for path in strangers if not path.name.startswith(".")}
     if strangers or (note.exists() and note.read_text() != description):
         culprit = min(strangers) if strangers else note
-        raise ValueError(f"{root} already holds other data ({culprit}): choose an empty folder for the toy data")
+        raise ValueError(
+            f"{root} already holds other data ({culprit}): choose an empty folder for the toy data"
+        )
     for folder in ("video_dev", "metadata_dev"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     note.write_text(description)

@@ -73,11 +73,21 @@ class TensorBoard:
         self.writer.flush()
 
     def clip(
-        self, name: str, video: th.Tensor, fps: float | Fraction, audio: th.Tensor, sample_rate: int, step: int
+        self,
+        name: str,
+        video: th.Tensor,
+        fps: float | Fraction,
+        audio: th.Tensor,
+        sample_rate: int,
+        step: int,
     ) -> None:
         """All frames in one picture, and the sound with all its channels, which `add_audio` would refuse."""
         frames = media.to_uint8(video.detach().cpu())
-        self.writer.add_image(f"{name}/frames", make_grid(frames, math.isqrt(len(frames) - 1) + 1, pad_value=255), step)
+        self.writer.add_image(
+            f"{name}/frames",
+            make_grid(frames, math.isqrt(len(frames) - 1) + 1, pad_value=255),
+            step,
+        )
         with _clip_files(None, fps, audio, sample_rate) as (_, wav):
             sound = self.protocol.Summary.Audio(
                 sample_rate=sample_rate,
@@ -104,7 +114,9 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise ValueError("use_db True needs Weights & Biases: pip install wandb, or leave the flag out") from None
+            raise ValueError(
+                "use_db True needs Weights & Biases: pip install wandb, or leave the flag out"
+            ) from None
         if os.environ.get("WANDB_MODE") not in WITHOUT_KEY and not os.environ.get("WANDB_API_KEY"):
             raise ValueError(
                 "use_db True: set WANDB_API_KEY to your key for Weights & Biases, or WANDB_MODE=offline to keep the run"
@@ -117,11 +129,18 @@ class WeightsAndBiases:
     def start(self, step: int, flags: Mapping[str, Any]) -> None:
         note = self.folder / RUN_NOTE if self.folder else None
         known = note.read_text().strip() if note and step and note.exists() else None
-        label = os.environ.get("WANDB_NAME") or (self.folder.resolve().name if self.folder else None)
+        label = os.environ.get("WANDB_NAME") or (
+            self.folder.resolve().name if self.folder else None
+        )
         project = os.environ.get("WANDB_PROJECT") or PROJECT
         try:
             self.run = self.wandb.init(
-                project=project, name=label, id=known, resume="allow", dir=self.folder, config=dict(flags)
+                project=project,
+                name=label,
+                id=known,
+                resume="allow",
+                dir=self.folder,
+                config=dict(flags),
             )
         except Exception as error:
             raise ValueError(
@@ -140,8 +159,17 @@ class WeightsAndBiases:
         self.numbers({name: self.wandb.Image(pixels)}, step)
 
     def clip(
-        self, name: str, video: th.Tensor, fps: float | Fraction, audio: th.Tensor, sample_rate: int, step: int
+        self,
+        name: str,
+        video: th.Tensor,
+        fps: float | Fraction,
+        audio: th.Tensor,
+        sample_rate: int,
+        step: int,
     ) -> None:
         with _clip_files(video, fps, audio, sample_rate) as (mp4, wav):
-            clip = {f"{name}/video": self.wandb.Video(str(mp4)), f"{name}/sound": self.wandb.Audio(str(wav))}
+            clip = {
+                f"{name}/video": self.wandb.Video(str(mp4)),
+                f"{name}/sound": self.wandb.Audio(str(wav)),
+            }
             self.numbers(clip, step)

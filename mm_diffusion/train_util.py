@@ -33,7 +33,15 @@ from .unet import window_shift
 INITIAL_LOG_LOSS_SCALE = 20.0
 QUARTILES = 4
 LATE, SIGNALLED = 1, 2  # reasons to stop, the stronger one last
-NOT_NEGATIVE = ["lr", "weight_decay", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "preview_clips", "max_steps"]
+NOT_NEGATIVE = [
+    "lr",
+    "weight_decay",
+    "lr_anneal_steps",
+    "lr_warmup_steps",
+    "grad_clip",
+    "preview_clips",
+    "max_steps",
+]
 NOT_NEGATIVE += ["max_hours", "seed", "max_skipped_steps", "keep_last", "keep_every"]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -81,7 +89,12 @@ class TrainLoop:
         preview: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         check_train_config(config)
-        self.model, self.diffusion, self.config, self.world = model.to(world.device), diffusion, config, world
+        self.model, self.diffusion, self.config, self.world = (
+            model.to(world.device),
+            diffusion,
+            config,
+            world,
+        )
         self.flags, self.preview = flags or {}, preview
         state = from_rank_0(lambda: find_state(config))
         self.origin = origin_of(config)
@@ -96,14 +109,26 @@ class TrainLoop:
         if world.size > 1:  # first of all: every rank gets the weights of rank 0
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.forward_model = DistributedDataParallel(
-                self.forward_model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.forward_model,
+                device_ids=ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
             )
-        self.sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
+        self.sampler = create_named_schedule_sampler(
+            config.schedule_sampler, diffusion.num_timesteps
+        )
         self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
         self.optimizer = th.optim.AdamW(
-            self.params, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
+            self.params,
+            lr=config.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
-        self.emas = {rate: [p.detach().clone() for p in self.params] for rate in parse_rates(config.ema_rate)}
+        self.emas = {
+            rate: [p.detach().clone() for p in self.params] for rate in parse_rates(config.ema_rate)
+        }
         self.precision = choose_precision(config.precision, use_fp16, world.device)
         scale = INITIAL_LOG_LOSS_SCALE if self.precision == "fp16" else 0.0
         self.log_loss_scale = th.tensor(scale, dtype=th.float64, device=world.device)
@@ -131,7 +156,13 @@ class TrainLoop:
     def run_loop(self) -> None:
         """Train until there is a reason to stop, saving on the way and at the end."""
         total = self.last_step
-        bar = tqdm(total=total, initial=self.step, unit="step", disable=self.world.rank > 0, dynamic_ncols=True)
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            unit="step",
+            disable=self.world.rank > 0,
+            dynamic_ncols=True,
+        )
         with bar, self.writer, stop_signals() as received:
             while total is None or self.step < total:
                 batch = self._next_batch(received)
@@ -152,7 +183,9 @@ class TrainLoop:
     @property
     def last_step(self) -> int | None:
         """Where training ends by itself."""
-        return min((n for n in (self.config.lr_anneal_steps, self.config.max_steps) if n), default=None)
+        return min(
+            (n for n in (self.config.lr_anneal_steps, self.config.max_steps) if n), default=None
+        )
 
     def _next_batch(self, received: list[str]) -> tuple[Tree, dict[str, Any]]:
         """The next of the data; nothing where the signal that stops us has stopped the loader as well."""
@@ -190,9 +223,13 @@ class TrainLoop:
     def _forward_backward(self, x_start: Tree, cond: dict[str, Any]) -> None:
         """Accumulate gradients over the microbatches; ranks exchange them with the last one."""
         device, batch = self.world.device, len(leaves(x_start)[0])
-        x_start, cond = (tree_map(lambda x: x.to(device, non_blocking=True), tree) for tree in (x_start, cond))
+        x_start, cond = (
+            tree_map(lambda x: x.to(device, non_blocking=True), tree) for tree in (x_start, cond)
+        )
         first = self.world.rank * batch
-        generators = rng.per_sample(self.config.seed, self.step, indices=range(first, first + batch), device=device)
+        generators = rng.per_sample(
+            self.config.seed, self.step, indices=range(first, first + batch), device=device
+        )
         t, weights = self.sampler.sample(batch, device, generators)
         noise = randn_like(x_start, generators)
         th.manual_seed(rng.derive_seed(self.config.seed, self.step, "dropout", self.world.rank))
@@ -200,7 +237,8 @@ class TrainLoop:
         losses = []
         for start in range(0, batch, size):
             parts: list[Any] = [
-                tree_map(lambda x, s=start: x[s : s + size], tree) for tree in (x_start, cond, t, noise, weights)
+                tree_map(lambda x, s=start: x[s : s + size], tree)
+                for tree in (x_start, cond, t, noise, weights)
             ]
             last = start + size >= batch
             with contextlib.nullcontext() if last else self._unsynchronised():
@@ -210,15 +248,25 @@ class TrainLoop:
     def _unsynchronised(self) -> contextlib.AbstractContextManager:
         """Within it a backward pass does not exchange gradients."""
         ranks = self.forward_model
-        return ranks.no_sync() if isinstance(ranks, DistributedDataParallel) else contextlib.nullcontext()
+        return (
+            ranks.no_sync()
+            if isinstance(ranks, DistributedDataParallel)
+            else contextlib.nullcontext()
+        )
 
     def _microbatch(self, part: list[Any], share: float) -> th.Tensor:
         """Add the gradient of `share` times the summed weighted losses; returns the losses [B] without weights."""
         x_start, cond, t, noise, weights = part
-        shifts = rng.generator(self.config.seed, self.step, "window shift")  # the same for every microbatch and rank
+        shifts = rng.generator(
+            self.config.seed, self.step, "window shift"
+        )  # the same for every microbatch and rank
         with window_shift(shifts):
-            with th.autocast(self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
-                terms = self.diffusion.training_losses(bind(self.forward_model, cond), x_start, t, noise)
+            with th.autocast(
+                self.world.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
+            ):
+                terms = self.diffusion.training_losses(
+                    bind(self.forward_model, cond), x_start, t, noise
+                )
             loss = (terms["loss"] * weights).sum() * share
             (loss * 2**self.log_loss_scale if self.precision == "fp16" else loss).backward()
         self._note("quartile", QUARTILES * t // self.diffusion.num_timesteps)
@@ -242,7 +290,9 @@ class TrainLoop:
         for rate, ema in self.emas.items():
             update_ema(ema, [p.detach() for p in self.params], warm_rate(float(rate), self.step))
         in_a_row = (self.skipped[1] + bad) * bad
-        self.skipped = th.stack([self.skipped[0] + bad, in_a_row, th.maximum(self.skipped[2], in_a_row)])
+        self.skipped = th.stack(
+            [self.skipped[0] + bad, in_a_row, th.maximum(self.skipped[2], in_a_row)]
+        )
         if self.precision == "fp16":
             self.log_loss_scale += th.where(bad > 0, -1.0, self.config.fp16_scale_growth)
         self.optimizer.zero_grad(set_to_none=True)
@@ -277,7 +327,10 @@ class TrainLoop:
                 if sums[1, q]:
                     logger.logkv(f"{name}_q{q}", float(sums[0, q] / sums[1, q]))
         logger.logkv("grad_norm", float(norm.mean()))
-        logger.logkv("param_norm", float(th.stack(th._foreach_norm([p.detach() for p in self.params])).norm()))
+        logger.logkv(
+            "param_norm",
+            float(th.stack(th._foreach_norm([p.detach() for p in self.params])).norm()),
+        )
         logger.logkv("step", self.step)
         logger.logkv("samples", self.samples)
         self._log_pace()
@@ -338,7 +391,10 @@ class TrainLoop:
                 "batch_size": self._share[1],
             }
             self.writer.write(
-                step, self._copy(), facts, lambda: logger.log(f"saved {folder}/model{step:06d}.pt and its state")
+                step,
+                self._copy(),
+                facts,
+                lambda: logger.log(f"saved {folder}/model{step:06d}.pt and its state"),
             )
         self.saved_step = self.step
         if self.preview and preview:
@@ -350,10 +406,15 @@ class TrainLoop:
 
     def _copy(self) -> Callable[[], dict[str, states.Save]]:
         """A function that copies the state as it is now to the host -> names of its files and how to save them."""
-        train: dict[str, Any] = {"schedule_sampler": self.sampler.state_dict(), "log_loss_scale": self.log_loss_scale}
+        train: dict[str, Any] = {
+            "schedule_sampler": self.sampler.state_dict(),
+            "log_loss_scale": self.log_loss_scale,
+        }
         train |= {"skipped": self.skipped, "samples": self.samples, "share": self._share}
         train |= {"precision": self.precision, "seed": self.config.seed}
-        contents: dict[str, Any] = {f"ema_{rate}_": self._published(ema) for rate, ema in self.emas.items()}
+        contents: dict[str, Any] = {
+            f"ema_{rate}_": self._published(ema) for rate, ema in self.emas.items()
+        }
         contents["opt"] = {**self.optimizer.state_dict(), "train": train}
         contents["model"] = self._published(self.params)
         number, ready = f"{self.step:06d}", device_event(self.world.device)
@@ -361,7 +422,10 @@ class TrainLoop:
         def copy() -> dict[str, states.Save]:
             with after_event(ready, self.world.device):
                 copies = self.host_copy.take("", contents)
-            return {f"{kind}{number}.pt": partial(self._save_file, kind, copies[kind]) for kind in copies}
+            return {
+                f"{kind}{number}.pt": partial(self._save_file, kind, copies[kind])
+                for kind in copies
+            }
 
         return copy
 
@@ -389,14 +453,18 @@ class TrainLoop:
         if not isinstance(held, dict) or "param_groups" not in held:
             raise CheckpointError(f"{path}: holds no optimizer state")
         rest: Any = held.pop("train", {})
-        for group in held["param_groups"]:  # before it is loaded: a fused optimizer counts its steps on the device
+        for group in held[
+            "param_groups"
+        ]:  # before it is loaded: a fused optimizer counts its steps on the device
             group |= {"weight_decay": self.config.weight_decay, "fused": True}
         self.optimizer.load_state_dict(held)
         self.sampler.load_state_dict(rest.get("schedule_sampler", {}))
         if self.precision == rest.get("precision") == "fp16":
             self.log_loss_scale.copy_(rest["log_loss_scale"])
         if "skipped" in rest:
-            self.skipped[0] = rest["skipped"][0]  # streaks begin anew: a run that gave up gets another chance
+            self.skipped[0] = rest["skipped"][
+                0
+            ]  # streaks begin anew: a run that gave up gets another chance
         if rest.get("seed", self.config.seed) != self.config.seed:
             logger.log(f"note: --seed was {rest['seed']} before and is {self.config.seed} now")
         self.step = self.saved_step = step
@@ -419,14 +487,18 @@ def origin_of(config: TrainConfig) -> str:
     return "" if path == folder else path
 
 
-def find_state(config: TrainConfig, warn: Callable[[str], None] = logger.warn) -> tuple[str, int] | None:
+def find_state(
+    config: TrainConfig, warn: Callable[[str], None] = logger.warn
+) -> tuple[str, int] | None:
     """The folder and step to resume from, None to start anew.
 
     In this order: what a run with the same `resume_checkpoint` has left in the output folder; the file or folder that
     it names; the output folder ("" and "auto"). "none" starts anew; ValueError if the output folder holds a run then.
     """
     path = config.resume_checkpoint
-    if (origin := origin_of(config)) and (state := states.newest_intact(config.output_dir, warn, origin)):
+    if (origin := origin_of(config)) and (
+        state := states.newest_intact(config.output_dir, warn, origin)
+    ):
         return config.output_dir, state.step
     if path in ("", "auto", "none") or bf.isdir(path):
         folder = config.output_dir if path in ("", "auto", "none") else path
@@ -438,7 +510,9 @@ def find_state(config: TrainConfig, warn: Callable[[str], None] = logger.warn) -
             return None
         state = states.newest_intact(folder, warn)
         if not state and path not in ("", "auto"):
-            raise CheckpointError(f"{folder}: holds no state to resume (stateNNNNNN.json); name a modelNNNNNN.pt")
+            raise CheckpointError(
+                f"{folder}: holds no state to resume (stateNNNNNN.json); name a modelNNNNNN.pt"
+            )
         return (folder, state.step) if state else None
     folder, name = os.path.split(path)
     match = re.fullmatch(r"model(\d+)\.pt", name)
@@ -493,12 +567,16 @@ def stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def flags_to_start_with(values: dict, given: set[str], carried: Collection[str] = CARRIED_FLAGS) -> dict:
+def flags_to_start_with(
+    values: dict, given: set[str], carried: Collection[str] = CARRIED_FLAGS
+) -> dict:
     """Flags with those of the checkpoint that a run resumes, or starts from, in the place of defaults.
 
     ValueError where an explicit flag contradicts the run that is resumed.
     """
-    state = from_rank_0(lambda: find_state(pick(TrainConfig, values), warn=lambda text: None))  # TrainLoop tells
+    state = from_rank_0(
+        lambda: find_state(pick(TrainConfig, values), warn=lambda text: None)
+    )  # TrainLoop tells
     path = model_path(*state) if state else values["init_checkpoint"]
     if not path:
         return values
@@ -512,9 +590,15 @@ def start_from(path: str, model: nn.Module) -> None:
     """Fill the model with those tensors of a checkpoint that fit, and tell which; CheckpointError if none does."""
     left = checkpoint.load_weights(model, path, strict=False)
     own = checkpoint.published_names(model)
-    new, unknown = [name for name in left if name in own], [name for name in left if name not in own]
+    new, unknown = (
+        [name for name in left if name in own],
+        [name for name in left if name not in own],
+    )
     logger.log(f"{path}: {len(own) - len(new)} of the model's {len(own)} tensors taken")
-    for names, what in ((new, "start anew"), (unknown, "of the checkpoint have no place in the model")):
+    for names, what in (
+        (new, "start anew"),
+        (unknown, "of the checkpoint have no place in the model"),
+    ):
         if names:
             logger.log(f"  {len(names)} {what}: {', '.join(names)}")
 

@@ -51,7 +51,9 @@ def mean_flat(x: th.Tensor) -> th.Tensor:
 def weighted_sum(*terms: tuple[th.Tensor, Tree]) -> Tree:
     """Sum of weight * tree over `(weight [B] or [1], tree)` terms, in float32 whatever comes in."""
     weights, device = [weight for weight, _ in terms], leaves(terms[0][1])[0].device
-    if any(weight.device != device for weight in weights):  # a solver's, which take one copy together
+    if any(
+        weight.device != device for weight in weights
+    ):  # a solver's, which take one copy together
         weights = list(to_device(th.stack(th.broadcast_tensors(*weights)), device))
 
     def total(*xs: th.Tensor) -> th.Tensor:
@@ -66,8 +68,14 @@ def split_doubled(output: th.Tensor, like: th.Tensor) -> tuple[th.Tensor, th.Ten
 
     The channel axis is the one axis on which the two shapes differ, by a factor of two.
     """
-    differing = [i for i, (a, b) in enumerate(zip(output.shape, like.shape, strict=False)) if a != b]
-    if output.ndim != like.ndim or len(differing) != 1 or output.shape[differing[0]] != 2 * like.shape[differing[0]]:
+    differing = [
+        i for i, (a, b) in enumerate(zip(output.shape, like.shape, strict=False)) if a != b
+    ]
+    if (
+        output.ndim != like.ndim
+        or len(differing) != 1
+        or output.shape[differing[0]] != 2 * like.shape[differing[0]]
+    ):
         raise ValueError(
             f"learned sigma: output {list(output.shape)} for input {list(like.shape)}, need twice the channels "
             "and nothing else different"
@@ -85,7 +93,9 @@ def checked_given(given: dict[str, th.Tensor] | None, x: Tree) -> dict[str, th.T
         return {}
     if not isinstance(x, dict) or not given.keys() < x.keys():
         known = sorted(x) if isinstance(x, dict) else "one tensor"
-        raise ValueError(f"given {sorted(given)}, sampled {known}: give some but not all of what is sampled")
+        raise ValueError(
+            f"given {sorted(given)}, sampled {known}: give some but not all of what is sampled"
+        )
     for key, leaf in given.items():
         if leaf.shape != x[key].shape:
             raise ValueError(
@@ -109,7 +119,9 @@ def randn_like(tree: Tree, generator: Generators = None) -> Tree:
 
 
 def _randn(shape: Sequence[int], like: th.Tensor, generator: th.Generator) -> th.Tensor:
-    return to_device(th.randn(shape, generator=generator, device=generator.device, dtype=like.dtype), like.device)
+    return to_device(
+        th.randn(shape, generator=generator, device=generator.device, dtype=like.dtype), like.device
+    )
 
 
 def _randn_each(x: th.Tensor, generators: Sequence[th.Generator]) -> th.Tensor:
@@ -124,7 +136,9 @@ def _randn_each(x: th.Tensor, generators: Sequence[th.Generator]) -> th.Tensor:
 
 def _one_each(generators: Sequence[th.Generator], x: th.Tensor) -> Sequence[th.Generator]:
     if len(generators) != x.shape[0]:
-        raise ValueError(f"{len(generators)} generators for a batch of {x.shape[0]}: need one per sample")
+        raise ValueError(
+            f"{len(generators)} generators for a batch of {x.shape[0]}: need one per sample"
+        )
     return generators
 
 

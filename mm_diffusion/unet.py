@@ -41,7 +41,10 @@ Shift = str | th.Generator | None
 
 _window_shift: Shift = None
 
-VIDEO_CONVS: dict[str, Callable[[int, int], nn.Module]] = {"2d+1d": FactorizedConv, "3d": VolumeConv}
+VIDEO_CONVS: dict[str, Callable[[int, int], nn.Module]] = {
+    "2d+1d": FactorizedConv,
+    "3d": VolumeConv,
+}
 AUDIO_TYPES = ("1d", "linear")  # two published names of one convolution
 
 
@@ -96,12 +99,20 @@ class ResStream(nn.Module):
         self.dropout = Dropout(dropout)
         self.out_conv = zero_init(out_conv)
         same = in_channels == out_channels
-        self.skip = nn.Identity() if same else PointwiseConv(in_channels, out_channels, len(modality.stride))
+        self.skip = (
+            nn.Identity()
+            if same
+            else PointwiseConv(in_channels, out_channels, len(modality.stride))
+        )
         self.attention = attention or nn.ModuleDict()
 
     def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
         h = F.silu(self.in_norm(x))
-        h = self.in_conv(self.resample(h)) if self.resample_first else self.resample(self.in_conv(h))
+        h = (
+            self.in_conv(self.resample(h))
+            if self.resample_first
+            else self.resample(self.in_conv(h))
+        )
         if self.scale_shift:
             h = self.out_norm(h, emb)
         else:
@@ -116,7 +127,11 @@ class ResBlock(nn.Module):
     """A residual block of all streams; they share one projection of the timestep embedding."""
 
     def __init__(
-        self, emb_channels: int, out_channels: int, scale_shift: bool, streams: Mapping[str, Callable[[], ResStream]]
+        self,
+        emb_channels: int,
+        out_channels: int,
+        scale_shift: bool,
+        streams: Mapping[str, Callable[[], ResStream]],
     ) -> None:
         super().__init__()
         self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
@@ -156,7 +171,8 @@ def coupled_block(
     def stream(modality: Modality) -> ResStream:
         last = PointwiseConv(out, out, len(modality.stride))
         blocks: dict[str, nn.Module] = {
-            k: SelfAttention(out, num_heads, modality.grid, among) for k, among in attention[modality].items()
+            k: SelfAttention(out, num_heads, modality.grid, among)
+            for k, among in attention[modality].items()
         }
         return ResStream(
             modality,
@@ -175,13 +191,20 @@ def coupled_block(
 
 
 def picture_block(
-    channels: int, out: int, emb_channels: int, dropout: float, scale_shift: bool, resample: str | None = None
+    channels: int,
+    out: int,
+    emb_channels: int,
+    dropout: float,
+    scale_shift: bool,
+    resample: str | None = None,
 ) -> ResBlock:
     """A residual block of pictures: two 3x3 convolutions, resampled before the first."""
 
     def stream() -> ResStream:
         convs = (nn.Conv2d(channels, out, 3, padding=1), nn.Conv2d(out, out, 3, padding=1))
-        return ResStream(IMAGE, channels, out, *convs, dropout, scale_shift, resample, resample_first=True)
+        return ResStream(
+            IMAGE, channels, out, *convs, dropout, scale_shift, resample, resample_first=True
+        )
 
     return ResBlock(emb_channels, out, scale_shift, {IMAGE.name: stream})
 
@@ -191,7 +214,9 @@ class PictureAttention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
-        self.image = SelfAttention(channels, num_heads, IMAGE.grid, IMAGE.grid, layout="heads qkv dim")
+        self.image = SelfAttention(
+            channels, num_heads, IMAGE.grid, IMAGE.grid, layout="heads qkv dim"
+        )
 
     def forward(self, x: Maps, emb: th.Tensor, shift: int = 0) -> Maps:
         return {"image": self.image(x["image"])}
@@ -229,7 +254,9 @@ class CrossAttention(nn.Module):
     attend to the other modality's tokens `(i + shift) n' + [0 .. window n')`, modulo all of its tokens.
     """
 
-    def __init__(self, channels: int, num_heads: int, window_frames: int, shifts: bool = True) -> None:
+    def __init__(
+        self, channels: int, num_heads: int, window_frames: int, shifts: bool = True
+    ) -> None:
         super().__init__()
         require_heads(channels, num_heads)
         self.num_heads, self.window_frames, self.shifts = num_heads, window_frames, shifts
@@ -252,7 +279,9 @@ class CrossAttention(nn.Module):
             out[name] = x[name] + getattr(self, name).proj(from_tokens(y.view_as(tokens(x[name]))))
         return out
 
-    def _attend(self, query: th.Tensor, key: th.Tensor, value: th.Tensor, num_frames: int, shift: int) -> th.Tensor:
+    def _attend(
+        self, query: th.Tensor, key: th.Tensor, value: th.Tensor, num_frames: int, shift: int
+    ) -> th.Tensor:
         """[B, T, C] on [B, T', C] -> [B, T, C]"""
         total = key.shape[1]
         per_frame, window = query.shape[1] // num_frames, self.window_frames * (total // num_frames)
@@ -262,8 +291,12 @@ class CrossAttention(nn.Module):
         index = (first[:, None] + th.arange(window, device=query.device)) % total
         key, value = (x.index_select(1, index.flatten()) for x in (key, value))
         frames = query[:, : num_frames * per_frame]
-        frames, key, value = (rearrange(x, "b (f t) c -> (b f) t c", f=num_frames) for x in (frames, key, value))
-        out = rearrange(attend(frames, key, value, self.num_heads), "(b f) t c -> b (f t) c", f=num_frames)
+        frames, key, value = (
+            rearrange(x, "b (f t) c -> (b f) t c", f=num_frames) for x in (frames, key, value)
+        )
+        out = rearrange(
+            attend(frames, key, value, self.num_heads), "(b f) t c -> b (f t) c", f=num_frames
+        )
         if num_frames * per_frame == query.shape[1]:
             return out
         rest = query[:, num_frames * per_frame :]
@@ -313,20 +346,28 @@ class UNet(nn.Module):
 
     def __init__(self, config: Any, emb_channels: int) -> None:
         super().__init__()
-        self.config, self.emb_channels, self.use_checkpoint = config, emb_channels, config.use_checkpoint
+        self.config, self.emb_channels, self.use_checkpoint = (
+            config,
+            emb_channels,
+            config.use_checkpoint,
+        )
         self.widths = [int(config.num_channels * mult) for mult in config.channel_mult]
 
     def _build(self, input_conv: nn.Module) -> int:
         """Make all blocks but the last; returns the width at the end of the way up."""
         num_channels, emb = self.config.num_channels, self.emb_channels
-        self.time_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = nn.Sequential(
+            nn.Linear(num_channels, emb), nn.SiLU(), nn.Linear(emb, emb)
+        )
         self.input_blocks = nn.ModuleList([nn.ModuleList([input_conv])])
         skips, depth = self._add_input_blocks()
         self.add_module(self.middle, nn.ModuleList(self._middle(skips[-1], depth)))
         self.output_blocks = nn.ModuleList()
         return self._add_output_blocks(skips, depth - 1)
 
-    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int, way: str) -> list[nn.Module]:
+    def _stage(
+        self, in_channels: int, out_channels: int, level: int, depth: int, way: str
+    ) -> list[nn.Module]:
         raise NotImplementedError
 
     def _resampled(self, width: int, depth: int, direction: str) -> nn.Module:
@@ -340,10 +381,14 @@ class UNet(nn.Module):
         skips, depth = [self.widths[0]], 1
         for level, width in enumerate(self.widths):
             for _ in range(self.config.num_res_blocks):
-                self.input_blocks.append(nn.ModuleList(self._stage(skips[-1], width, level, depth, "down")))
+                self.input_blocks.append(
+                    nn.ModuleList(self._stage(skips[-1], width, level, depth, "down"))
+                )
                 skips, depth = [*skips, width], depth + 1
             if level < len(self.widths) - 1:
-                self.input_blocks.append(nn.ModuleList([self._resampled(width, depth, "downsample")]))
+                self.input_blocks.append(
+                    nn.ModuleList([self._resampled(width, depth, "downsample")])
+                )
                 skips, depth = [*skips, width], depth + 1
         return skips, depth
 
@@ -361,7 +406,11 @@ class UNet(nn.Module):
 
     def draw_shifts(self, num_frames: int) -> list[int]:
         """The window shift of each cross-attention, in the order in which they are walked."""
-        return [block.draw_shift(num_frames) for block in self.modules() if isinstance(block, CrossAttention)]
+        return [
+            block.draw_shift(num_frames)
+            for block in self.modules()
+            if isinstance(block, CrossAttention)
+        ]
 
     def _walk(self, h: Maps, timesteps: th.Tensor, shifts: Iterable[Any] = ()) -> Maps:
         """Maps as the input convolution takes them -> maps as the output convolutions take them.
@@ -371,7 +420,9 @@ class UNet(nn.Module):
         shifts = iter(shifts)
         emb = timestep_embedding(timesteps, self.config.num_channels)
         emb = self.time_embed(emb.to(next(self.parameters()).dtype))
-        wanted = self.training or any(x.requires_grad for x in h.values())  # the latter in guided sampling
+        wanted = self.training or any(
+            x.requires_grad for x in h.values()
+        )  # the latter in guided sampling
         recomputes = self.use_checkpoint and th.is_grad_enabled() and wanted
         full_width = _width(h) if recomputes else 0
         skips = []
@@ -384,7 +435,9 @@ class UNet(nn.Module):
             h = self._run(blocks, h, emb, full_width, shifts)
         return h
 
-    def _run(self, blocks: nn.Module, h: Maps, emb: th.Tensor, full_width: int, shifts: Iterator[Any]) -> Maps:
+    def _run(
+        self, blocks: nn.Module, h: Maps, emb: th.Tensor, full_width: int, shifts: Iterator[Any]
+    ) -> Maps:
         """Blocks one after the other, recomputed for the gradient at the chosen rates; full_width 0: nowhere."""
         for block in blocks.children():
             shift = next(shifts) if isinstance(block, CrossAttention) else 0
@@ -414,7 +467,9 @@ class UNetConfig:
     audio_attention_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
     use_checkpoint: bool = False
-    checkpoint_resolutions: tuple[int, ...] = ()  # where activations are recomputed; none: everywhere
+    checkpoint_resolutions: tuple[
+        int, ...
+    ] = ()  # where activations are recomputed; none: everywhere
     use_scale_shift_norm: bool = True
     learn_sigma: bool = False
     video_type: str = "2d+1d"
@@ -422,7 +477,9 @@ class UNetConfig:
     @property
     def windows(self) -> dict[int, int]:
         """Downsample rate -> window of its cross-attention, in frames."""
-        return dict(zip(self.cross_attention_resolutions, self.cross_attention_windows, strict=True))
+        return dict(
+            zip(self.cross_attention_resolutions, self.cross_attention_windows, strict=True)
+        )
 
 
 class MultimodalUNet(UNet):
@@ -450,17 +507,30 @@ class MultimodalUNet(UNet):
         )
 
     def _middle(self, width: int, depth: int) -> list[nn.Module]:
-        blocks: list[nn.Module] = [self._res(width, width, depth, attention=(True, True)) for _ in range(2)]
-        if tuple(self.config.cross_attention_windows) == (1, 4, 8):  # the published model couples the middle only then
+        blocks: list[nn.Module] = [
+            self._res(width, width, depth, attention=(True, True)) for _ in range(2)
+        ]
+        if tuple(self.config.cross_attention_windows) == (
+            1,
+            4,
+            8,
+        ):  # the published model couples the middle only then
             blocks.insert(1, self._cross(width, window=self.video_size[0], shifts=False))
         return blocks
 
-    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int, way: str) -> list[nn.Module]:
+    def _stage(
+        self, in_channels: int, out_channels: int, level: int, depth: int, way: str
+    ) -> list[nn.Module]:
         config, rate = self.config, 2**level
-        attention = (rate in config.video_attention_resolutions, rate in config.audio_attention_resolutions)
+        attention = (
+            rate in config.video_attention_resolutions,
+            rate in config.audio_attention_resolutions,
+        )
         blocks: list[nn.Module] = [self._res(in_channels, out_channels, depth, attention)]
         if rate in config.windows:
-            blocks.append(self._cross(out_channels, config.windows[rate], config.cross_attention_shift))
+            blocks.append(
+                self._cross(out_channels, config.windows[rate], config.cross_attention_shift)
+            )
         return blocks
 
     def _resampled(self, width: int, depth: int, direction: str) -> nn.Module:
@@ -494,13 +564,19 @@ class MultimodalUNet(UNet):
         return CrossAttention(channels, heads, window, shifts)
 
     def forward(
-        self, video: th.Tensor, audio: th.Tensor, timesteps: th.Tensor, shifts: Iterable[Any] | None = None
+        self,
+        video: th.Tensor,
+        audio: th.Tensor,
+        timesteps: th.Tensor,
+        shifts: Iterable[Any] | None = None,
     ) -> tuple[th.Tensor, th.Tensor]:
         dtype = next(self.parameters()).dtype
         shifts = self.draw_shifts(video.shape[1]) if shifts is None else shifts
         maps = {"video": VIDEO.enter(video.to(dtype)), "audio": AUDIO.enter(audio.to(dtype))}
         h = self._walk(maps, timesteps, shifts)
-        return VIDEO.leave(self.out["video"](h["video"])), AUDIO.leave(self.out["audio"](h["audio"]))
+        return VIDEO.leave(self.out["video"](h["video"])), AUDIO.leave(
+            self.out["audio"](h["audio"])
+        )
 
 
 @dataclass(frozen=True)
@@ -527,7 +603,11 @@ class UpsamplerConfig:
         """Heads of the attention at this width, on the way "down" or "up"."""
         if self.num_head_channels != -1:
             return channels // self.num_head_channels
-        return self.num_heads_upsample if way == "up" and self.num_heads_upsample != -1 else self.num_heads
+        return (
+            self.num_heads_upsample
+            if way == "up" and self.num_heads_upsample != -1
+            else self.num_heads
+        )
 
 
 class ImageSuperResModel(UNet):
@@ -555,7 +635,8 @@ class ImageSuperResModel(UNet):
         """
         sides = [self.large_size // 2**level for level in range(len(self.widths))]
         skips = sum(
-            (self.config.num_res_blocks + 1) * width * side**2 for width, side in zip(self.widths, sides, strict=True)
+            (self.config.num_res_blocks + 1) * width * side**2
+            for width, side in zip(self.widths, sides, strict=True)
         )
         widest = 2 * self.widths[0] * self.large_size**2
         return next(self.parameters()).element_size() * (skips + 2 * widest) + 4 * 4 * widest
@@ -564,7 +645,9 @@ class ImageSuperResModel(UNet):
         attention = PictureAttention(width, self.config.heads(width, "down"))
         return [self._res(width, width), attention, self._res(width, width)]
 
-    def _stage(self, in_channels: int, out_channels: int, level: int, depth: int, way: str) -> list[nn.Module]:
+    def _stage(
+        self, in_channels: int, out_channels: int, level: int, depth: int, way: str
+    ) -> list[nn.Module]:
         blocks: list[nn.Module] = [self._res(in_channels, out_channels)]
         if 2**level in self.config.attention_resolutions:
             blocks.append(PictureAttention(out_channels, self.config.heads(out_channels, way)))
@@ -578,11 +661,18 @@ class ImageSuperResModel(UNet):
     def _res(self, in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
         config = self.config
         return picture_block(
-            in_channels, out_channels, self.emb_channels, config.dropout, config.use_scale_shift_norm, resample
+            in_channels,
+            out_channels,
+            self.emb_channels,
+            config.dropout,
+            config.use_scale_shift_norm,
+            resample,
         )
 
     def forward(self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor) -> th.Tensor:
-        enlarged = F.interpolate(low_res.to(x.dtype), x.shape[-2:], mode="bilinear", align_corners=False)
+        enlarged = F.interpolate(
+            low_res.to(x.dtype), x.shape[-2:], mode="bilinear", align_corners=False
+        )
         dtype = next(self.parameters()).dtype
         h = IMAGE.enter(th.cat([x, enlarged], dim=1).to(dtype))
         return IMAGE.leave(self.out["image"](self._walk({"image": h}, timesteps)["image"]))
@@ -594,7 +684,9 @@ def check_sizes(config: UNetConfig) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
     if config.num_head_channels < 1 and config.num_head_channels != -1:
-        raise ValueError(f"num_head_channels {config.num_head_channels}: need at least 1, or -1 for num_heads heads")
+        raise ValueError(
+            f"num_head_channels {config.num_head_channels}: need at least 1, or -1 for num_heads heads"
+        )
     resolutions, windows = config.cross_attention_resolutions, config.cross_attention_windows
     num_levels = len(config.channel_mult)
     num_frames, _, height, width = config.video_size
@@ -612,9 +704,13 @@ def check_sizes(config: UNetConfig) -> None:
         )
     for axis, size in (("height", height), ("width", width)):
         if size % 2**deepest:
-            raise ValueError(f"video_size: {axis} {size} is not a multiple of {2**deepest}, {for_levels}")
+            raise ValueError(
+                f"video_size: {axis} {size} is not a multiple of {2**deepest}, {for_levels}"
+            )
     if length % 4**deepest:
-        raise ValueError(f"audio_size: {length} samples are not a multiple of {4**deepest}, {for_levels}")
+        raise ValueError(
+            f"audio_size: {length} samples are not a multiple of {4**deepest}, {for_levels}"
+        )
     if length // 4**deepest < num_frames:
         raise ValueError(
             f"audio_size: {length} samples are too few for {num_frames} frames; "
@@ -639,7 +735,9 @@ def check_upsampler_sizes(config: UpsamplerConfig) -> None:
             raise ValueError(f"sr_{name} {getattr(config, name)}: need at least 1")
     for name in ("num_head_channels", "num_heads_upsample"):
         if getattr(config, name) < 1 and getattr(config, name) != -1:
-            raise ValueError(f"sr_{name} {getattr(config, name)}: need at least 1, or -1 for sr_num_heads heads")
+            raise ValueError(
+                f"sr_{name} {getattr(config, name)}: need at least 1, or -1 for sr_num_heads heads"
+            )
     deepest = len(config.channel_mult) - 1
     if config.large_size % 2**deepest:
         raise ValueError(

@@ -9,20 +9,34 @@ from mm_diffusion.dist_util import friendly_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument(
-        "data_dir", nargs="+", help="folders of clips (.mp4 .avi .gif .mkv .webm .mov), searched deeply"
+        "data_dir",
+        nargs="+",
+        help="folders of clips (.mp4 .avi .gif .mkv .webm .mov), searched deeply",
     )
     parser.add_argument("--video_size", default="20,3,64,64", help="F,C,H,W of a training window")
-    parser.add_argument("--video_fps", type=float, default=4.0, help="frames per second of a training window")
+    parser.add_argument(
+        "--video_fps", type=float, default=4.0, help="frames per second of a training window"
+    )
     parser.add_argument("--clip_stride", type=int, default=1, help="frames between windows")
-    parser.add_argument("--video_stream", type=int, help="index of the video stream in every file (else the best)")
-    parser.add_argument("--audio_stream", type=int, help="index of the audio stream in every file (else the best)")
+    parser.add_argument(
+        "--video_stream", type=int, help="index of the video stream in every file (else the best)"
+    )
+    parser.add_argument(
+        "--audio_stream", type=int, help="index of the audio stream in every file (else the best)"
+    )
     parser.add_argument("--num_workers", type=int, default=4, help="files looked at together")
-    parser.add_argument("--limit", type=int, default=20, help="files listed one by one, and measured for loudness")
+    parser.add_argument(
+        "--limit", type=int, default=20, help="files listed one by one, and measured for loudness"
+    )
     args = parser.parse_args()
     data_dir = ",".join(args.data_dir)
-    index = clip_index.probe_folders(data_dir, args.num_workers, args.video_stream, args.audio_stream)
+    index = clip_index.probe_folders(
+        data_dir, args.num_workers, args.video_stream, args.audio_stream
+    )
     windows = inspection.windows_of(index, args.video_size, args.video_fps, args.clip_stride)
     measured = tqdm.tqdm(index.clips[: args.limit], "sound", unit="file", leave=False)
     rows = [inspection.measure(path, info) for path, info in measured]

@@ -2,7 +2,13 @@
 
 from mm_diffusion import logger
 from mm_diffusion.dist_util import friendly_errors, setup_dist
-from mm_diffusion.metrics.evaluation import evaluate, make_measures, report_folder, sizes_asked, tell
+from mm_diffusion.metrics.evaluation import (
+    evaluate,
+    make_measures,
+    report_folder,
+    sizes_asked,
+    tell,
+)
 from mm_diffusion.script_util import EvalConfig, parse, pick
 
 

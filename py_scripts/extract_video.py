@@ -8,13 +8,32 @@ from mm_diffusion.extraction import FORMATS, ExtractSettings, extract_videos
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("-s", "--source", nargs="+", required=True, help="videos, or folders of them, searched deeply")
-    parser.add_argument("-t", "--target", required=True, help="folder of the frames, image_<clip>_<number>.<format>")
-    parser.add_argument("--fps", type=float, default=4.0, help="frames per second of the video's own time")
-    parser.add_argument("--format", choices=FORMATS, default="png", help="png is lossless, jpg smaller")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "-s",
+        "--source",
+        nargs="+",
+        required=True,
+        help="videos, or folders of them, searched deeply",
+    )
+    parser.add_argument(
+        "-t", "--target", required=True, help="folder of the frames, image_<clip>_<number>.<format>"
+    )
+    parser.add_argument(
+        "--fps", type=float, default=4.0, help="frames per second of the video's own time"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="png", help="png is lossless, jpg smaller"
+    )
     parser.add_argument("--quality", type=int, default=95, help="of jpg, 1 to 100")
-    parser.add_argument("--size", type=int, default=0, help="fit into a square of this many pixels (0: leave as it is)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=0,
+        help="fit into a square of this many pixels (0: leave as it is)",
+    )
     parser.add_argument("--num_workers", type=int, default=4, help="videos worked on together")
     args = parser.parse_args()
     settings = ExtractSettings(args.fps, args.format, args.quality, args.size)

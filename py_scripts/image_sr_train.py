@@ -28,7 +28,9 @@ def main() -> None:
     flags, given = parse(__doc__, *CONFIGS, defaults=DEFAULTS)
     check_train_config(pick(TrainConfig, flags))
     world = setup_dist(flags["devices"])
-    logger.configure(flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"])
+    logger.configure(
+        flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"]
+    )
     flags = flags_to_start_with(flags, given, SR_CARRIED_FLAGS)
     for note in notes_on(given, *CONFIGS):
         logger.log(note)
@@ -37,15 +39,22 @@ def main() -> None:
     model, diffusion = image_sr_create_model_and_diffusion(
         **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
     )
-    preview = drawing.make_sr_preview(flags, config.sample_fn, lambda: pictures(), config.output_dir, world)
+    preview = drawing.make_sr_preview(
+        flags, config.sample_fn, lambda: pictures(), config.output_dir, world
+    )
     index = find_frames(files.data_dir, files.num_workers, files.max_bad_share)
     sizes = (flags["large_size"], flags["small_size"], files.video_fps)
 
     def pictures() -> tuple[th.Tensor, th.Tensor]:
         """The same few on every save, others on every rank."""
-        dataset, first = FrameDataset(index, *sizes, random_flip=False), world.rank * config.preview_clips
+        dataset, first = (
+            FrameDataset(index, *sizes, random_flip=False),
+            world.rank * config.preview_clips,
+        )
         items = [dataset[k % len(dataset)] for k in range(first, first + config.preview_clips)]
-        return th.stack([large for large, _ in items]), th.stack([cond["low_res"] for _, cond in items])
+        return th.stack([large for large, _ in items]), th.stack(
+            [cond["low_res"] for _, cond in items]
+        )
 
     def data(start_sample: int):
         return load_frames(
@@ -63,9 +72,20 @@ def main() -> None:
             cache_dir=files.cache_dir,
         )
 
-    logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}")
+    logger.log(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}"
+    )
     previews = preview if config.preview_clips else None
-    TrainLoop(model, diffusion, data, config, world, use_fp16=sr_half(flags), flags=flags, preview=previews).run_loop()
+    TrainLoop(
+        model,
+        diffusion,
+        data,
+        config,
+        world,
+        use_fp16=sr_half(flags),
+        flags=flags,
+        preview=previews,
+    ).run_loop()
 
 
 if __name__ == "__main__":

@@ -20,17 +20,29 @@ HELP = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("out_dir", help="an empty folder, or one of the same data to be completed")
     parser.add_argument("--num_clips", type=int, default=256, help="how many")
     parser.add_argument("--size", type=int, help="height and width at once")
     for field in dataclasses.fields(ToyConfig):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=HELP[field.name])
+        parser.add_argument(
+            f"--{field.name}",
+            type=type(field.default),
+            default=field.default,
+            help=HELP[field.name],
+        )
     flags = vars(parser.parse_args())
     out_dir, num_clips, size = (flags.pop(name) for name in ("out_dir", "num_clips", "size"))
     if size is not None:
         flags.update(height=size, width=size)
-    write_toy_dataset(out_dir, num_clips, ToyConfig(**flags), progress=lambda ks: tqdm(ks, "toy clips", unit="clip"))
+    write_toy_dataset(
+        out_dir,
+        num_clips,
+        ToyConfig(**flags),
+        progress=lambda ks: tqdm(ks, "toy clips", unit="clip"),
+    )
     print(f"{num_clips} clips in {out_dir}")
 
 

@@ -4,7 +4,9 @@ from mm_diffusion import sample_runs
 from mm_diffusion.dist_util import friendly_errors
 
 CONFIGS = sample_runs.configs()
-DEFAULTS = {"sr_diffusion_steps": 1100}  # as published, for upsamplers that do not carry their flags
+DEFAULTS = {
+    "sr_diffusion_steps": 1100
+}  # as published, for upsamplers that do not carry their flags
 
 
 def main() -> None:

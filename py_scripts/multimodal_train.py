@@ -25,21 +25,40 @@ def main() -> None:
     flags, given = parse(__doc__, *CONFIGS)
     check_train_config(pick(TrainConfig, flags))
     world = setup_dist(flags["devices"])
-    logger.configure(flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"])
+    logger.configure(
+        flags["output_dir"], world.rank == 0, flags["use_db"], flags["use_tensorboard"]
+    )
     flags = flags_to_start_with(flags, given)
     config, data_config = pick(TrainConfig, flags), pick(DataConfig, flags)
     th.manual_seed(config.seed)  # every rank starts from the same weights
-    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in model_and_diffusion_defaults()})
+    model, diffusion = create_model_and_diffusion(
+        **{name: flags[name] for name in model_and_diffusion_defaults()}
+    )
     preview = drawing.make_preview(
-        diffusion, config.sample_fn, config.save_type, config.preview_clips, config.output_dir, data_config, world
+        diffusion,
+        config.sample_fn,
+        config.save_type,
+        config.preview_clips,
+        config.output_dir,
+        data_config,
+        world,
     )
     for note in notes_on(given, *CONFIGS):
         logger.log(note)
 
-    logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}")
+    logger.log(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}"
+    )
     data = joint_data(flags, world)
     TrainLoop(
-        model, diffusion, data, config, world, use_fp16=flags["use_fp16"], flags=flags, preview=preview
+        model,
+        diffusion,
+        data,
+        config,
+        world,
+        use_fp16=flags["use_fp16"],
+        flags=flags,
+        preview=preview,
     ).run_loop()
 
 

@@ -13,8 +13,19 @@ from typing import Any
 
 PATIENCE_SECONDS = 120
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--headless=new", "--no-sandbox", "--mute-audio", "--disable-gpu", "--disable-dev-shm-usage"]
-FLAGS += ["--no-first-run", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"]
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--mute-audio",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+]
+FLAGS += [
+    "--no-first-run",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--remote-debugging-pipe",
+]
 
 
 def find_chromium() -> str | None:
@@ -28,7 +39,9 @@ class Page:
         self.process, self.commands, self.answers = process, commands, answers
         self.calls, self.rest, self.session = 0, b"", ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """The result of a command of the DevTools protocol; events meanwhile are passed over."""
@@ -43,7 +56,9 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
-            assert select.select([self.answers], [], [], PATIENCE_SECONDS)[0], "the browser says nothing"
+            assert select.select([self.answers], [], [], PATIENCE_SECONDS)[0], (
+                "the browser says nothing"
+            )
             more = os.read(self.answers, 2**20)
             assert more, "the browser has ended"
             self.rest += more
@@ -53,7 +68,9 @@ class Page:
     def open(self, path: Path) -> None:
         """Open a local file and wait until it is loaded."""
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
+        self.run(
+            "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))"
+        )
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page, or of its promise; a click of a user could have made it."""
@@ -72,12 +89,30 @@ class Page:
         """Press a key."""
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **more)
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=name,
+                code=name,
+                windowsVirtualKeyCode=code,
+                **more,
+            )
 
-    def screenshot(self, path: Path, width: int = 1280, height: int = 1100, scheme: str = "light") -> None:
+    def screenshot(
+        self, path: Path, width: int = 1280, height: int = 1100, scheme: str = "light"
+    ) -> None:
         """Write a PNG of the top of the page."""
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         self.run("new Promise(done => setTimeout(done, 500))")
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 

@@ -12,29 +12,53 @@ import pytest
 from PIL import Image
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
-real_media = pytest.mark.skipif(not (MEDIA / "nasa_13013.mp4").exists(), reason="../shared/media is not here")
+real_media = pytest.mark.skipif(
+    not (MEDIA / "nasa_13013.mp4").exists(), reason="../shared/media is not here"
+)
 
-VIDEO_CODECS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm": "libvpx", ".avi": "mpeg4"}
-AUDIO_CODECS = {".mp4": "aac", ".mov": "aac", ".mkv": "flac", ".webm": "libopus", ".avi": "pcm_s16le"}
+VIDEO_CODECS = {
+    ".mp4": "libx264",
+    ".mov": "libx264",
+    ".mkv": "libx264",
+    ".webm": "libvpx",
+    ".avi": "mpeg4",
+}
+AUDIO_CODECS = {
+    ".mp4": "aac",
+    ".mov": "aac",
+    ".mkv": "flac",
+    ".webm": "libopus",
+    ".avi": "pcm_s16le",
+}
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 
 
 def grey_frames(values, height=32, width=48):
     """Grey values -> [F, H, W, 3] uint8."""
-    return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), height, width, 3))
+    return np.broadcast_to(
+        np.array(values, np.uint8)[:, None, None, None], (len(values), height, width, 3)
+    )
 
 
-def make_clip(path, frames, fps=10, audio=None, rate=16000, codec=None, video_codec=None, sound_starts=0.0):
+def make_clip(
+    path, frames, fps=10, audio=None, rate=16000, codec=None, video_codec=None, sound_starts=0.0
+):
     """Write [F, H, W, 3] uint8 and [C, L] float sound (None: none) with the container's usual codecs."""
     path = Path(path)
     with av.open(str(path), "w", options={"strict": "experimental"}) as container:
         picture = container.add_stream(video_codec or VIDEO_CODECS[path.suffix], rate=Fraction(fps))
         picture.height, picture.width = frames.shape[1:3]
         odd = any(side % 2 for side in frames.shape[1:3])
-        picture.pix_fmt = "yuv444p" if odd and picture.codec_context.name == "libx264" else "yuv420p"
+        picture.pix_fmt = (
+            "yuv444p" if odd and picture.codec_context.name == "libx264" else "yuv420p"
+        )
         picture.time_base = picture.codec_context.time_base = 1 / Fraction(fps)
         picture.codec_context.gop_size, picture.codec_context.bit_rate = 10, 4_000_000
-        sound = None if audio is None else _add_sound(container, codec or AUDIO_CODECS[path.suffix], rate, len(audio))
+        sound = (
+            None
+            if audio is None
+            else _add_sound(container, codec or AUDIO_CODECS[path.suffix], rate, len(audio))
+        )
         for index, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             frame = frame.reformat(format=picture.pix_fmt)
@@ -57,7 +81,12 @@ def make_resized_film(path, sizes, fps, audio, rate):
             held = io.BytesIO()
             Image.new("RGB", size, (90, 90, 90)).save(held, "JPEG")
             packet = av.Packet(held.getvalue())
-            packet.stream, packet.pts, packet.dts, packet.time_base = picture, index, index, Fraction(1, fps)
+            packet.stream, packet.pts, packet.dts, packet.time_base = (
+                picture,
+                index,
+                index,
+                Fraction(1, fps),
+            )
             packet.is_keyframe = True
             container.mux(packet)
         _encode_sound(container, sound, audio, rate, 0.0)
@@ -102,12 +131,21 @@ def clicks(count, period, channels=2, height=0.9):
 def noise(count, channels=2, seed=0):
     """[C, count] smooth noise, well inside [-1, 1]."""
     white = np.random.default_rng(seed).normal(size=(channels, count + 8))
-    return np.stack([np.convolve(row, np.ones(9) / 9, "valid") for row in white]).astype(np.float32) * 0.4
+    return (
+        np.stack([np.convolve(row, np.ones(9) / 9, "valid") for row in white]).astype(np.float32)
+        * 0.4
+    )
 
 
 # ---------------------------------------------------------------- damaged films
 
-GOOD_CODECS = [(".mp4", "aac"), (".mkv", "flac"), (".webm", "libopus"), (".avi", "pcm_s16le"), (".mov", "aac")]
+GOOD_CODECS = [
+    (".mp4", "aac"),
+    (".mkv", "flac"),
+    (".webm", "libopus"),
+    (".avi", "pcm_s16le"),
+    (".mov", "aac"),
+]
 GOOD_CODECS += [(".mp4", "flac"), (".mkv", "vorbis"), (".mkv", "pcm_f32le")]
 
 
@@ -132,7 +170,9 @@ def _flip_bits(first, last):
 
     def flip(data, generator):
         data = bytearray(data)
-        for at in generator.integers(int(first * len(data)), max(1, int(last * len(data))), generator.integers(1, 20)):
+        for at in generator.integers(
+            int(first * len(data)), max(1, int(last * len(data))), generator.integers(1, 20)
+        ):
             data[at] ^= 1 << int(generator.integers(8))
         return bytes(data)
 
@@ -155,7 +195,9 @@ def _claim_hours(data, generator):
     for box, offset in {b"mvhd": 20, b"tkhd": 24, b"mdhd": 20}.items():
         at = data.find(box)
         while at >= 0 and generator.random() < 0.8:
-            data[at + offset : at + offset + 4] = int(generator.integers(2**24, 2**32)).to_bytes(4, "big")
+            data[at + offset : at + offset + 4] = int(generator.integers(2**24, 2**32)).to_bytes(
+                4, "big"
+            )
             at = data.find(box, at + 1)
     at = data.find(b"\x44\x89\x88")  # Duration of Matroska, a double
     if at >= 0:
@@ -261,6 +303,9 @@ def _damage_all(wholes, folder, count):
     """Every kind of damage to every whole file in turn, as number_kind_name."""
     kinds = list(DAMAGES)
     for number in range(count):
-        path, kind = wholes[(number + number // len(kinds)) % len(wholes)], kinds[number % len(kinds)]
+        path, kind = (
+            wholes[(number + number // len(kinds)) % len(wholes)],
+            kinds[number % len(kinds)],
+        )
         damaged = DAMAGES[kind](path.read_bytes(), np.random.default_rng(number))
         (folder / f"{number:04d}_{kind}_{path.name}").write_bytes(damaged)

@@ -24,7 +24,10 @@ import run
 from mm_diffusion import train_util
 from mm_diffusion.unet import window_shift
 
-MODELS = {"small_base": models.Size(tiny.FLAGS), "small_upsampler": models.Size(tiny.SR_FLAGS, upsampler=True)}
+MODELS = {
+    "small_base": models.Size(tiny.FLAGS),
+    "small_upsampler": models.Size(tiny.SR_FLAGS, upsampler=True),
+}
 TINY_RATES = {"matrix": 64, "map": (1, 32, 8, 8), "copy": 2**16}
 
 
@@ -72,13 +75,20 @@ def test_repeats_fill_their_time_and_are_at_least_one(call_seconds):
 def test_a_long_call_is_made_only_once(monkeypatch):
     monkeypatch.setattr(measure, "LONG_CALL", 0.01)
     calls = []
-    assert len(measure.repeat(lambda: (calls.append(1), measure.time.sleep(0.02)), 0.01)) == len(calls) == 1
+    assert (
+        len(measure.repeat(lambda: (calls.append(1), measure.time.sleep(0.02)), 0.01))
+        == len(calls)
+        == 1
+    )
 
 
 def test_flop_of_a_convolution_and_of_attention_are_those_on_paper():
     batch, wide, out, side = 2, 8, 12, 10
     x, weight = th.randn(batch, wide, side, side), th.randn(out, wide, 3, 3)
-    assert measure.flop_of(lambda: F.conv2d(x, weight, padding=1)) == 2 * batch * out * wide * 9 * side**2
+    assert (
+        measure.flop_of(lambda: F.conv2d(x, weight, padding=1))
+        == 2 * batch * out * wide * 9 * side**2
+    )
     q, k = th.randn(3, 4, 20, 16), th.randn(3, 4, 100, 16)
     attention = 2 * (2 * 3 * 4 * 20 * 100 * 16)  # scores, and the sum of values
     assert measure.flop_of(lambda: F.scaled_dot_product_attention(q, k, k)) == attention
@@ -101,7 +111,9 @@ def test_signal_to_noise_of_a_tenth_is_20_dB():
 
 def test_the_work_of_a_backward_pass_belongs_to_the_part_it_is_of():
     layers = [th.nn.Linear(800, 800) for _ in range(2)]
-    first, second = (breakdown.marked(kind, layer) for kind, layer in zip("ab", layers, strict=True))
+    first, second = (
+        breakdown.marked(kind, layer) for kind, layer in zip("ab", layers, strict=True)
+    )
     x = th.randn(800, 800)
     forward = breakdown.seconds_by_kind(lambda: second(first(x)))
     both = breakdown.seconds_by_kind(lambda: second(first(x)).sum().backward())
@@ -125,7 +137,9 @@ def test_a_process_that_is_killed_is_a_figure_left_out_and_memory_is_that_of_the
     with pytest.raises(measure.LeftOut, match="killed"):
         measure.apart(os._exit, 9)
     before, peak = measure.apart(network.memory_of_step, MODELS["small_base"], "fp32", 1, {})
-    weights = sum(p.numel() * p.element_size() for p in models.build(MODELS["small_base"])[0].parameters())
+    weights = sum(
+        p.numel() * p.element_size() for p in models.build(MODELS["small_base"])[0].parameters()
+    )
     assert peak - before > 3 * weights  # the gradient and two moments
 
 
@@ -134,7 +148,16 @@ def test_a_process_that_is_killed_is_a_figure_left_out_and_memory_is_that_of_the
 
 def test_a_run_measures_every_section_and_writes_it_down(small, tmp_path, capsys):
     sections = [name for name in run.SECTIONS if name not in ("memory", "fidelity", "changes")]
-    flags = ["--only", *sections, "--samplers", "dpm_solver", "--variants", "plain", "--precisions", "fp32"]
+    flags = [
+        "--only",
+        *sections,
+        "--samplers",
+        "dpm_solver",
+        "--variants",
+        "plain",
+        "--precisions",
+        "fp32",
+    ]
     content = measured(tmp_path / "new.json", *flags)
     shown = capsys.readouterr().out
     for section in sections:
@@ -181,21 +204,31 @@ def test_a_change_that_is_undone_changes_the_time_and_not_the_result(title):
 
 
 def test_the_moving_average_at_once_is_that_of_one_weight_after_the_other():
-    at_once, slow, weights = ([th.full((3,), value + k) for k in range(2)] for value in (1.0, 1.0, 5.0))
+    at_once, slow, weights = (
+        [th.full((3,), value + k) for k in range(2)] for value in (1.0, 1.0, 5.0)
+    )
     train_util.update_ema(at_once, weights, 0.75)
     changes.slow_average(slow, weights, 0.75)
     for mine, other in zip(at_once, slow, strict=True):
         th.testing.assert_close(mine, other)
 
 
-def test_changes_are_told_as_ratios_of_the_time_without_to_the_time_with_them(small, tmp_path, monkeypatch):
-    some = {title: changes.CHANGES[title] for title in ("norm, one kernel", "dropout", "moving average")}
+def test_changes_are_told_as_ratios_of_the_time_without_to_the_time_with_them(
+    small, tmp_path, monkeypatch
+):
+    some = {
+        title: changes.CHANGES[title] for title in ("norm, one kernel", "dropout", "moving average")
+    }
     monkeypatch.setattr(changes, "CHANGES", some)
-    content = measured(tmp_path / "new.json", "--only", "changes", "--models", "small_base", "--precisions", "bf16")
+    content = measured(
+        tmp_path / "new.json", "--only", "changes", "--models", "small_base", "--precisions", "bf16"
+    )
     for figure in figures(content, "changes"):
         assert figure["unit"] == "x"
         facts = figure["facts"]
-        assert figure["repeats"][-1] == pytest.approx(facts["seconds_without"] / facts["seconds_with"])
+        assert figure["repeats"][-1] == pytest.approx(
+            facts["seconds_without"] / facts["seconds_with"]
+        )
     told = {figure["what"].split(": ")[1] for figure in figures(content, "changes")}
     assert told >= {"half precision", *changes.CHANGES}
     assert "changes" not in run.parse([]).only

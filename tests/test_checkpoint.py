@@ -36,7 +36,12 @@ def model():
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"video_type": "3d"}, {"use_scale_shift_norm": False}, {"audio_attention_resolutions": "1,2"}],
+    [
+        {},
+        {"video_type": "3d"},
+        {"use_scale_shift_norm": False},
+        {"audio_attention_resolutions": "1,2"},
+    ],
     ids=str,
 )
 def test_names_are_one_to_one(flags):
@@ -64,10 +69,16 @@ def test_a_checkpoint_is_an_ordinary_state_dict_for_other_tools(model, tmp_path)
     state = th.load(path, weights_only=True)
     assert isinstance(state, OrderedDict)
     assert all(isinstance(value, th.Tensor) and value.is_contiguous() for value in state.values())
-    published = th.nn.ParameterDict({name.replace(".", "/"): th.zeros_like(v) for name, v in state.items()})
-    published.load_state_dict({name.replace(".", "/"): value for name, value in state.items()}, strict=True)
+    published = th.nn.ParameterDict(
+        {name.replace(".", "/"): th.zeros_like(v) for name, v in state.items()}
+    )
+    published.load_state_dict(
+        {name.replace(".", "/"): value for name, value in state.items()}, strict=True
+    )
     block = th.nn.Linear(32, 32)
-    block.load_state_dict({"weight": state["time_embed.0.weight"], "bias": state["time_embed.0.bias"]})
+    block.load_state_dict(
+        {"weight": state["time_embed.0.weight"], "bias": state["time_embed.0.bias"]}
+    )
 
 
 def test_a_published_file_without_flags_loads(model, tmp_path):
@@ -121,7 +132,9 @@ def test_a_broken_file_is_one_line_with_its_name(tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [{}, [1], {"a": 1}, {"a": {"b": th.zeros(1)}}, th.zeros(3), "text"], ids=str)
+@pytest.mark.parametrize(
+    "value", [{}, [1], {"a": 1}, {"a": {"b": th.zeros(1)}}, th.zeros(3), "text"], ids=str
+)
 def test_a_file_of_something_else_is_one_line_with_its_name(tmp_path, value):
     save(str(tmp_path / "odd.pt"), value)
     with pytest.raises(CheckpointError, match=r"odd\.pt: holds no weights"):
@@ -148,7 +161,10 @@ MISFITS = {
     "learn_sigma": {"learn_sigma": True},
     "audio_attention_resolutions": {"audio_attention_resolutions": "2"},
     "video_attention_resolutions": {"video_attention_resolutions": "-1"},
-    "cross_attention_resolutions": {"cross_attention_resolutions": "2", "cross_attention_windows": "2"},
+    "cross_attention_resolutions": {
+        "cross_attention_resolutions": "2",
+        "cross_attention_windows": "2",
+    },
     "use_scale_shift_norm": {"use_scale_shift_norm": False},
     "video_type": {"video_type": "3d"},
     "audio_size": {"audio_size": "1,64"},
@@ -163,7 +179,9 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("flag", MISFITS)
-def test_a_checkpoint_of_another_model_names_tensors_and_the_flag_and_changes_nothing(model, tmp_path, flag):
+def test_a_checkpoint_of_another_model_names_tensors_and_the_flag_and_changes_nothing(
+    model, tmp_path, flag
+):
     """Fault: a checkpoint of another width loaded without a word, 0 of 1,046 tensors."""
     path = str(tmp_path / "other.pt")
     save_weights(path, tiny.build(**MISFITS[flag])[0], {})
@@ -200,18 +218,30 @@ def test_without_strict_a_checkpoint_of_which_nothing_fits_is_refused_all_the_sa
 
 
 def test_a_remote_folder_stands_for_its_newest_average_too(monkeypatch):
-    monkeypatch.setattr(blobfile, "isdir", {"gs://bucket/run": True}.__getitem__)  # a file is not asked for
-    monkeypatch.setattr(blobfile, "listdir", lambda path: iter(["model000002.pt", "ema_0.9_000002.pt", "samples/"]))
+    monkeypatch.setattr(
+        blobfile, "isdir", {"gs://bucket/run": True}.__getitem__
+    )  # a file is not asked for
+    monkeypatch.setattr(
+        blobfile, "listdir", lambda path: iter(["model000002.pt", "ema_0.9_000002.pt", "samples/"])
+    )
     assert find_checkpoints("gs://bucket/run,gs://bucket/a.pt") == [
         "gs://bucket/run/ema_0.9_000002.pt",
         "gs://bucket/a.pt",
     ]
     monkeypatch.undo()
-    assert find_checkpoints("https://example.org/a.pt") == ["https://example.org/a.pt"]  # loading it says what is wrong
+    assert find_checkpoints("https://example.org/a.pt") == [
+        "https://example.org/a.pt"
+    ]  # loading it says what is wrong
 
 
 def test_a_folder_stands_for_its_newest_average(tmp_path):
-    names = ["model000100.pt", "ema_0.9999_000090.pt", "ema_0.9999_1000000.pt", "ema_0.9999_000100.pt", "opt1000000.pt"]
+    names = [
+        "model000100.pt",
+        "ema_0.9999_000090.pt",
+        "ema_0.9999_1000000.pt",
+        "ema_0.9999_000100.pt",
+        "opt1000000.pt",
+    ]
     for name in names:
         (tmp_path / name).touch()
     newest = str(tmp_path / "ema_0.9999_1000000.pt")
@@ -222,7 +252,9 @@ def test_a_folder_stands_for_its_newest_average(tmp_path):
     assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "model000100.pt")]
     for rate in ("0.5", "0.9999", "0.999"):
         (tmp_path / f"ema_{rate}_000100.pt").touch()
-    assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "ema_0.9999_000100.pt")]  # the slowest
+    assert find_checkpoints(str(tmp_path)) == [
+        str(tmp_path / "ema_0.9999_000100.pt")
+    ]  # the slowest
     (tmp_path / "ema_.99999_000100.pt").touch()
     assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "ema_.99999_000100.pt")]
     for bad in ("", str(tmp_path / "empty")):

@@ -36,8 +36,12 @@ WAYS = [*((name, 0.0) for name in SAMPLERS), ("ddpm", 4.0), ("ddim", 4.0)]
 
 
 def setup(name, scale=0.0, **settings):
-    model, diffusion = tiny.build(timestep_respacing=RESPACED[name], predict_xstart=True)  # untrained, yet bounded
-    return prepare(model), make_sampler(name, diffusion, classifier_scale=scale, **SOLVERS.get(name, {}) | settings)
+    model, diffusion = tiny.build(
+        timestep_respacing=RESPACED[name], predict_xstart=True
+    )  # untrained, yet bounded
+    return prepare(model), make_sampler(
+        name, diffusion, classifier_scale=scale, **SOLVERS.get(name, {}) | settings
+    )
 
 
 def exact_alphas():
@@ -50,11 +54,15 @@ def exact_alphas():
 @pytest.mark.parametrize("case", CASES)
 def test_the_sampler_of_the_scripts_draws_the_published_clips(case, monkeypatch):
     target, calls = CASES[case]["target"], iter(range(100))
-    monkeypatch.setattr(th, "randn_like", lambda x: golden_data.noise(f"{case}.like{next(calls)}", x.shape))
+    monkeypatch.setattr(
+        th, "randn_like", lambda x: golden_data.noise(f"{case}.like{next(calls)}", x.shape)
+    )
     x_T = start_noise(case, batch=1)
     known = OTHER[target]
     truth = {known: 0.5 * golden_data.noise(f"cond.{known}0", x_T[known].shape)}
-    sampler = make_sampler("ddpm", make(respacing="4"), classifier_scale=3.0 if "guide" in case else 0.0)
+    sampler = make_sampler(
+        "ddpm", make(respacing="4"), classifier_scale=3.0 if "guide" in case else 0.0
+    )
     sample = sampler(coupled, x_T, given=truth)
     wanted = th.from_numpy(golden_data.arrays("conditional")[f"{case}_{target}"])
     th.testing.assert_close(sample[target], wanted, rtol=1e-5, atol=1e-5)
@@ -123,24 +131,36 @@ def test_a_model_that_copies_the_sounds_level_into_the_picture_gives_it_the_give
     levels = th.tensor([-0.6, 0.0, 0.7]).reshape(3, 1, 1)
     x_T = tree_map(lambda x: golden_data.noise(f"copy {x.ndim}", x.shape), tiny.clips(0, 3))
     x_T["audio"] -= x_T["audio"].mean(dim=(1, 2), keepdim=True)  # so that the noise hides no level
-    sample = sampler(copies, x_T, [th.Generator() for _ in range(3)], given={"audio": levels.expand(3, 2, 64)})
-    assert (sample["video"] - levels[..., None, None]).abs().max() < 0.15  # the noise at the solvers' last time
+    sample = sampler(
+        copies, x_T, [th.Generator() for _ in range(3)], given={"audio": levels.expand(3, 2, 64)}
+    )
+    assert (
+        sample["video"] - levels[..., None, None]
+    ).abs().max() < 0.15  # the noise at the solvers' last time
 
 
 @pytest.mark.parametrize("step_control", ["batch", "sample"])
 @pytest.mark.parametrize("predict_x0", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_where_streams_are_apart_the_free_one_is_solved_as_if_it_were_alone(method, predict_x0, step_control):
+def test_where_streams_are_apart_the_free_one_is_solved_as_if_it_were_alone(
+    method, predict_x0, step_control
+):
     """Neither does a given stream steer the adaptive steps, nor is it solved for."""
 
     def apart(x, t):
         return tree_map(lambda leaf: 0.3 * leaf + 0.1, x)
 
-    x_T = {"a": golden_data.noise("a", (2, 3, 5)), "g": 30 * golden_data.noise("g", (2, 7)), "b": th.ones(2, 4)}
+    x_T = {
+        "a": golden_data.noise("a", (2, 3, 5)),
+        "g": 30 * golden_data.noise("g", (2, 7)),
+        "b": th.ones(2, 4),
+    }
     settings = {"method": method, "steps": 7, "order": 2, "step_control": step_control}
     given = {"g": golden_data.noise("known", (2, 7))}
     together = DPMSolver(apart, exact_alphas(), predict_x0).sample(x_T, given=given, **settings)
-    alone = DPMSolver(apart, exact_alphas(), predict_x0).sample({key: x_T[key] for key in "ab"}, **settings)
+    alone = DPMSolver(apart, exact_alphas(), predict_x0).sample(
+        {key: x_T[key] for key in "ab"}, **settings
+    )
     assert list(together) == ["a", "g", "b"]
     assert th.equal(together["g"], given["g"])
     for key in "ab":
@@ -149,7 +169,9 @@ def test_where_streams_are_apart_the_free_one_is_solved_as_if_it_were_alone(meth
 
 @pytest.mark.parametrize("denoise", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_model_sees_the_given_stream_with_its_one_noise_at_the_level_of_the_time(method, denoise):
+def test_the_model_sees_the_given_stream_with_its_one_noise_at_the_level_of_the_time(
+    method, denoise
+):
     schedule, seen = NoiseSchedule(exact_alphas()), []
     truth, noise = golden_data.noise("truth", (2, 50)), golden_data.noise("its noise", (2, 50))
     truth = truth * th.tensor([[1.0], [9.0]])  # so that adaptive steps differ
@@ -160,15 +182,25 @@ def test_the_model_sees_the_given_stream_with_its_one_noise_at_the_level_of_the_
 
     x_T = {"h": golden_data.noise("h", (2, 6)), "g": noise}
     solver = DPMSolver(model, exact_alphas(), predict_x0=True)
-    settings = {"method": method, "steps": 9, "order": 3, "step_control": "sample", "denoise": denoise}
+    settings = {
+        "method": method,
+        "steps": 9,
+        "order": 3,
+        "step_control": "sample",
+        "denoise": denoise,
+    }
     sample = solver.sample(x_T, given={"g": truth}, **settings)
     assert th.equal(sample["g"], truth)
     assert len(seen) >= 9
     for row, step in seen:
-        residue, alpha, sigma = min(mixture(row, *parts) for parts in zip(truth, noise, strict=True))
+        residue, alpha, sigma = min(
+            mixture(row, *parts) for parts in zip(truth, noise, strict=True)
+        )
         assert residue < 1e-4
         assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-4)
-        sooner, later = schedule.alpha((step + th.tensor([0.98, 2.02])) / 1000).tolist()  # rounded down
+        sooner, later = schedule.alpha(
+            (step + th.tensor([0.98, 2.02])) / 1000
+        ).tolist()  # rounded down
         assert later <= alpha <= sooner
 
 
@@ -181,12 +213,17 @@ def mixture(row, truth, noise):
 
 def test_guidance_does_not_vanish_in_float16():
     """The gradient of a mean over 2 x 80,000 samples is below what float16 can hold."""
-    x_T = {"video": golden_data.noise("v", (1, 2, 3, 4, 4)), "audio": golden_data.noise("a", (1, 2, 80000))}
+    x_T = {
+        "video": golden_data.noise("v", (1, 2, 3, 4, 4)),
+        "audio": golden_data.noise("a", (1, 2, 80000)),
+    }
     truth = {"audio": 0.5 * golden_data.noise("t", (1, 2, 80000))}
 
     def draw(dtype, scale):
         def model(x, t):
-            return tree_map(lambda leaf: leaf.float(), coupled(tree_map(lambda leaf: leaf.to(dtype), x), t))
+            return tree_map(
+                lambda leaf: leaf.float(), coupled(tree_map(lambda leaf: leaf.to(dtype), x), t)
+            )
 
         sampler = make_sampler("ddpm", make(respacing="4"), classifier_scale=scale)
         return sampler(model, x_T, [th.Generator().manual_seed(1)], given=truth)["video"]
@@ -198,12 +235,18 @@ def test_guidance_does_not_vanish_in_float16():
 
 def test_guidance_recomputes_activations_where_asked_to(monkeypatch):
     calls, recompute = [], unet.checkpoint
-    monkeypatch.setattr(unet, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
+    monkeypatch.setattr(
+        unet, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs)
+    )
 
     def draw(use_checkpoint, scale=5.0):
-        model, diffusion = tiny.build(timestep_respacing="ddim4", use_checkpoint=use_checkpoint, predict_xstart=True)
+        model, diffusion = tiny.build(
+            timestep_respacing="ddim4", use_checkpoint=use_checkpoint, predict_xstart=True
+        )
         sampler = make_sampler("ddim", diffusion, classifier_scale=scale)
-        return sample_joint(prepare(model), sampler, [0], 1, given={"audio": tiny.clips(0, 1)["audio"]})["video"]
+        return sample_joint(
+            prepare(model), sampler, [0], 1, given={"audio": tiny.clips(0, 1)["audio"]}
+        )["video"]
 
     plain = draw(False)
     draw(True, scale=0.0)
@@ -215,7 +258,8 @@ def test_guidance_recomputes_activations_where_asked_to(monkeypatch):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_guidance_is_refused_where_there_is_none(name):
     with pytest.raises(
-        ValueError, match=rf"scale 3.0: .*no guidance in sample_fn {re.escape(name)}; choose ddpm or ddim"
+        ValueError,
+        match=rf"scale 3.0: .*no guidance in sample_fn {re.escape(name)}; choose ddpm or ddim",
     ):
         make_sampler(name, tiny.build(as_built=True)[1], classifier_scale=3.0)
 
@@ -226,10 +270,14 @@ def test_an_impossible_scale_is_refused(scale):
         make_sampler("ddpm", tiny.build(as_built=True)[1], classifier_scale=scale)
 
 
-@pytest.mark.parametrize("given", [{"i": th.zeros(1)}, {"g": th.zeros(1, 3)}, {"g": th.zeros(1, 2), "h": th.ones(1)}])
+@pytest.mark.parametrize(
+    "given", [{"i": th.zeros(1)}, {"g": th.zeros(1, 3)}, {"g": th.zeros(1, 2), "h": th.ones(1)}]
+)
 def test_the_solver_wants_some_of_what_it_samples(given):
     with pytest.raises(ValueError, match="given"):
-        DPMSolver(lambda x, t: x, exact_alphas()).sample({"g": th.ones(1, 2), "h": th.ones(1)}, given=given)
+        DPMSolver(lambda x, t: x, exact_alphas()).sample(
+            {"g": th.ones(1, 2), "h": th.ones(1)}, given=given
+        )
 
 
 # Scripts
@@ -245,30 +293,51 @@ def world(tmp_path, monkeypatch):
         small_clip(tmp_path / "films" / name, seed=k)
 
     def sample(known, out, *more, upsampled=False):
-        line = ["--multimodal_model_path", base, "--data_dir", str(tmp_path / "films"), "--output_dir", str(out)]
+        line = [
+            "--multimodal_model_path",
+            base,
+            "--data_dir",
+            str(tmp_path / "films"),
+            "--output_dir",
+            str(out),
+        ]
         line += ["--timestep_respacing", "3", "--batch_size", "2", "--clip_stride", "20"]
         line += ["--sr_model_path", sr, "--sr_timestep_respacing", "ddim4"] if upsampled else []
         monkeypatch.setattr(sys, "argv", [SCRIPTS[known], *line, *more])
         runpy.run_path(str(REPO / f"py_scripts/{SCRIPTS[known]}.py"))["main"]()
-        return {path.name: sorted(file.name for file in path.iterdir()) for path in out.iterdir() if path.is_dir()}
+        return {
+            path.name: sorted(file.name for file in path.iterdir())
+            for path in out.iterdir()
+            if path.is_dir()
+        }
 
     return sample
 
 
 @pytest.mark.parametrize("known", OTHER)
-def test_a_script_writes_what_it_drew_with_what_was_given_beside_the_clips_as_they_were(world, tmp_path, known, capsys):
+def test_a_script_writes_what_it_drew_with_what_was_given_beside_the_clips_as_they_were(
+    world, tmp_path, known, capsys
+):
     out, upsampled = tmp_path / "out", known == "audio"
     found = world(known, out, "--classifier_scale", "2", upsampled=upsampled)
     names = [f"ddpm_samples_1_42_{k:05d}" for k in range(3)]
     kinds = ["original", "ground_truth", *(["sr_mp4"] if upsampled else [])]
     assert found.pop("gallery")
     assert (out / "index.html").is_file()
-    assert found == {"audios": [f"{n}.wav" for n in names], **{kind: [f"{n}.mp4" for n in names] for kind in kinds}}
+    assert found == {
+        "audios": [f"{n}.wav" for n in names],
+        **{kind: [f"{n}.mp4" for n in names] for kind in kinds},
+    }
     films = [tmp_path / "films" / name for name in ("a.mp4", "b.mkv", "more/c.mov")]
     sources = [read_window(film, 0, 4, 4, 8, 8, 16000, 64) for film in films]
     for k, name in enumerate(names):
-        truth, drawn = (read_window(out / f"{kind}/{name}.mp4", 0, 4, 4, 8, 8, 16000, 64) for kind in kinds[1::-1])
-        distances = [(truth[0].float() - source[0].float()).abs().mean() for source in sources]  # H.264 is not exact
+        truth, drawn = (
+            read_window(out / f"{kind}/{name}.mp4", 0, 4, 4, 8, 8, 16000, 64)
+            for kind in kinds[1::-1]
+        )
+        distances = [
+            (truth[0].float() - source[0].float()).abs().mean() for source in sources
+        ]  # H.264 is not exact
         assert distances.index(min(distances)) == k
         assert (truth[1] - sources[k][1]).abs().max() <= 1 / 32768
         same = [th.equal(a, b) for a, b in zip(truth, drawn, strict=True)]
@@ -327,7 +396,16 @@ def test_a_rerun_completes_the_folder_and_other_clips_or_scales_are_refused(worl
 
 
 def test_long_films_give_their_first_windows_before_any_gives_its_second(world, tmp_path):
-    found = world("video", tmp_path / "out", "--clip_stride", "2", "--all_save_num", "4", "--sample_fn", "ddim")
+    found = world(
+        "video",
+        tmp_path / "out",
+        "--clip_stride",
+        "2",
+        "--all_save_num",
+        "4",
+        "--sample_fn",
+        "ddim",
+    )
     assert len(found["original"]) == 4
     with open(tmp_path / "out/sources.csv") as file:
         rows = [(row["file"][-5:], float(row["start_seconds"])) for row in csv.DictReader(file)]
@@ -349,7 +427,10 @@ def test_the_solvers_draw_in_a_script(world, tmp_path):
         (["--data_dir", ""], "--data_dir"),
         (["--data_dir", "EMPTY"], r"EMPTY: holds no clips .*check --data_dir"),
         (["--data_dir", "no such place"], "no such place: no such data folder"),
-        (["--data_dir", "SHORT"], r"short.mp4: lasts 0.60 s, need 1.00 s \(4 frames at 4 per second\)"),
+        (
+            ["--data_dir", "SHORT"],
+            r"short.mp4: lasts 0.60 s, need 1.00 s \(4 frames at 4 per second\)",
+        ),
         (["--data_dir", "SILENT"], "silent.mp4: has no sound track"),
         (["--multimodal_model_path", ""], "no checkpoint given"),
         (["--multimodal_model_path", "nothing.pt"], "nothing.pt"),
@@ -357,7 +438,9 @@ def test_the_solvers_draw_in_a_script(world, tmp_path):
         (["--clip_stride", "0"], "clip_stride 0"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_anything_is_written(world, tmp_path, monkeypatch, more, culprit):
+def test_a_mistake_is_told_in_one_line_before_anything_is_written(
+    world, tmp_path, monkeypatch, more, culprit
+):
     monkeypatch.chdir(tmp_path)
     for name in ("EMPTY", "SHORT", "SILENT"):
         (tmp_path / name).mkdir()
@@ -385,7 +468,8 @@ def test_the_scale_has_a_note_only_where_it_has_no_effect():
         for name in (*SCRIPTS.values(), "multimodal_sample_sr")
     }
     notes = {
-        name: notes_on({"classifier_scale", "save_type", "sr_model_path"}, *found) for name, found in configs.items()
+        name: notes_on({"classifier_scale", "save_type", "sr_model_path"}, *found)
+        for name, found in configs.items()
     }
     named = {name: [note.split()[0] for note in found] for name, found in notes.items()}
     assert named == {
@@ -402,8 +486,14 @@ def test_the_scale_has_a_note_only_where_it_has_no_effect():
 def test_a_launcher_asks_for_clips_and_weights_and_its_flags_are_known(name, tmp_path):
     assert_refused(run_launcher(name), "DATA_DIR is not set")
     assert_refused(run_launcher(name, DATA_DIR=tmp_path), "MODEL_PATH is not set")
-    assert_refused(run_launcher(name, DATA_DIR=tmp_path, MODEL_PATH=tmp_path / "none"), "MODEL_PATH=", "no such file")
-    line = recorded(tmp_path, name, NUM_GPUS="1", DATA_DIR=tmp_path, MODEL_PATH=tmp_path, CLASSIFIER_SCALE="3.5")
+    assert_refused(
+        run_launcher(name, DATA_DIR=tmp_path, MODEL_PATH=tmp_path / "none"),
+        "MODEL_PATH=",
+        "no such file",
+    )
+    line = recorded(
+        tmp_path, name, NUM_GPUS="1", DATA_DIR=tmp_path, MODEL_PATH=tmp_path, CLASSIFIER_SCALE="3.5"
+    )
     assert line[:2] == ["python", str(REPO / f"py_scripts/{name}.py")]
     assert "3.5" in line
     command = [sys.executable, *line[1:], "--no_such_flag", "1"]

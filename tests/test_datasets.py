@@ -15,7 +15,14 @@ from media_files import MEDIA, grey_frames, make_clip, noise, real_media
 
 from mm_diffusion import clip_index, datasets, media
 from mm_diffusion.clip_index import ClipIndex, DataError, build_index
-from mm_diffusion.datasets import ClipDataset, DiskCache, GlobalOrder, load_data, mirror, prefetch_to_device
+from mm_diffusion.datasets import (
+    ClipDataset,
+    DiskCache,
+    GlobalOrder,
+    load_data,
+    mirror,
+    prefetch_to_device,
+)
 from mm_diffusion.media import ClipInfo, MediaError
 from mm_diffusion.metrics.spatial import mismatched_alignment, spatial_alignment
 from mm_diffusion.toy import ToyConfig, write_toy_dataset
@@ -37,7 +44,9 @@ def toy(tmp_path_factory):
 
 def films(seconds):
     """An index of clips that exist only on paper."""
-    return ClipIndex([(f"{s}.mp4", ClipInfo(s, 25, 64, 64, 16000, 2, 0, 1, "h264", "aac")) for s in seconds], {})
+    return ClipIndex(
+        [(f"{s}.mp4", ClipInfo(s, 25, 64, 64, 16000, 2, 0, 1, "h264", "aac")) for s in seconds], {}
+    )
 
 
 def good(path, **options):
@@ -54,13 +63,25 @@ def bad_files(folder):
     (folder / "text.webm").write_text("this is no film\n" * 100)
     (folder / "cut.mp4").write_bytes(data[: len(data) // 2])  # its index, written last, is missing
     media_start = data.index(b"mdat") + 4
-    zeroed = data[:media_start] + bytes(data.index(b"moov") - 4 - media_start) + data[data.index(b"moov") - 4 :]
+    zeroed = (
+        data[:media_start]
+        + bytes(data.index(b"moov") - 4 - media_start)
+        + data[data.index(b"moov") - 4 :]
+    )
     (folder / "zeroed.mp4").write_bytes(zeroed)
     film = good(folder / "film.mkv").read_bytes()
     (folder / "film.mkv").unlink()
     (folder / "cut.mkv").write_bytes(film[: len(film) // 2])  # a good header, half of the data
-    reasons = {"silent.mp4": "no sound track", "empty.mkv": "0 bytes", "text.webm": "cannot be decoded"}
-    return reasons | {"cut.mp4": "cannot be decoded", "zeroed.mp4": "decoded", "cut.mkv": "truncated"}
+    reasons = {
+        "silent.mp4": "no sound track",
+        "empty.mkv": "0 bytes",
+        "text.webm": "cannot be decoded",
+    }
+    return reasons | {
+        "cut.mp4": "cannot be decoded",
+        "zeroed.mp4": "decoded",
+        "cut.mkv": "truncated",
+    }
 
 
 def test_bad_files_are_listed_with_their_reason_and_left_out(tmp_path):
@@ -82,7 +103,9 @@ def test_a_gif_counts_as_a_clip_without_sound(tmp_path):
 
     frames = [Image.fromarray(frame) for frame in grey_frames([10, 200])]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=250)
-    with pytest.raises(DataError, match=r"none of its 1 files can be used .*a\.gif: has no sound track"):
+    with pytest.raises(
+        DataError, match=r"none of its 1 files can be used .*a\.gif: has no sound track"
+    ):
         build_index(str(tmp_path))
 
 
@@ -97,12 +120,16 @@ def test_training_refuses_a_folder_with_too_many_bad_files(tmp_path):
     for k in range(3):
         good(tmp_path / f"good{k}.mp4")
     (tmp_path / "empty.mp4").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 of 4 files cannot be used .*empty\.mp4.*--max_bad_share 0\.2"):
+    with pytest.raises(
+        DataError, match=r"1 of 4 files cannot be used .*empty\.mp4.*--max_bad_share 0\.2"
+    ):
         build_index(str(tmp_path), max_bad_share=0.2)
     assert len(build_index(str(tmp_path), max_bad_share=0.25).clips) == 3
 
 
-@pytest.mark.parametrize(("folder", "message"), [("", "no data folder"), ("nowhere", "no such data folder")])
+@pytest.mark.parametrize(
+    ("folder", "message"), [("", "no data folder"), ("nowhere", "no such data folder")]
+)
 def test_a_missing_folder_is_named(tmp_path, folder, message):
     with pytest.raises(DataError, match=message):
         build_index(str(tmp_path / folder) if folder else "")
@@ -110,14 +137,20 @@ def test_a_missing_folder_is_named(tmp_path, folder, message):
         build_index(str(tmp_path))
 
 
-def test_the_index_is_kept_outside_the_folder_as_json_and_unchanged_files_are_not_probed_again(tmp_path, monkeypatch):
+def test_the_index_is_kept_outside_the_folder_as_json_and_unchanged_files_are_not_probed_again(
+    tmp_path, monkeypatch
+):
     for name in ("a/one.mp4", "b/two.MKV"):
-        good((tmp_path / name).with_suffix((tmp_path / name).suffix.lower())).rename(tmp_path / name)
+        good((tmp_path / name).with_suffix((tmp_path / name).suffix.lower())).rename(
+            tmp_path / name
+        )
     (tmp_path / "a/bad.mov").write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     probed = []
     probe = media.probe
-    monkeypatch.setattr(media, "probe", lambda path, *streams: probed.append(path) or probe(path, *streams))
+    monkeypatch.setattr(
+        media, "probe", lambda path, *streams: probed.append(path) or probe(path, *streams)
+    )
     folders = f"{tmp_path / 'a'},{tmp_path / 'b'}"
     first = build_index(folders, max_bad_share=0.5)
     assert (len(first.clips), len(probed)) == (2, 2)
@@ -154,11 +187,16 @@ def test_a_file_that_could_not_be_read_once_is_looked_at_again(toy, monkeypatch)
 def test_a_folder_has_one_index_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    paths = {clip_index.cache_path(text) for text in ("~/clips,b", " clips , ~/b", f"{tmp_path}/clips,{tmp_path}/b,")}
+    paths = {
+        clip_index.cache_path(text)
+        for text in ("~/clips,b", " clips , ~/b", f"{tmp_path}/clips,{tmp_path}/b,")
+    }
     assert len(paths) == 1
 
 
-@pytest.mark.parametrize("held", [b'{"format": 1, "entr', b"\xff\xfe", b'{"format": 3, "entries": [1]}', b"[]"])
+@pytest.mark.parametrize(
+    "held", [b'{"format": 1, "entr', b"\xff\xfe", b'{"format": 3, "entries": [1]}', b"[]"]
+)
 def test_a_damaged_index_is_built_anew(toy, held):
     path = clip_index.cache_path(str(toy))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +222,9 @@ def test_two_ranks_share_the_global_batch_of_one(toy):
     for together, first, second, _ in zip(whole, *halves, range(12), strict=False):
         assert together == first + second
     single = load_data(data_dir=str(toy), batch_size=4, **SMALL)
-    ranks = [load_data(data_dir=str(toy), batch_size=2, rank=r, world_size=2, **SMALL) for r in range(2)]
+    ranks = [
+        load_data(data_dir=str(toy), batch_size=2, rank=r, world_size=2, **SMALL) for r in range(2)
+    ]
     for _ in range(3):
         parts = [next(rank)[0] for rank in ranks]
         for key, value in next(single)[0].items():
@@ -192,18 +232,31 @@ def test_two_ranks_share_the_global_batch_of_one(toy):
 
 
 def test_every_epoch_shows_every_window_once_in_another_order():
-    flat = [item for batch, _ in zip(GlobalOrder(10, 4, seed=1), range(5), strict=False) for item in batch]
+    flat = [
+        item
+        for batch, _ in zip(GlobalOrder(10, 4, seed=1), range(5), strict=False)
+        for item in batch
+    ]
     epochs = [[window for epoch, window in flat if epoch == e] for e in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1]
     assert next(iter(GlobalOrder(10, 4, seed=2))) != flat[:4]
 
 
-@pytest.mark.parametrize(("num_windows", "batch_size", "world_size"), [(10, 4, 1), (23, 3, 2), (7, 5, 3), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("num_windows", "batch_size", "world_size"), [(10, 4, 1), (23, 3, 2), (7, 5, 3), (1, 2, 2)]
+)
 def test_the_ranks_of_an_epoch_show_every_window_exactly_once(num_windows, batch_size, world_size):
-    orders = [GlobalOrder(num_windows, batch_size, 1, rank, world_size, start_sample=5) for rank in range(world_size)]
+    orders = [
+        GlobalOrder(num_windows, batch_size, 1, rank, world_size, start_sample=5)
+        for rank in range(world_size)
+    ]
     walks = [itertools.islice(order, 20) for order in orders]
-    items = list(itertools.chain.from_iterable(itertools.chain(*together) for together in zip(*walks, strict=True)))
+    items = list(
+        itertools.chain.from_iterable(
+            itertools.chain(*together) for together in zip(*walks, strict=True)
+        )
+    )
     assert items == [orders[0].at(position) for position in range(5, 5 + len(items))]
     for epoch in range(-(-5 // num_windows), (5 + len(items)) // num_windows):
         assert sorted(window for e, window in items if e == epoch) == list(range(num_windows))
@@ -211,7 +264,10 @@ def test_the_ranks_of_an_epoch_show_every_window_exactly_once(num_windows, batch
 
 def test_a_restart_with_other_ranks_and_batches_continues_where_all_ranks_stopped():
     def walk(batch_size, world_size, batches, start_sample=0):
-        orders = [GlobalOrder(23, batch_size, 1, rank, world_size, start_sample) for rank in range(world_size)]
+        orders = [
+            GlobalOrder(23, batch_size, 1, rank, world_size, start_sample)
+            for rank in range(world_size)
+        ]
         return [
             item
             for together in itertools.islice(zip(*orders, strict=True), batches)
@@ -219,7 +275,9 @@ def test_a_restart_with_other_ranks_and_batches_continues_where_all_ranks_stoppe
             for item in part
         ]
 
-    assert walk(3, 2, 5) + walk(7, 1, 2, start_sample=30) + walk(1, 3, 9, start_sample=44) == walk(1, 1, 71)
+    assert walk(3, 2, 5) + walk(7, 1, 2, start_sample=30) + walk(1, 3, 9, start_sample=44) == walk(
+        1, 1, 71
+    )
 
 
 def test_a_restart_after_n_samples_continues_the_stream(toy):
@@ -254,7 +312,12 @@ def test_picture_and_channels_are_mirrored_together_in_half_of_the_cases(toy):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_toy_clips_stay_aligned_through_the_loader_at_8_px_and_512_hz(toy, num_workers):
-    sizes = {"video_size": "8,3,8,8", "audio_size": "2,1024", "audio_fps": 512, "num_workers": num_workers}
+    sizes = {
+        "video_size": "8,3,8,8",
+        "audio_size": "2,1024",
+        "audio_fps": 512,
+        "num_workers": num_workers,
+    }
     batch, cond = next(load_data(data_dir=str(toy), batch_size=24, **sizes))
     assert cond == {}
     assert (batch["video"].shape, batch["audio"].shape) == ((24, 8, 3, 8, 8), (24, 2, 1024))
@@ -280,7 +343,8 @@ def test_memory_for_decoded_clips_is_bounded_and_changes_nothing(toy):
     index = build_index(str(toy))
     size = 4 * 8 * 8 * 3 + 2 * 512 * 4
     roomy, tight = (
-        ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, cache_bytes=room) for room in (2**20, 3 * size + 1)
+        ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, cache_bytes=room)
+        for room in (2**20, 3 * size + 1)
     )
     for _ in range(2):
         for key in range(8):
@@ -296,19 +360,25 @@ def kept(tmp_path, monkeypatch):
     """(folder of the cache, paths decoded since), where disks may be nearly full."""
     monkeypatch.setattr(datasets, "SPARED_BYTES", 0)
     decoded, read = [], media.read_window
-    monkeypatch.setattr(media, "read_window", lambda path, *rest: decoded.append(path) or read(path, *rest))
+    monkeypatch.setattr(
+        media, "read_window", lambda path, *rest: decoded.append(path) or read(path, *rest)
+    )
     return tmp_path / "kept", decoded
 
 
 def from_disk(index, folder, **options):
     """All samples of an index through a disk cache."""
     sizes = {"video_size": "8,3,8,8", "audio_size": "2,512", "audio_fps": 512} | options
-    dataset = ClipDataset(index, **sizes, cache_bytes=0, disk=folder and DiskCache(str(folder), "elsewhere"))
+    dataset = ClipDataset(
+        index, **sizes, cache_bytes=0, disk=folder and DiskCache(str(folder), "elsewhere")
+    )
     return [dataset[k] for k in range(len(dataset))]
 
 
 def equal(one, other):
-    return len(one) == len(other) and all(a[key].equal(b[key]) for a, b in zip(one, other, strict=True) for key in a)
+    return len(one) == len(other) and all(
+        a[key].equal(b[key]) for a, b in zip(one, other, strict=True) for key in a
+    )
 
 
 def test_what_the_disk_holds_gives_the_same_bits_and_is_decoded_once(toy, kept):
@@ -413,7 +483,9 @@ def test_processes_that_fill_one_folder_at_once_agree(toy, kept):
 def test_rank_0_tells_what_the_disk_will_have_to_hold(toy, kept, capsys):
     folder, _ = kept
     load_data(data_dir=str(toy), batch_size=1, **SMALL, cache_dir=str(folder), video_fps=2, rank=0)
-    assert f"{folder}: keeps what is decoded, up to 24 x 0.00 MB = 0.00 GB" in capsys.readouterr().out
+    assert (
+        f"{folder}: keeps what is decoded, up to 24 x 0.00 MB = 0.00 GB" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -424,7 +496,9 @@ def test_rank_0_tells_what_the_disk_will_have_to_hold(toy, kept, capsys):
         ("gs://a/b", "must be a local folder"),
     ],
 )
-def test_a_cache_folder_that_cannot_be_one_is_refused_before_anything_is_read(tmp_path, folder, message):
+def test_a_cache_folder_that_cannot_be_one_is_refused_before_anything_is_read(
+    tmp_path, folder, message
+):
     (tmp_path / "file").write_text("")
     where = folder if "://" in folder else str(tmp_path / folder)
     with pytest.raises(ValueError, match=f"--cache_dir .*{message}"):
@@ -499,7 +573,9 @@ def run_check_data(*arguments):
     script = Path(__file__).resolve().parents[1] / "py_scripts" / "check_data.py"
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_check_data_tells_what_a_folder_holds(tmp_path):
@@ -507,7 +583,14 @@ def test_check_data_tells_what_a_folder_holds(tmp_path):
     (tmp_path / "broken.mkv").write_bytes(b"")
     told = run_check_data(tmp_path, "--video_size", "4,3,8,8")
     assert told.returncode == 0
-    for fact in ("1 files, 13 windows", "48x32", "16000", "dBFS", "right minus left", "broken.mkv: is empty"):
+    for fact in (
+        "1 files, 13 windows",
+        "48x32",
+        "16000",
+        "dBFS",
+        "right minus left",
+        "broken.mkv: is empty",
+    ):
         assert fact in told.stdout
     (tmp_path / "good.mp4").unlink()
     told = run_check_data(tmp_path)
@@ -527,7 +610,13 @@ def test_the_two_real_clips_load_as_training_clips(tmp_path):
         (480, 270, 16000),
     ]
     batch, _ = next(
-        load_data(data_dir=str(tmp_path), batch_size=2, video_size="20,3,64,64", audio_size="2,80000", num_workers=0)
+        load_data(
+            data_dir=str(tmp_path),
+            batch_size=2,
+            video_size="20,3,64,64",
+            audio_size="2,80000",
+            num_workers=0,
+        )
     )
     assert batch["video"].shape == (2, 20, 3, 64, 64)
     assert (batch["video"][:, :, :, :14] == -1).all()  # letter-boxed

@@ -24,12 +24,18 @@ INDEX = golden_data.index()
 def toy(x, t):
     """The model of the recorded figures (index.json, "toy")."""
     video_t, audio_t = (append_dims(t.float() / 1000, x[key]) for key in ("video", "audio"))
-    return {"video": 0.3 * x["video"] * video_t.cos() + 0.1, "audio": 0.5 * x["audio"] + 0.05 * audio_t.sin()}
+    return {
+        "video": 0.3 * x["video"] * video_t.cos() + 0.1,
+        "audio": 0.5 * x["audio"] + 0.05 * audio_t.sin(),
+    }
 
 
 def toy_variance(x, t):
     video_t, audio_t = (append_dims(t.float() / 1000, x[key]) for key in ("video", "audio"))
-    return {"video": 0.4 * x["video"] * video_t.sin() - 0.2, "audio": 0.3 * x["audio"] - 0.1 * audio_t.cos()}
+    return {
+        "video": 0.4 * x["video"] * video_t.sin() - 0.2,
+        "audio": 0.3 * x["audio"] - 0.1 * audio_t.cos(),
+    }
 
 
 def toy_learned(x, t):
@@ -85,14 +91,19 @@ def pair():
 
 
 def image():
-    x0, noise = 0.5 * golden_data.noise("img.x0", (2, 3, 8, 8)), golden_data.noise("img.noise", (2, 3, 8, 8))
+    x0, noise = (
+        0.5 * golden_data.noise("img.x0", (2, 3, 8, 8)),
+        golden_data.noise("img.noise", (2, 3, 8, 8)),
+    )
     return x0, noise, make().q_sample(x0, T, noise)
 
 
 def assert_golden(case, name, tree):
     for key, leaf in tree.items() if isinstance(tree, dict) else [("", tree)]:
         wanted = th.from_numpy(golden_data.arrays(case)[f"{name}_{key}" if key else name])
-        th.testing.assert_close(leaf, wanted, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{name} {key}: {m}")
+        th.testing.assert_close(
+            leaf, wanted, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{name} {key}: {m}"
+        )
 
 
 @pytest.fixture
@@ -101,7 +112,9 @@ def recorded_noise(monkeypatch):
 
     def start(tag):
         calls = iter(range(10**6))
-        monkeypatch.setattr(th, "randn_like", lambda x: golden_data.noise(f"{tag}.like{next(calls)}", x.shape))
+        monkeypatch.setattr(
+            th, "randn_like", lambda x: golden_data.noise(f"{tag}.like{next(calls)}", x.shape)
+        )
         return calls
 
     return start
@@ -109,7 +122,10 @@ def recorded_noise(monkeypatch):
 
 def start_noise(tag, batch=2):
     shapes = {key: (batch, *shape[1:]) for key, shape in SHAPES.items()}
-    return {key: golden_data.noise(f"{tag}.init{i}", shape) for i, (key, shape) in enumerate(shapes.items())}
+    return {
+        key: golden_data.noise(f"{tag}.init{i}", shape)
+        for i, (key, shape) in enumerate(shapes.items())
+    }
 
 
 class Listening:
@@ -132,7 +148,9 @@ def test_schedules_are_the_published_ones(name, steps):
     betas = get_named_beta_schedule(name, steps)
     np.testing.assert_allclose(betas, arrays[f"betas_{name}_{steps}"], rtol=1e-12)
     np.testing.assert_allclose(
-        make(steps, schedule=name).alphas_cumprod, arrays[f"alphas_cumprod_{name}_{steps}"], rtol=1e-9
+        make(steps, schedule=name).alphas_cumprod,
+        arrays[f"alphas_cumprod_{name}_{steps}"],
+        rtol=1e-9,
     )
 
 
@@ -145,8 +163,12 @@ def test_respacing_keeps_the_published_steps(case):
 
 def test_a_respaced_diffusion_has_the_same_alpha_bar_at_the_steps_it_keeps():
     spaced, full = make(1100, "ddim25"), make(1100)
-    np.testing.assert_allclose(spaced.alphas_cumprod, full.alphas_cumprod[spaced.timestep_map], rtol=1e-12)
-    np.testing.assert_allclose(spaced.betas, golden_data.arrays("schedules")["respaced_betas_1100_ddim25"], rtol=1e-9)
+    np.testing.assert_allclose(
+        spaced.alphas_cumprod, full.alphas_cumprod[spaced.timestep_map], rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        spaced.betas, golden_data.arrays("schedules")["respaced_betas_1100_ddim25"], rtol=1e-9
+    )
     assert spaced.timestep_map == INDEX["schedules"]["respaced"]["timestep_map_1100_ddim25"]
 
 
@@ -186,7 +208,9 @@ def test_forward_process_and_posterior_are_the_published_ones():
     assert_golden("multimodal_diffusion", "q_sample", x_t)
     for name, tree in zip(("mean", "var", "logvar"), diffusion.q_mean_variance(x0, T), strict=True):
         assert_golden("multimodal_diffusion", f"qmv_{name}", tree)
-    for name, tree in zip(("mean", "var", "logvar"), diffusion.q_posterior_mean_variance(x0, x_t, T), strict=True):
+    for name, tree in zip(
+        ("mean", "var", "logvar"), diffusion.q_posterior_mean_variance(x0, x_t, T), strict=True
+    ):
         assert_golden("multimodal_diffusion", f"post_{name}", tree)
     assert_golden("image_diffusion", "q_sample", image()[2])
 
@@ -222,7 +246,9 @@ def test_a_model_of_the_truth_gives_the_posterior_whatever_it_predicts():
     posterior = make().q_posterior_mean_variance(x0, x_t, t)[0]
     truths = {ModelMeanType.EPSILON: noise, ModelMeanType.START_X: x0}
     for mean, truth in truths.items():
-        out = make(mean=mean).p_mean_variance(lambda x, t, truth=truth: truth, x_t, t, clip_denoised=False)
+        out = make(mean=mean).p_mean_variance(
+            lambda x, t, truth=truth: truth, x_t, t, clip_denoised=False
+        )
         for key in x0:
             th.testing.assert_close(out["mean"][key], posterior[key], rtol=1e-4, atol=1e-5)
             th.testing.assert_close(out["pred_xstart"][key], x0[key], rtol=1e-3, atol=1e-3)
@@ -232,7 +258,9 @@ def test_the_posterior_and_the_forward_step_compose_to_the_marginal():
     """E over x_t of q(x_{t-1} | x_t, x_0) is q(x_{t-1} | x_0): mean and variance, in float64."""
     d, t = make(), np.arange(1, 1000)
     alpha, previous = d.sqrt_alphas_cumprod, np.sqrt(d.alphas_cumprod_prev)
-    np.testing.assert_allclose((d.posterior_mean_coef1 + d.posterior_mean_coef2 * alpha)[t], previous[t])
+    np.testing.assert_allclose(
+        (d.posterior_mean_coef1 + d.posterior_mean_coef2 * alpha)[t], previous[t]
+    )
     variance = d.posterior_variance + d.posterior_mean_coef2**2 * (1 - d.alphas_cumprod)
     np.testing.assert_allclose(variance[t], (1 - d.alphas_cumprod_prev)[t], rtol=1e-9)
 
@@ -252,13 +280,19 @@ def test_learned_sigma_is_split_on_the_axis_that_doubled():
 PAIR_LOSSES = {
     "mse": ({}, toy),
     "mse_learned": ({"var": ModelVarType.LEARNED_RANGE}, toy_learned),
-    "rescaled_mse_learned": ({"var": ModelVarType.LEARNED_RANGE, "loss": LossType.RESCALED_MSE}, toy_learned),
+    "rescaled_mse_learned": (
+        {"var": ModelVarType.LEARNED_RANGE, "loss": LossType.RESCALED_MSE},
+        toy_learned,
+    ),
     "startx": ({"mean": ModelMeanType.START_X}, toy),
 }
 IMAGE_LOSSES = {
     "mse": ({}, toy_image),
     "default_learned": ({"var": ModelVarType.LEARNED_RANGE}, toy_image_learned),
-    "rescaled_mse_learned": ({"var": ModelVarType.LEARNED_RANGE, "loss": LossType.RESCALED_MSE}, toy_image_learned),
+    "rescaled_mse_learned": (
+        {"var": ModelVarType.LEARNED_RANGE, "loss": LossType.RESCALED_MSE},
+        toy_image_learned,
+    ),
     "kl": ({"loss": LossType.RESCALED_KL}, toy_image),
     "learned_1100": ({"steps": 1100, "var": ModelVarType.LEARNED_RANGE}, toy_image_learned),
 }
@@ -324,7 +358,8 @@ def test_the_bound_trains_the_variance_alone_next_to_the_mse():
 
     terms = make(var=ModelVarType.LEARNED_RANGE).training_losses(model, x0, T, noise)
     of_mse, of_vb = (
-        th.autograd.grad(terms[f"{name}_video"].sum(), gain, retain_graph=True)[0] for name in ("mse", "vb")
+        th.autograd.grad(terms[f"{name}_video"].sum(), gain, retain_graph=True)[0]
+        for name in ("mse", "vb")
     )
     assert of_mse != 0
     assert of_vb == 0
@@ -344,7 +379,9 @@ def test_a_dict_of_one_leaf_is_the_bare_tensor_and_equal_streams_stay_equal():
     x0, noise, _ = image()
     bare = make().training_losses(toy_image, x0, T, noise)
     assert bare.keys() == {"loss", "mse"}
-    one = make().training_losses(lambda x, t: {"a": toy_image(x["a"], t)}, {"a": x0}, T, {"a": noise})
+    one = make().training_losses(
+        lambda x, t: {"a": toy_image(x["a"], t)}, {"a": x0}, T, {"a": noise}
+    )
     assert th.equal(one["loss"], bare["loss"])
     assert th.equal(one["mse_a"], bare["mse"])
     spaced = make(1000, "ddim5")
@@ -389,9 +426,15 @@ def test_loops_of_pairs_are_the_published_ones(case, recorded_noise):
     facts = INDEX["multimodal_diffusion"]["loops"][case]
     calls, listening = recorded_noise(case), Listening(model)
     diffusion = make(respacing=respacing, **settings)
-    assert_golden("multimodal_diffusion", case, run_loop(diffusion, kind, listening, start_noise(case), **options))
+    assert_golden(
+        "multimodal_diffusion",
+        case,
+        run_loop(diffusion, kind, listening, start_noise(case), **options),
+    )
     assert listening.timesteps == facts["model_timesteps"]
-    assert next(calls) == (facts["like_draws"] if kind == "p" or "eta" in options else 0)  # as published, or none
+    assert next(calls) == (
+        facts["like_draws"] if kind == "p" or "eta" in options else 0
+    )  # as published, or none
     assert diffusion.timestep_map == facts["timestep_map"]
 
 
@@ -404,13 +447,19 @@ def test_loops_of_images_are_the_published_ones(case, recorded_noise):
     calls, listening = recorded_noise(case), Listening(toy_image_learned if learned else toy_image)
     x_T = golden_data.noise(f"{case}.init0" if kind == "p" else "img.xT", (2, 3, 8, 8))
     assert_golden(
-        "image_diffusion", case, run_loop(make(respacing=respacing, **settings), kind, listening, x_T, **options)
+        "image_diffusion",
+        case,
+        run_loop(make(respacing=respacing, **settings), kind, listening, x_T, **options),
     )
     assert listening.timesteps == facts["model_timesteps"]
-    assert next(calls) == (facts["like_draws"] if kind == "p" or "eta" in options else 0)  # as published, or none
+    assert next(calls) == (
+        facts["like_draws"] if kind == "p" or "eta" in options else 0
+    )  # as published, or none
 
 
-@pytest.mark.parametrize(("case", "t", "eta"), [("ddim_step", [3, 3], 0.0), ("ddim_step_eta", [3, 0], 0.5)])
+@pytest.mark.parametrize(
+    ("case", "t", "eta"), [("ddim_step", [3, 3], 0.0), ("ddim_step_eta", [3, 0], 0.5)]
+)
 def test_one_ddim_step_is_the_published_one(case, t, eta, recorded_noise):
     recorded_noise(case)
     out = make(respacing="5").ddim_sample(toy, pair()[2], th.tensor(t), eta=eta)
@@ -419,12 +468,17 @@ def test_one_ddim_step_is_the_published_one(case, t, eta, recorded_noise):
 
 def test_ddim_inverts_the_forward_process_when_the_model_knows_the_data():
     """With the noise of one data point as model, every intermediate is q_sample with one and the same noise."""
-    x0, noise = golden_data.noise("a", (2, 3, 8, 8)).clamp(-1, 1), golden_data.noise("b", (2, 3, 8, 8))
+    x0, noise = (
+        golden_data.noise("a", (2, 3, 8, 8)).clamp(-1, 1),
+        golden_data.noise("b", (2, 3, 8, 8)),
+    )
     diffusion = make(respacing="20")
     last = th.full((2,), diffusion.num_timesteps - 1)
 
     def model(x, t):
-        return diffusion._epsilon(x0, x, th.tensor([diffusion.timestep_map.index(int(i)) for i in t]))
+        return diffusion._epsilon(
+            x0, x, th.tensor([diffusion.timestep_map.index(int(i)) for i in t])
+        )
 
     steps = diffusion.ddim_sample_loop_progressive(model, diffusion.q_sample(x0, last, noise))
     for i, out in zip(reversed(range(diffusion.num_timesteps)), steps, strict=True):
@@ -446,10 +500,16 @@ def test_ancestral_steps_use_fresh_noise():
     """Fault: the published image loop added x_T as the noise of every step."""
     diffusion, x_T = make(respacing="4"), golden_data.noise("d", (1, 3, 8, 8))
     generators = [th.Generator().manual_seed(1)]
-    steps = list(diffusion.p_sample_loop_progressive(lambda x, t: 0 * x, x_T, generators, clip_denoised=False))
+    steps = list(
+        diffusion.p_sample_loop_progressive(
+            lambda x, t: 0 * x, x_T, generators, clip_denoised=False
+        )
+    )
     x, step_noises = x_T, []
     for i, out in zip(reversed(range(4)), steps, strict=True):
-        mean = diffusion.p_mean_variance(lambda x, t: 0 * x, x, th.tensor([i]), clip_denoised=False)["mean"]
+        mean = diffusion.p_mean_variance(
+            lambda x, t: 0 * x, x, th.tensor([i]), clip_denoised=False
+        )["mean"]
         step_noises.append((out["sample"] - mean).flatten())
         x = out["sample"]
     assert step_noises[-1].abs().max() == 0
@@ -465,7 +525,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(options):
     def draw(rows):
         generators = [th.Generator().manual_seed(10 + i) for i in rows]
         extra = {**options, "given": {"audio": truth[rows]}} if options else {}
-        return diffusion.p_sample_loop(coupled, tree_map(lambda leaf: leaf[rows], x_T), generators, **extra)
+        return diffusion.p_sample_loop(
+            coupled, tree_map(lambda leaf: leaf[rows], x_T), generators, **extra
+        )
 
     both, alone = draw([0, 1]), draw([1])
     for key in x_T:
@@ -474,10 +536,14 @@ def test_a_sample_does_not_depend_on_its_neighbours(options):
 
 def test_progress_rises_to_one_and_steps_can_be_iterated():
     seen = []
-    steps = list(make(respacing="5").p_sample_loop_progressive(toy, named("p"), progress=seen.append))
+    steps = list(
+        make(respacing="5").p_sample_loop_progressive(toy, named("p"), progress=seen.append)
+    )
     assert len(steps) == 5
     np.testing.assert_allclose(seen, [0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(leaf.dtype == th.float32 and not leaf.requires_grad for leaf in leaves(steps[-1]["sample"]))
+    assert all(
+        leaf.dtype == th.float32 and not leaf.requires_grad for leaf in leaves(steps[-1]["sample"])
+    )
 
 
 # Cross-modal generation
@@ -498,7 +564,9 @@ def conditional(case, recorded_noise, classifier_scale):
 @pytest.mark.parametrize("case", INDEX["conditional"]["cases"])
 def test_generation_from_one_modality_is_the_published_one(case, recorded_noise):
     """And the given modality comes back exactly, where the published code returned a re-synthesis."""
-    target, truth, samples, timesteps = conditional(case, recorded_noise, 3.0 if "guide" in case else 0.0)
+    target, truth, samples, timesteps = conditional(
+        case, recorded_noise, 3.0 if "guide" in case else 0.0
+    )
     arrays = golden_data.arrays("conditional")
     for name, sample in ((f"{case}_{target}_step0", samples[0]), (f"{case}_{target}", samples[-1])):
         th.testing.assert_close(sample[target], th.from_numpy(arrays[name]), rtol=1e-5, atol=1e-5)
@@ -513,9 +581,14 @@ def test_guidance_is_not_weakened_by_the_batch_size():
     truth = 0.3 * golden_data.noise("truth", (1, 2, 10))
 
     def draw(copies):
-        x, known = tree_map(lambda leaf: th.cat([leaf] * copies), x_T), {"audio": th.cat([truth] * copies)}
+        x, known = (
+            tree_map(lambda leaf: th.cat([leaf] * copies), x_T),
+            {"audio": th.cat([truth] * copies)},
+        )
         generators = [th.Generator().manual_seed(3) for _ in range(copies)]
-        return diffusion.p_sample_loop(coupled, x, generators, given=known, classifier_scale=50.0)["video"]
+        return diffusion.p_sample_loop(coupled, x, generators, given=known, classifier_scale=50.0)[
+            "video"
+        ]
 
     th.testing.assert_close(draw(4)[2:3], draw(1), rtol=1e-5, atol=1e-5)
 
@@ -524,12 +597,17 @@ def test_guidance_leaves_no_gradient_on_the_weights():
     weight = th.ones((), requires_grad=True)
     truth = {"audio": th.zeros(2, 2, 10)}
     make(respacing="4").p_sample_loop(
-        lambda x, t: tree_map(lambda leaf: weight * leaf, coupled(x, t)), named("g"), given=truth, classifier_scale=1.0
+        lambda x, t: tree_map(lambda leaf: weight * leaf, coupled(x, t)),
+        named("g"),
+        given=truth,
+        classifier_scale=1.0,
     )
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("given", [{"smell": th.zeros(1)}, named("own"), {"audio": th.zeros(2, 2, 11)}])
+@pytest.mark.parametrize(
+    "given", [{"smell": th.zeros(1)}, named("own"), {"audio": th.zeros(2, 2, 11)}]
+)
 def test_given_must_be_some_of_what_is_sampled(given):
     with pytest.raises(ValueError, match="given"):
         make(respacing="4").p_sample_loop(toy, named("own"), given=given)
@@ -544,4 +622,6 @@ def test_a_gaussian_diffusion_of_all_steps_equals_the_spaced_one():
     }
     x_T = golden_data.noise("e", (1, 3, 4, 4))
     plain = GaussianDiffusion(betas=betas, **settings).ddim_sample_loop(toy_image, x_T)
-    th.testing.assert_close(plain, SpacedDiffusion(range(50), betas=betas, **settings).ddim_sample_loop(toy_image, x_T))
+    th.testing.assert_close(
+        plain, SpacedDiffusion(range(50), betas=betas, **settings).ddim_sample_loop(toy_image, x_T)
+    )

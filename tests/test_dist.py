@@ -20,9 +20,18 @@ REPOSITORY = Path(__file__).parent.parent
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 LAUNCHERS = {
     "mpiexec": [str(MPIEXEC), "-n", "2", sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "torchrun": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ],
 }
-OF_A_LAUNCHER = re.compile("(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|PMI|MPI_|OMPI_|MPI4PY_|GLOO_|TORCHELASTIC_)")
+OF_A_LAUNCHER = re.compile(
+    "(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|PMI|MPI_|OMPI_|MPI4PY_|GLOO_|TORCHELASTIC_)"
+)
 with_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this Python")
 
 by_each_launcher = pytest.mark.parametrize(
@@ -44,7 +53,9 @@ def environment(monkeypatch):
 
 def test_nothing_at_all_is_one_process_without_a_group_or_mpi(environment):
     before = set(sys.modules)
-    assert setup_dist() == World(0, 1, 0, th.device("cuda", 0) if th.cuda.is_available() else th.device("cpu"))
+    assert setup_dist() == World(
+        0, 1, 0, th.device("cuda", 0) if th.cuda.is_available() else th.device("cpu")
+    )
     assert not th.distributed.is_initialized()
     assert "mpi4py.MPI" not in set(sys.modules) - before
     barrier()
@@ -52,7 +63,12 @@ def test_nothing_at_all_is_one_process_without_a_group_or_mpi(environment):
     assert dist_util.all_sum(th.ones(2)).tolist() == [1, 1]
 
 
-SBATCH = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "n[1-2]"}
+SBATCH = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+}
 SRUN = SBATCH | {
     "SLURM_STEP_ID": "2",
     "SLURM_STEP_NUM_TASKS": "4",
@@ -75,8 +91,12 @@ def test_srun_says_who_we_are_whatever_mpi_it_offers(environment, more):
     assert dist_util._who_am_i() == (3, 4, 1)
 
 
-@pytest.mark.parametrize("variables", [SBATCH, SBATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}])
-def test_a_batch_script_or_an_interactive_shell_is_one_process_however_many_tasks_it_may_start(environment, variables):
+@pytest.mark.parametrize(
+    "variables", [SBATCH, SBATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}]
+)
+def test_a_batch_script_or_an_interactive_shell_is_one_process_however_many_tasks_it_may_start(
+    environment, variables
+):
     """Fault: python in a batch script of several tasks waited for ranks that nobody had started."""
     environment(**variables)
     assert dist_util._launcher() == ""
@@ -85,7 +105,9 @@ def test_a_batch_script_or_an_interactive_shell_is_one_process_however_many_task
 
 @pytest.mark.parametrize("variable", dist_util.MPIEXEC_VARIABLES)
 @pytest.mark.parametrize("around", [SBATCH, SRUN])
-def test_mpiexec_says_who_we_are_though_it_may_reach_the_hosts_through_srun(environment, variable, around):
+def test_mpiexec_says_who_we_are_though_it_may_reach_the_hosts_through_srun(
+    environment, variable, around
+):
     environment(**around, **{variable: "1"})
     assert dist_util._launcher() == "mpi"
 
@@ -98,7 +120,9 @@ def test_ranks_of_srun_meet_on_the_first_host_of_the_step_not_where_srun_was_cal
 
 
 def test_ranks_of_srun_on_one_host_need_no_name(environment):
-    environment(**SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "no-such-host.invalid"})
+    environment(
+        **SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "no-such-host.invalid"}
+    )
     dist_util._meet()
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
@@ -143,7 +167,9 @@ def test_the_first_host_of_a_list_of_slurm(nodes, first):
 def test_ranks_that_do_not_meet_say_where_and_what_to_look_at(environment, monkeypatch):
     monkeypatch.setattr(dist_util, "JOINING", datetime.timedelta(seconds=1))
     environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    with pytest.raises(ValueError, match=r"2 ranks did not meet at 127\.0\.0\.1:1: .*MASTER_ADDR") as caught:
+    with pytest.raises(
+        ValueError, match=r"2 ranks did not meet at 127\.0\.0\.1:1: .*MASTER_ADDR"
+    ) as caught:
         setup_dist()
     assert "\n" not in str(caught.value)
 
@@ -168,9 +194,15 @@ def test_ranks_on_gpus_speak_also_from_host_to_host(environment, monkeypatch):
     environment(MASTER_ADDR="127.0.0.1")
     store, joined = FakeStore(), []
     store.set_timeout = lambda timeout: None
-    monkeypatch.setattr(th.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device.index))
-    monkeypatch.setattr(th.distributed, "rendezvous", lambda *args, **options: iter([(store, 0, 1)]))
-    monkeypatch.setattr(th.distributed, "init_process_group", lambda backend, **options: joined.append(backend))
+    monkeypatch.setattr(
+        th.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device.index)
+    )
+    monkeypatch.setattr(
+        th.distributed, "rendezvous", lambda *args, **options: iter([(store, 0, 1)])
+    )
+    monkeypatch.setattr(
+        th.distributed, "init_process_group", lambda backend, **options: joined.append(backend)
+    )
     for device in (th.device("cuda", 0), th.device("cpu")):
         dist_util._join(0, 1, device)
     assert joined == ["cpu:gloo,cuda:nccl", "gloo"]
@@ -179,7 +211,9 @@ def test_ranks_on_gpus_speak_also_from_host_to_host(environment, monkeypatch):
 
 @pytest.mark.parametrize(("ids", "clash"), [("abcd", False), ("abcb", True)])
 def test_two_ranks_on_one_gpu_are_refused_by_rank_0(monkeypatch, ids, clash):
-    monkeypatch.setattr(th.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=ids[device.index]))
+    monkeypatch.setattr(
+        th.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=ids[device.index])
+    )
     store = FakeStore()
     for rank in (3, 2, 1):
         dist_util._check_gpus(th.device("cuda", rank), rank, 4, store)
@@ -204,7 +238,9 @@ def test_devices_are_dealt_out_by_local_rank(monkeypatch, devices, local_rank, n
     assert dist_util._device(devices, local_rank) == th.device("cuda", number)
 
 
-@pytest.mark.parametrize(("devices", "count"), [("0", 0), ("G8", 4), ("0,7", 4), ("all", 4), ("Gx", 4)])
+@pytest.mark.parametrize(
+    ("devices", "count"), [("0", 0), ("G8", 4), ("0,7", 4), ("all", 4), ("Gx", 4)]
+)
 def test_devices_that_are_not_there_are_refused_with_the_flag_named(monkeypatch, devices, count):
     monkeypatch.setattr(th.cuda, "device_count", lambda: count)
     with pytest.raises(ValueError, match="devices"):
@@ -256,7 +292,9 @@ def run_job(tmp_path, launcher: str, who: str, what: str) -> str:
     command = [*LAUNCHERS[launcher], str(tmp_path / "job.py"), who, what]
     env = untouched() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90
+    )
     assert done.returncode != 0
     assert time.monotonic() - start < 60
     return done.stdout
@@ -277,11 +315,15 @@ def test_the_traceback_of_a_rank_that_fails_is_the_last_on_the_screen(tmp_path, 
     """torchrun closes with a report of its own, which then ends in that traceback."""
     screen = run_job(tmp_path, launcher, who, "bug")
     assert re.search(r"RuntimeError: a bug of ours[\s=]*\Z", screen), screen
-    assert screen.count("RuntimeError: ") == (1 if launcher == "mpiexec" else 2), "only the rank that failed complains"
+    assert screen.count("RuntimeError: ") == (1 if launcher == "mpiexec" else 2), (
+        "only the rank that failed complains"
+    )
 
 
 @by_each_launcher
-def test_a_rank_that_is_killed_ends_the_job_without_complaints_of_the_others(tmp_path, launcher, who):
+def test_a_rank_that_is_killed_ends_the_job_without_complaints_of_the_others(
+    tmp_path, launcher, who
+):
     screen = run_job(tmp_path, launcher, who, "kill")
     assert re.search(r"Killed|SIGKILL", screen)
     assert "RuntimeError: " not in screen
@@ -294,7 +336,9 @@ def test_without_a_launcher_that_ends_it_a_rank_ends_by_itself_when_another_is_g
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(dist_util._free_port())}
     command = [sys.executable, str(tmp_path / "job.py"), "1", "kill", "1"]
     ranks = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            command, env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for rank in range(2)
     ]
     screens = [rank.communicate(timeout=60)[0].decode() for rank in ranks]

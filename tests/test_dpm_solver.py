@@ -12,7 +12,9 @@ from mm_diffusion.tree import append_dims, leaves, tree_map
 CASES = golden_data.index()["solvers"]["cases"]
 FIRST_FAULTS = ("fp16alphas", "1100fp16", "truncation", "float64")  # see the tests of alphas below
 IMAGE_CASES = [name for name in CASES if name.startswith("img") and not name.endswith(FIRST_FAULTS)]
-PAIR_CASES = [name for name in CASES if not name.startswith("img") and not name.endswith(FIRST_FAULTS)]
+PAIR_CASES = [
+    name for name in CASES if not name.startswith("img") and not name.endswith(FIRST_FAULTS)
+]
 
 
 def alphas_cumprod(steps=1000):
@@ -21,7 +23,10 @@ def alphas_cumprod(steps=1000):
 
 def toy(x, t):
     video_t, audio_t = (append_dims(t.float() / 1000, x[key]) for key in ("video", "audio"))
-    return {"video": 0.3 * x["video"] * video_t.cos() + 0.1, "audio": 0.5 * x["audio"] + 0.05 * audio_t.sin()}
+    return {
+        "video": 0.3 * x["video"] * video_t.cos() + 0.1,
+        "audio": 0.5 * x["audio"] + 0.05 * audio_t.sin(),
+    }
 
 
 def toy_image(x, t):
@@ -56,7 +61,9 @@ def solve(model, x_T, settings, steps=1000):
 
 
 def assert_figure(leaf, wanted):
-    th.testing.assert_close(leaf, th.from_numpy(wanted), rtol=0, atol=2e-6 * max(1.0, np.abs(wanted).max()))
+    th.testing.assert_close(
+        leaf, th.from_numpy(wanted), rtol=0, atol=2e-6 * max(1.0, np.abs(wanted).max())
+    )
 
 
 @pytest.mark.parametrize("case", PAIR_CASES)
@@ -94,14 +101,20 @@ class Exact:
         self.variance = deviation**2
         self.solver = DPMSolver(self, alphas_cumprod(), **settings)
         self.schedule = self.solver.schedule
-        self.schedule.log_alphas, self.schedule.times = self.schedule.log_alphas.double(), self.schedule.times.double()
+        self.schedule.log_alphas, self.schedule.times = (
+            self.schedule.log_alphas.double(),
+            self.schedule.times.double(),
+        )
         self.schedule.model_timesteps = lambda t: t
 
     def spread(self, t):
         return self.schedule.alpha(t) ** 2 * self.variance + self.schedule.sigma(t) ** 2
 
     def __call__(self, x, t):
-        alpha, sigma = append_dims(self.schedule.alpha(t), x), append_dims(self.schedule.sigma(t), x)
+        alpha, sigma = (
+            append_dims(self.schedule.alpha(t), x),
+            append_dims(self.schedule.sigma(t), x),
+        )
         if self.solver.model_type == "x_start":
             return alpha * self.variance * x / append_dims(self.spread(t), x)
         return sigma * x / append_dims(self.spread(t), x)
@@ -144,8 +157,15 @@ def test_halving_the_step_divides_the_error_by_2_to_the_order(
     x_T = th.ones(1, 1)
 
     def error(steps):
-        settings = {"method": method, "order": order, "solver_type": solver_type, "skip_type": "logSNR"}
-        return float((exact.solver.sample(x_T, steps=steps, **settings) - exact.solution(x_T)).abs())
+        settings = {
+            "method": method,
+            "order": order,
+            "solver_type": solver_type,
+            "skip_type": "logSNR",
+        }
+        return float(
+            (exact.solver.sample(x_T, steps=steps, **settings) - exact.solution(x_T)).abs()
+        )
 
     assert np.log2(error(120) / error(240)) > observed - 0.3
 
@@ -156,7 +176,9 @@ def test_adaptive_steps_get_as_near_as_the_tolerance_asks(order, predict_x0, flo
     exact, x_T = Exact(predict_x0=predict_x0), th.ones(1, 1)
     errors = []
     for tolerance in (1e-2, 1e-4):
-        sample = exact.solver.sample(x_T, method="adaptive", order=order, atol=tolerance, rtol=tolerance)
+        sample = exact.solver.sample(
+            x_T, method="adaptive", order=order, atol=tolerance, rtol=tolerance
+        )
         errors.append(float((sample - exact.solution(x_T)).abs()))
     assert errors[0] < 0.05
     assert errors[1] < errors[0] / 10
@@ -169,14 +191,18 @@ def test_adaptive_steps_get_as_near_as_the_tolerance_asks(order, predict_x0, flo
 @pytest.mark.parametrize("predict_x0", [False, True])
 @pytest.mark.parametrize("solver_type", ["dpm_solver", "taylor"])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_equal_streams_stay_equal_and_a_dict_of_one_is_the_bare_tensor(method, predict_x0, solver_type, order):
+def test_equal_streams_stay_equal_and_a_dict_of_one_is_the_bare_tensor(
+    method, predict_x0, solver_type, order
+):
     if method == "adaptive" and order == 1:
         pytest.skip("order 1 has no lower order")
     options = {"method": method, "order": order, "solver_type": solver_type, "steps": 9}
 
     def draw(x):
         model = lambda x, t: tree_map(lambda leaf: toy_image(leaf, t), x)  # noqa: E731
-        return DPMSolver(model, alphas_cumprod(), predict_x0, thresholding=predict_x0).sample(x, **options)
+        return DPMSolver(model, alphas_cumprod(), predict_x0, thresholding=predict_x0).sample(
+            x, **options
+        )
 
     x_T = golden_data.noise("stream", (1, 3, 4, 4))
     bare, one, two = draw(x_T), draw({"a": x_T}), draw({"a": x_T, "b": x_T})
@@ -188,7 +214,10 @@ def test_equal_streams_stay_equal_and_a_dict_of_one_is_the_bare_tensor(method, p
 @pytest.mark.parametrize("init", [{}, {"predict_x0": True, "thresholding": True}])
 @pytest.mark.parametrize("order", [2, 3])
 def test_with_step_control_by_sample_a_sample_does_not_depend_on_its_neighbours(init, order):
-    x_T = {"video": golden_data.noise("v", (3, 3, 3, 4, 4)), "audio": golden_data.noise("a", (3, 2, 10))}
+    x_T = {
+        "video": golden_data.noise("v", (3, 3, 3, 4, 4)),
+        "audio": golden_data.noise("a", (3, 2, 10)),
+    }
     x_T = tree_map(lambda leaf: leaf * append_dims(th.tensor([0.2, 1.0, 3.0]), leaf), x_T)
     solver = DPMSolver(toy, alphas_cumprod(), **init)
     options = {"method": "adaptive", "order": order}
@@ -290,7 +319,9 @@ def test_every_number_of_steps_uses_exactly_that_many_evaluations(method, order,
 
 def test_a_model_that_is_not_finite_stops_the_adaptive_solver():
     with pytest.raises(FloatingPointError, match="not finite"):
-        DPMSolver(lambda x, t: x * th.nan, alphas_cumprod()).sample(image_noise(), method="adaptive", order=2)
+        DPMSolver(lambda x, t: x * th.nan, alphas_cumprod()).sample(
+            image_noise(), method="adaptive", order=2
+        )
 
 
 @pytest.mark.parametrize("method", ["singlestep", "singlestep_fixed", "multistep", "adaptive"])

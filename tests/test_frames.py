@@ -32,7 +32,9 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def smooth(seed, height=40, width=40):
     """[3, h, w] uint8, soft enough to survive a JPEG."""
     coarse = np.random.default_rng(seed).integers(20, 236, (3, 5, 5), np.uint8)
-    return media.fit_picture(th.from_numpy(coarse), max(height, width), max(height, width))[:, :height, :width]
+    return media.fit_picture(th.from_numpy(coarse), max(height, width), max(height, width))[
+        :, :height, :width
+    ]
 
 
 def pictures(folder, count, suffix=".png"):
@@ -46,7 +48,11 @@ def film(path, seconds=2, seed=0, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     ends = [smooth(seed + k, 32, 48).permute(1, 2, 0).numpy().astype(float) for k in range(2)]
     shares = np.linspace(0, 1, int(10 * seconds))
-    return make_clip(path, np.stack([(1 - s) * ends[0] + s * ends[1] for s in shares]).astype(np.uint8), **options)
+    return make_clip(
+        path,
+        np.stack([(1 - s) * ends[0] + s * ends[1] for s in shares]).astype(np.uint8),
+        **options,
+    )
 
 
 def names_in(folder):
@@ -76,7 +82,9 @@ def save_grey(path, mode):
     return path
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "P with transparency", "I;16", "CMYK"])
+@pytest.mark.parametrize(
+    "mode", ["L", "LA", "RGB", "RGBA", "P", "P with transparency", "I;16", "CMYK"]
+)
 def test_every_picture_mode_gives_the_same_rgb(tmp_path, mode):
     path = save_grey(tmp_path / ("a.jpg" if mode == "CMYK" else "a.PNG"), mode)
     image = media.read_image(path)
@@ -103,10 +111,16 @@ def test_what_is_transparent_lies_over_black(tmp_path):
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_images_are_upright_as_their_exif_asks(tmp_path, suffix):
     upright = smooth(1, 24, 40)
-    stored = Image.fromarray(upright.permute(1, 2, 0).contiguous().numpy()).transpose(Image.Transpose.ROTATE_90)
+    stored = Image.fromarray(upright.permute(1, 2, 0).contiguous().numpy()).transpose(
+        Image.Transpose.ROTATE_90
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    stored.save(tmp_path / f"a{suffix}", exif=exif, **({"quality": 98, "subsampling": 0} if suffix == ".jpg" else {}))
+    stored.save(
+        tmp_path / f"a{suffix}",
+        exif=exif,
+        **({"quality": 98, "subsampling": 0} if suffix == ".jpg" else {}),
+    )
     image = media.read_image(tmp_path / f"a{suffix}")
     assert image.shape == upright.shape
     assert (image.int() - upright.int()).abs().max() <= (8 if suffix == ".jpg" else 0)
@@ -118,7 +132,9 @@ ODD_EXIF = {
     "cut": b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01",
     "far away": b"Exif\0\0II*\0\xff\xff\xff\x7f\x01\0",
 }
-quiet_exif = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # pytest undoes what media.py does
+quiet_exif = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL.TiffImagePlugin"
+)  # pytest undoes what media.py does
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -126,7 +142,9 @@ quiet_exif = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin
 @quiet_exif
 def test_exif_that_makes_no_sense_turns_nothing(tmp_path, suffix, exif):
     image = smooth(1, 24, 40)
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(tmp_path / f"a{suffix}", exif=exif, quality=98)
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(
+        tmp_path / f"a{suffix}", exif=exif, quality=98
+    )
     assert not find_images(str(tmp_path)).bad
     assert (media.read_image(tmp_path / f"a{suffix}").int() - image.int()).abs().float().mean() < 3
 
@@ -139,7 +157,9 @@ def test_pictures_are_upright_whatever_else_is_damaged_in_their_exif(tmp_path, s
     after_orientation = len(b"Exif\0\0") + 8 + 2 + 12  # header, number of entries, first entry
     for _ in range(300):
         damaged = np.frombuffer(exif.tobytes(), np.uint8).copy()
-        damaged[generator.integers(after_orientation, len(damaged), 4)] = generator.integers(0, 256, 4)
+        damaged[generator.integers(after_orientation, len(damaged), 4)] = generator.integers(
+            0, 256, 4
+        )
         picture.save(tmp_path / f"a{suffix}", exif=damaged.tobytes())
         assert media.read_image(tmp_path / f"a{suffix}").shape == (3, 16, 8)
 
@@ -147,7 +167,9 @@ def test_pictures_are_upright_whatever_else_is_damaged_in_their_exif(tmp_path, s
 def test_odd_exif_makes_no_noise(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=ODD_EXIF["cut"])
     read = "import sys; from mm_diffusion import media; media.check_image(sys.argv[1]); media.read_image(sys.argv[1])"
-    told = subprocess.run([sys.executable, "-c", read, tmp_path / "a.jpg"], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", read, tmp_path / "a.jpg"], capture_output=True, text=True, check=True
+    )
     assert (told.stdout, told.stderr) == ("", "")
 
 
@@ -180,13 +202,21 @@ def test_png_is_lossless_and_jpeg_nearly_and_a_failed_write_leaves_nothing(tmp_p
 
 def bad_images(folder):
     """One of each kind of bad image -> what its reason must say."""
-    whole = {suffix: pictures(folder / "whole", 1, suffix) / f"0{suffix}" for suffix in (".png", ".jpg")}
+    whole = {
+        suffix: pictures(folder / "whole", 1, suffix) / f"0{suffix}" for suffix in (".png", ".jpg")
+    }
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.JPEG").write_text("no image\n" * 100)
     for suffix, path in whole.items():
         (folder / f"cut{suffix}").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (folder / "cut.mp4").write_bytes(b"\0" * 100)
-    return {"empty.png": "0 bytes", "text.JPEG": "neither", "cut.png": "read", "cut.jpg": "truncated", "cut.mp4": ""}
+    return {
+        "empty.png": "0 bytes",
+        "text.JPEG": "neither",
+        "cut.png": "read",
+        "cut.jpg": "truncated",
+        "cut.mp4": "",
+    }
 
 
 def test_bad_images_are_named_with_their_reason_and_left_out(tmp_path):
@@ -223,7 +253,9 @@ def test_an_image_that_breaks_during_training_is_named(tmp_path):
 def test_a_folder_without_images_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"holds no images or videos .*py_scripts/extract_video\.py"):
+    with pytest.raises(
+        DataError, match=r"holds no images or videos .*py_scripts/extract_video\.py"
+    ):
         find_frames(str(tmp_path))
     with pytest.raises(DataError, match="no such data folder"):
         find_frames(str(tmp_path / "nowhere"))
@@ -247,7 +279,13 @@ def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
 )
 def test_impossible_sizes_are_refused_before_anything_is_read(change, message):
     with pytest.raises(ValueError, match=message):
-        load_frames(**({"index": ClipIndex([("nowhere.png", None)], {}), "batch_size": 1} | LOADING | change))
+        load_frames(
+            **(
+                {"index": ClipIndex([("nowhere.png", None)], {}), "batch_size": 1}
+                | LOADING
+                | change
+            )
+        )
 
 
 def test_the_folder_is_looked_at_and_told_once_by_rank_0(tmp_path, monkeypatch, capsys):
@@ -265,7 +303,9 @@ def test_the_folder_is_looked_at_and_told_once_by_rank_0(tmp_path, monkeypatch, 
     batch = next(load_frames(index=index, batch_size=9, random_flip=False, **LOADING))
     shown = FrameDataset(index, **SIZES, random_flip=False)
     assert len(shown) == 9
-    assert sorted(x.sum().item() for x in batch[0]) == sorted(shown[k][0].sum().item() for k in range(9))
+    assert sorted(x.sum().item() for x in batch[0]) == sorted(
+        shown[k][0].sum().item() for k in range(9)
+    )
     assert not capsys.readouterr().out
 
 
@@ -290,7 +330,9 @@ def test_large_pictures_keep_their_aspect_on_centred_black(tmp_path):
 def degraded(count):
     """(plain small picture, its degraded versions) of a grey square, over as many seeds."""
     large = th.full((3, 64, 64), 128, dtype=th.uint8)
-    return media.fit_picture(large, 16, 16), [degrade(large, 16, np.random.default_rng(seed)) for seed in range(count)]
+    return media.fit_picture(large, 16, 16), [
+        degrade(large, 16, np.random.default_rng(seed)) for seed in range(count)
+    ]
 
 
 def test_without_noise_and_jpeg_the_small_picture_is_the_large_one_resized(tmp_path):
@@ -304,7 +346,9 @@ def test_without_noise_and_jpeg_the_small_picture_is_the_large_one_resized(tmp_p
 
 def test_noise_and_jpeg_come_in_half_of_the_cases_each(monkeypatch):
     qualities = []
-    monkeypatch.setattr(media, "jpeg_round_trip", lambda image, quality: qualities.append(quality) or image)
+    monkeypatch.setattr(
+        media, "jpeg_round_trip", lambda image, quality: qualities.append(quality) or image
+    )
     plain, small = degraded(1000)
     noisy = [(image.float() - plain).std().item() for image in small if not image.equal(plain)]
     assert 440 < len(noisy) < 560
@@ -317,7 +361,10 @@ def test_noise_and_jpeg_come_in_half_of_the_cases_each(monkeypatch):
 
 def test_jpeg_comes_after_the_noise_and_loses_more_at_lower_quality(monkeypatch):
     image = smooth(2, 64, 64)
-    errors = [(media.jpeg_round_trip(image, q).int() - image.int()).abs().float().mean() for q in (20, 50, 80)]
+    errors = [
+        (media.jpeg_round_trip(image, q).int() - image.int()).abs().float().mean()
+        for q in (20, 50, 80)
+    ]
     assert errors == sorted(errors, reverse=True)
     monkeypatch.setattr(media, "jpeg_round_trip", lambda image, _: image // 2)
     plain, small = degraded(100)
@@ -349,7 +396,10 @@ def test_half_of_the_pairs_are_mirrored_both_pictures_together(tmp_path):
         (straight, _), (large, cond) = plain[key], flipped[key]
         is_mirrored = not large.equal(straight)
         assert large.equal(straight.flip(-1) if is_mirrored else straight)
-        own, other = (media.to_float(media.fit_picture(media.to_uint8(x), 8, 8)) for x in (large, large.flip(-1)))
+        own, other = (
+            media.to_float(media.fit_picture(media.to_uint8(x), 8, 8))
+            for x in (large, large.flip(-1))
+        )
         assert (cond["low_res"] - own).square().mean() < (cond["low_res"] - other).square().mean()
         count += is_mirrored
     assert 30 < count < 70
@@ -392,7 +442,9 @@ def test_pictures_on_disk_give_the_same_bits_and_are_decoded_once(tmp_path, monk
     assert len(kept) == 7
     assert all(same(kept[epoch, k], plain[epoch, k]) for k in range(7) for epoch in range(2))
     monkeypatch.setattr(FrameDataset, "picture", lambda *_: pytest.fail("decoded again"))
-    again = FrameDataset(index, **SIZES, disk=DiskCache(str(tmp_path / "kept"), str(tmp_path / "a")))
+    again = FrameDataset(
+        index, **SIZES, disk=DiskCache(str(tmp_path / "kept"), str(tmp_path / "a"))
+    )
     assert all(same(again[2, k], kept[2, k]) for k in range(7))
     options = {"index": index, "batch_size": 7, **LOADING, "cache_dir": str(tmp_path / "kept")}
     next(load_frames(**options))
@@ -408,9 +460,13 @@ def test_frames_of_films_equal_their_extraction_whatever_their_sound(tmp_path):
     film(tmp_path / "films/deep/mono.mkv", audio=noise(32000, channels=1), seed=5)
     film(tmp_path / "films/sparse.webm", seconds=3, seed=9)
     extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings())
-    on_the_fly, extracted = (FrameDataset(find_images(str(tmp_path / name)), **SIZES) for name in ("films", "frames"))
+    on_the_fly, extracted = (
+        FrameDataset(find_images(str(tmp_path / name)), **SIZES) for name in ("films", "frames")
+    )
     assert len(on_the_fly) == len(extracted) == 28
-    read = {name: media.read_image(tmp_path / "frames" / name) for name in names_in(tmp_path / "frames")}
+    read = {
+        name: media.read_image(tmp_path / "frames" / name) for name in names_in(tmp_path / "frames")
+    }
     order = {"mono": 0, "silent": 8, "sparse": 16}  # films/deep comes first
     for name, image in read.items():
         _, clip, number = Path(name).stem.split("_")
@@ -441,13 +497,21 @@ def test_extraction_writes_the_frames_shown_at_its_rate_and_a_rerun_nothing(tmp_
     target = tmp_path / "frames"
     frames, bad = extract_videos([str(tmp_path / "films")], str(target), ExtractSettings(fps=4))
     assert (frames, bad) == ({"a.b": 8, "c": 4}, {})
-    assert names_in(target) == [f"image_a.b_{k:06d}.png" for k in range(8)] + [f"image_c_{k:06d}.png" for k in range(4)]
-    read, _ = media.read_window(film(tmp_path / "s.mp4", audio=noise(32000)), 0, 8, 4, 32, 48, 16000, 16)
+    assert names_in(target) == [f"image_a.b_{k:06d}.png" for k in range(8)] + [
+        f"image_c_{k:06d}.png" for k in range(4)
+    ]
+    read, _ = media.read_window(
+        film(tmp_path / "s.mp4", audio=noise(32000)), 0, 8, 4, 32, 48, 16000, 16
+    )
     for k, name in enumerate(names_in(target)[:8]):
-        assert (media.read_image(target / name).int() - read[k].permute(2, 0, 1).int()).abs().float().mean() < 1
+        assert (
+            media.read_image(target / name).int() - read[k].permute(2, 0, 1).int()
+        ).abs().float().mean() < 1
     monkeypatch.setattr(media, "write_image", lambda *_: pytest.fail("written again"))
     assert extract_videos(
-        [str(tmp_path / "films/sub"), str(tmp_path / "films/a.b.mp4")], str(target), ExtractSettings()
+        [str(tmp_path / "films/sub"), str(tmp_path / "films/a.b.mp4")],
+        str(target),
+        ExtractSettings(),
     )
 
 
@@ -482,10 +546,16 @@ def test_only_clips_that_are_incomplete_are_extracted_again(tmp_path, monkeypatc
     for missing in ("image_1_*", "image_0_000003.png"):
         for path in (tmp_path / "frames").glob(missing):
             path.unlink()
-        done = {name for name in map(str, range(3)) if len(list((tmp_path / "frames").glob(f"image_{name}_*"))) == 8}
+        done = {
+            name
+            for name in map(str, range(3))
+            if len(list((tmp_path / "frames").glob(f"image_{name}_*"))) == 8
+        }
         written.clear()
         assert extract_videos(*arguments) == ({str(k): 8 for k in range(3)}, {})
-        assert sorted(written) == [f"image_{k}_{n:06d}.png" for k in range(3) if str(k) not in done for n in range(8)]
+        assert sorted(written) == [
+            f"image_{k}_{n:06d}.png" for k in range(3) if str(k) not in done for n in range(8)
+        ]
         assert len(names_in(tmp_path / "frames")) == 24
 
 
@@ -505,8 +575,13 @@ def test_other_clips_are_extracted_beside_one_of_a_codec_that_nobody_knows(tmp_p
     film(tmp_path / "films/good.mp4")
     odd = film(tmp_path / "films/odd.mp4")
     odd.write_bytes(odd.read_bytes().replace(b"avc1", b"zzzz"))
-    frames, bad = extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings())
-    assert (frames, bad) == ({"good": 8}, {str(odd): f"{odd}: its video stream has an unknown codec"})
+    frames, bad = extract_videos(
+        [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings()
+    )
+    assert (frames, bad) == (
+        {"good": 8},
+        {str(odd): f"{odd}: its video stream has an unknown codec"},
+    )
 
 
 def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, monkeypatch):
@@ -525,7 +600,12 @@ def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, 
 
     monkeypatch.setattr(media, "write_image", slowly)
     with pytest.raises(OSError, match="disk full"):
-        extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings(fps=10), num_workers=2)
+        extract_videos(
+            [str(tmp_path / "films")],
+            str(tmp_path / "frames"),
+            ExtractSettings(fps=10),
+            num_workers=2,
+        )
     assert 1 <= len(written) < 200
     assert not names_in(tmp_path / "frames")
 
@@ -535,7 +615,12 @@ def test_frames_of_a_clip_that_was_killed_are_no_pictures_and_go_with_the_rerun(
     kill += "media.write_image = lambda path, *rest: os._exit(9) if '005' in path.name else write(path, *rest)\n"
     kill += "extraction.extract_videos([sys.argv[1]], sys.argv[2], extraction.ExtractSettings())"
     source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
-    assert subprocess.run([sys.executable, "-c", kill, source, target], timeout=120, check=False).returncode == 9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", kill, source, target], timeout=120, check=False
+        ).returncode
+        == 9
+    )
     assert len(names_in(target)) == 5
     with pytest.raises(DataError, match="holds no images"):
         find_images(target)
@@ -571,7 +656,10 @@ def test_a_film_copied_elsewhere_is_the_same_film_but_not_one_of_its_size(
     tmp_path, monkeypatch, minutes_later, pad_bytes
 ):
     here, there = film(tmp_path / "a/x.mp4"), tmp_path / "b/x.mp4"
-    data = here.read_bytes() + (pad_bytes.to_bytes(4, "big") + b"free").ljust(pad_bytes, b"\0")[:pad_bytes]
+    data = (
+        here.read_bytes()
+        + (pad_bytes.to_bytes(4, "big") + b"free").ljust(pad_bytes, b"\0")[:pad_bytes]
+    )
     here.write_bytes(data)
     arguments = str(tmp_path / "frames"), ExtractSettings()
     extract_videos([str(here)], *arguments)
@@ -581,7 +669,9 @@ def test_a_film_copied_elsewhere_is_the_same_film_but_not_one_of_its_size(
     os.utime(there, (0, here.stat().st_mtime + 60 * minutes_later))
     assert extract_videos([str(there)], *arguments) == ({"x": 8}, {})
     for changed in (10, len(data) // 2, len(data) - 1):
-        there.write_bytes(data[:changed] + b"inserted" + data[changed + (8 if changed == 10 else 0) :])
+        there.write_bytes(
+            data[:changed] + b"inserted" + data[changed + (8 if changed == 10 else 0) :]
+        )
         with pytest.raises(DataError, match=r"a/x\.mp4 and .*b/x\.mp4: .* rename one"):
             extract_videos([str(there)], *arguments)
 
@@ -590,9 +680,14 @@ def test_one_folder_holds_frames_of_one_kind(tmp_path):
     source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
     extract_videos([source], target, ExtractSettings(fps=4))
     for other in ({"fps": 2}, {"format": "jpg"}, {"size": 16}):
-        with pytest.raises(DataError, match=r"extracted with --fps 4 --format png --size 0; .*another folder"):
+        with pytest.raises(
+            DataError, match=r"extracted with --fps 4 --format png --size 0; .*another folder"
+        ):
             extract_videos([source], target, ExtractSettings(**other))
-    assert extract_videos([source], target, ExtractSettings(quality=50)) == ({"a": 8}, {})  # png has no quality
+    assert extract_videos([source], target, ExtractSettings(quality=50)) == (
+        {"a": 8},
+        {},
+    )  # png has no quality
     extract_videos([source], f"{target}_jpg", ExtractSettings(format="jpg", quality=90))
     with pytest.raises(DataError, match=r"extracted with .*--format jpg --quality 90 --size 0; "):
         extract_videos([source], f"{target}_jpg", ExtractSettings(format="jpg"))
@@ -615,7 +710,9 @@ def run_extract_video(*arguments):
     script = Path(__file__).resolve().parents[1] / "py_scripts" / "extract_video.py"
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_the_script_extracts_what_it_can_and_names_the_rest(tmp_path):
@@ -639,5 +736,7 @@ def test_the_script_tells_a_missing_folder_in_one_line(tmp_path):
 
 @real_media
 def test_the_two_real_films_give_four_frames_a_second(tmp_path):
-    frames, bad = extract_videos([str(MEDIA)], str(tmp_path), ExtractSettings(format="jpg", size=64))
+    frames, bad = extract_videos(
+        [str(MEDIA)], str(tmp_path), ExtractSettings(format="jpg", size=64)
+    )
     assert (sorted(frames.values()), bad) == ([52, 120], {})

@@ -87,7 +87,11 @@ def test_a_checkpoint_never_runs_code(tmp_path, good, kind):
     else:  # the pickle inside a checkpoint, replaced
         source, target = zipfile.ZipFile(io.BytesIO(good)), zipfile.ZipFile(path, "w")
         for entry in source.infolist():
-            data = pickle.dumps(Evil(trap)) if entry.filename.endswith("data.pkl") else source.read(entry)
+            data = (
+                pickle.dumps(Evil(trap))
+                if entry.filename.endswith("data.pkl")
+                else source.read(entry)
+            )
             target.writestr(entry.filename, data)
         target.close()
     with pytest.raises(CheckpointError, match=r"model000001\.pt"):
@@ -117,7 +121,9 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [th.tensor(1.0), th.zeros(2, dtype=th.int64), th.zeros(1, 1, 1, 1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "value", [th.tensor(1.0), th.zeros(2, dtype=th.int64), th.zeros(1, 1, 1, 1, 1, 1, 1)]
+)
 def test_a_tensor_of_another_shape_changes_nothing(value):
     model, _ = tiny.build()
     before = {name: p.clone() for name, p in published_state_dict(model).items()}

@@ -54,15 +54,24 @@ def read_clips(folder: str) -> Iterator[tuple[str, str]]:
 
 def read_pictures(folder: str) -> Iterator[tuple[str, str]]:
     """The same of every image, and of every film as pictures."""
-    media.check_image, media.picture_seconds = in_time(media.check_image), in_time(media.picture_seconds)
+    media.check_image, media.picture_seconds = (
+        in_time(media.check_image),
+        in_time(media.picture_seconds),
+    )
     index = find_images(folder, num_workers=1)
-    return itertools.chain(index.bad.items(), try_all(FrameDataset(index, 16, 8), index.clips, PICTURE_SHAPES))
+    return itertools.chain(
+        index.bad.items(), try_all(FrameDataset(index, 16, 8), index.clips, PICTURE_SHAPES)
+    )
 
 
 def try_all(dataset, files: list, shapes: list) -> Iterator[tuple[str, str]]:
     """(path, why the first, the middle or the last item of each file is not what it should be)."""
-    for (path, _), first, end in zip(files, [0, *dataset.first_after], dataset.first_after, strict=False):
-        told = (try_item(dataset, item, shapes) for item in sorted({first, (first + end) // 2, end - 1}))
+    for (path, _), first, end in zip(
+        files, [0, *dataset.first_after], dataset.first_after, strict=False
+    ):
+        told = (
+            try_item(dataset, item, shapes) for item in sorted({first, (first + end) // 2, end - 1})
+        )
         yield path, next(filter(None, told), "")
 
 
@@ -85,7 +94,9 @@ def main(*folders: str) -> None:
     told: dict[str, str] = {}
     for what, folder in (argument.split(":", 1) for argument in folders):
         told |= dict({"clips": read_clips, "pictures": read_pictures}[what](folder))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     json.dump({"told": told, "peak": peak}, sys.stdout)
 
 
@@ -96,14 +107,18 @@ def read_apart(cache: Path, **folders: Path) -> dict[str, dict[str, str]]:
     """Folder's name -> file's name -> what is wrong with it; the process that finds out is well, quiet and small."""
     environment = os.environ | {"MM_DIFFUSION_CACHE": str(cache)}
     command = [sys.executable, __file__, *(f"{what}:{folder}" for what, folder in folders.items())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["peak"] < MAX_BYTES
     for path, reason in found["told"].items():
         assert "\n" not in reason
         assert not reason or reason.startswith(f"{path}: ")
-    assert sorted(found["told"]) == sorted(str(path) for folder in folders.values() for path in folder.iterdir())
+    assert sorted(found["told"]) == sorted(
+        str(path) for folder in folders.values() for path in folder.iterdir()
+    )
     return {
         what: {path.name: found["told"][str(path)] for path in sorted(folder.iterdir())}
         for what, folder in folders.items()
@@ -112,10 +127,14 @@ def read_apart(cache: Path, **folders: Path) -> dict[str, dict[str, str]]:
 
 def check_clips(told: dict[str, str], count: int) -> None:
     assert all(told[name] for name in [*NO_FILMS, "silent.mp4"])
-    assert not any(told[name] for name in told if name in ODD_FILMS or name.startswith(("whole", "misnamed")))
+    assert not any(
+        told[name] for name in told if name in ODD_FILMS or name.startswith(("whole", "misnamed"))
+    )
     damaged = [bool(reason) for name, reason in told.items() if name[0].isdigit()]
     assert len(damaged) == count
-    assert count / 8 < sum(damaged) < count * 7 / 8  # else the damage is not worth the name, or too much of it
+    assert (
+        count / 8 < sum(damaged) < count * 7 / 8
+    )  # else the damage is not worth the name, or too much of it
 
 
 def check_images(told: dict[str, str]) -> None:
@@ -139,10 +158,16 @@ def test_two_hundred_damaged_films_are_left_out_with_a_reason_or_give_sane_clips
 
 
 @pytest.mark.slow
-def test_damaged_films_are_left_out_with_a_reason_or_give_sane_pictures_whatever_their_sound(tmp_path):
+def test_damaged_films_are_left_out_with_a_reason_or_give_sane_pictures_whatever_their_sound(
+    tmp_path,
+):
     damaged_clips(tmp_path / "clips", 200)
     told = read_apart(tmp_path / "index", pictures=tmp_path / "clips")["pictures"]
-    assert not any(told[name] for name in told if name in [*ODD_FILMS, "silent.mp4"] or name.startswith("whole"))
+    assert not any(
+        told[name]
+        for name in told
+        if name in [*ODD_FILMS, "silent.mp4"] or name.startswith("whole")
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from mm_diffusion.script_util import DataConfig
 SCRIPT = Path(__file__).parents[1] / "py_scripts/gallery.py"
 RATE, FRAMES, FPS = 8000, 8, 4
 ODD_NAME = "a <b>&'\"#% é.mp4"
-needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here: apt-get install chromium")
+needs_chromium = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium here: apt-get install chromium"
+)
 
 
 def moving(places: list[float], side: int = 32) -> th.Tensor:
@@ -52,7 +54,10 @@ BACK = [1 - place for place in THERE]
 
 def write(path: Path, video=None, audio=None) -> Path:
     """A clip as sampling writes it."""
-    video, audio = moving(THERE) if video is None else video, panned(THERE) if audio is None else audio
+    video, audio = (
+        moving(THERE) if video is None else video,
+        panned(THERE) if audio is None else audio,
+    )
     media.write_clip(path, video, FPS, audio, RATE)
     return path
 
@@ -90,7 +95,9 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_sound_that_follows_the_object_is_aligned_and_its_mirror_opposed():
-    same, mirrored = (gallery.measure(moving(THERE), panned(places))["alignment"] for places in (THERE, BACK))
+    same, mirrored = (
+        gallery.measure(moving(THERE), panned(places))["alignment"] for places in (THERE, BACK)
+    )
     assert same == pytest.approx(1, abs=0.02)
     assert mirrored == pytest.approx(-same, abs=1e-6)
 
@@ -116,7 +123,11 @@ NOTHING = {
     "mono": (moving(THERE), panned([0.5] * FRAMES), {"alignment"}),
     "one side": (moving(THERE), panned([0.0] * FRAMES), {"alignment", "correlation"}),
     "one frame": (moving([0.3]), panned([0.3]), {"alignment", "motion"}),
-    "one sample": (moving([0.3]), panned([0.3])[:, 101:102], {"alignment", "motion", "correlation"}),
+    "one sample": (
+        moving([0.3]),
+        panned([0.3])[:, 101:102],
+        {"alignment", "motion", "correlation"},
+    ),
 }
 
 
@@ -146,7 +157,9 @@ def test_silence_is_what_the_metrics_call_silence(factor, silent):
     assert heard == [None if silent else pytest.approx(0, abs=1e-4)] * FRAMES
 
 
-@pytest.mark.parametrize(("above", "reason"), [(-0.005, "black"), (0.005, "nothing stands out in the picture")])
+@pytest.mark.parametrize(
+    ("above", "reason"), [(-0.005, "black"), (0.005, "nothing stands out in the picture")]
+)
 def test_black_is_what_the_metrics_call_black(above, reason):
     video = th.full((FRAMES, 3, 16, 16), scores.BLACK + above)
     assert gallery.measure(video, panned(THERE))["alignment"] == reason
@@ -179,7 +192,9 @@ def test_a_tone_shows_in_its_channel_at_its_frequency(hz):
     picture = gallery.spectrogram(th.stack([tone, tone * 0]), RATE).sum(0).double()
     rows = (len(picture) - 1) // 2
     left, right = picture[:rows], picture[-rows:]
-    assert left.mean(1).argmax().item() == pytest.approx(rows * (1 - gallery.mel_height(hz, RATE / 2)), abs=1.5)
+    assert left.mean(1).argmax().item() == pytest.approx(
+        rows * (1 - gallery.mel_height(hz, RATE / 2)), abs=1.5
+    )
     assert right.max() < left.max() / 4
 
 
@@ -195,7 +210,9 @@ def test_white_noise_is_equally_bright_at_all_frequencies():
     assert brightness[2:-2].std() < 0.05 * brightness.mean()
 
 
-@pytest.mark.parametrize(("count", "rate"), [(1, 8), (50, 512), (1024, 512), (16000, 16000), (3, 96000)])
+@pytest.mark.parametrize(
+    ("count", "rate"), [(1, 8), (50, 512), (1024, 512), (16000, 16000), (3, 96000)]
+)
 def test_a_spectrogram_is_drawn_of_any_length_and_rate(count, rate):
     picture = gallery.spectrogram(th.zeros(2, count), rate)
     rows, columns = gallery.SPECTROGRAM
@@ -229,7 +246,13 @@ def mixed(tmp_path_factory) -> Path:
     (root / "broken.mp4").write_bytes(b"no film")
     (root / "empty.mp4").touch()
     (root / "scores.json").write_text(
-        json.dumps({"sub/aligned.mp4": {"good": 3}, "mirrored": {"good": 5, "odd": None}, "silent": {"level": 7}})
+        json.dumps(
+            {
+                "sub/aligned.mp4": {"good": 3},
+                "mirrored": {"good": 5, "odd": None},
+                "silent": {"level": 7},
+            }
+        )
     )
     gallery.write_gallery(root)
     return root
@@ -246,7 +269,14 @@ def test_the_page_shows_reasons_instead_of_numbers_that_do_not_exist(mixed):
     text = " ".join(Reader(mixed / "index.html").text)
     page = (mixed / "index.html").read_text()
     assert not re.search(r"\b(nan|NaN|inf|Infinity|None)\b", page.split("<script>")[0])
-    for words in ("none: silent", "black", "none: one frame", "mono", "browsers play no .mkv", "not a number"):
+    for words in (
+        "none: silent",
+        "black",
+        "none: one frame",
+        "mono",
+        "browsers play no .mkv",
+        "not a number",
+    ):
         assert words in text
     for reason in ("broken.mp4", "cannot be decoded", "empty.mp4", "is empty"):
         assert reason in text.split("2 files cannot be shown")[1]
@@ -271,8 +301,12 @@ def test_the_curves_of_a_clip_are_where_its_object_is_and_where_its_sound_comes_
     clip = read_clips(mixed / "index.html")["sub/mirrored"]
     for kind, places, tolerance in (("seen", THERE, 5), ("heard", BACK, 2)):
         drawn = points(clip[kind]["d"])
-        assert [x for x, _ in drawn] == pytest.approx([1000 * (k + 0.5) / FRAMES for k in range(FRAMES)], abs=1)
-        assert [y for _, y in drawn] == pytest.approx([50 + 48 * (2 * place - 1) for place in places], abs=tolerance)
+        assert [x for x, _ in drawn] == pytest.approx(
+            [1000 * (k + 0.5) / FRAMES for k in range(FRAMES)], abs=1
+        )
+        assert [y for _, y in drawn] == pytest.approx(
+            [50 + 48 * (2 * place - 1) for place in places], abs=tolerance
+        )
 
 
 def test_the_pictures_of_a_clip_are_its_frames_its_poster_and_its_spectrograms(mixed):
@@ -281,7 +315,9 @@ def test_the_pictures_of_a_clip_are_its_frames_its_poster_and_its_spectrograms(m
     strip, poster, sound = (media.read_image(mixed / source) for source in sources)
     assert len(set(sources)) == 3
     assert strip.shape == (3, 64, FRAMES * 64)
-    for picture, place in zip([*strip.chunk(FRAMES, dim=-1), poster], [*THERE, THERE[FRAMES // 2]], strict=True):
+    for picture, place in zip(
+        [*strip.chunk(FRAMES, dim=-1), poster], [*THERE, THERE[FRAMES // 2]], strict=True
+    ):
         assert picture.double().mean((0, 1)).argmax().item() == pytest.approx(64 * place, abs=3)
     assert sound.shape[1] == 2 * gallery.SPECTROGRAM[0] + 1
 
@@ -311,8 +347,18 @@ def test_the_table_tells_the_median_of_the_clips_that_have_a_score_and_how_many_
 def test_a_second_table_tells_the_medians_of_each_folder(mixed, tmp_path):
     page = Reader(mixed / "index.html")
     header, top, sub = (row for row in page.table if len(row) > 3)
-    assert header == ["Median in", *(score.label for score in gallery.SCORES.values()), "level", "good", "odd"]
-    aligned = [json.loads(row["data-scores"])["alignment"] for row in page.data if row["data-folder"] == "sub"]
+    assert header == [
+        "Median in",
+        *(score.label for score in gallery.SCORES.values()),
+        "level",
+        "good",
+        "odd",
+    ]
+    aligned = [
+        json.loads(row["data-scores"])["alignment"]
+        for row in page.data
+        if row["data-folder"] == "sub"
+    ]
     assert sub[:2] == ["sub", gallery.SCORES["alignment"].form.format(sum(aligned) / 2)]
     assert sub[-3:] == ["no clip has it", "4", "no clip has it"]
     assert top[0] == "(top)"
@@ -322,12 +368,17 @@ def test_a_second_table_tells_the_medians_of_each_folder(mixed, tmp_path):
 
 
 def test_given_scores_find_their_clips_and_leave_the_measured_ones(mixed):
-    rows = {row["data-name"]: json.loads(row["data-scores"]) for row in Reader(mixed / "index.html").data}
+    rows = {
+        row["data-name"]: json.loads(row["data-scores"])
+        for row in Reader(mixed / "index.html").data
+    }
     assert rows["sub/aligned"]["given good"] == 3
     assert rows["sub/mirrored"]["given good"] == 5
     assert rows["silent"] == {"given level": 7, "motion": rows["silent"]["motion"]}
     assert rows["sub/aligned"]["alignment"] == pytest.approx(1, abs=0.05)
-    assert rows["sub/mirrored"]["alignment"] == pytest.approx(-rows["sub/aligned"]["alignment"], abs=0.01)
+    assert rows["sub/mirrored"]["alignment"] == pytest.approx(
+        -rows["sub/aligned"]["alignment"], abs=0.01
+    )
 
 
 def test_clips_of_one_name_stand_beside_each_other_and_numbers_count_by_value(tmp_path):
@@ -343,7 +394,11 @@ def test_clips_of_one_name_stand_beside_each_other_and_numbers_count_by_value(tm
 
 def test_the_contact_sheet_has_a_row_for_every_clip(mixed):
     sheet = media.read_image(mixed / "gallery" / gallery.SHEET)
-    assert sheet.shape == (3, 7 * (gallery.SHEET_SIDE + 2) + 2, gallery.SHEET_FRAMES * (gallery.SHEET_SIDE + 2) + 2)
+    assert sheet.shape == (
+        3,
+        7 * (gallery.SHEET_SIDE + 2) + 2,
+        gallery.SHEET_FRAMES * (gallery.SHEET_SIDE + 2) + 2,
+    )
 
 
 def test_what_has_not_changed_is_not_measured_again(tmp_path):
@@ -400,7 +455,13 @@ def test_pictures_of_clips_that_are_gone_go_and_files_of_others_stay(tmp_path):
     shown = {Path(file).name for file in Reader(page).files}
     left = {path.name for path in tmp_path.glob("gallery/*")}
     assert len(before) == 2 * 3
-    assert left == (set(before) & shown) | {gallery.SHEET, gallery.MEASURED, "notes.txt", "a_strip.jpg", stranger}
+    assert left == (set(before) & shown) | {
+        gallery.SHEET,
+        gallery.MEASURED,
+        "notes.txt",
+        "a_strip.jpg",
+        stranger,
+    }
 
 
 @pytest.mark.parametrize("older", ["measured_1.json", ""])
@@ -436,7 +497,9 @@ def test_a_film_whose_pictures_change_their_size_is_shown_at_that_of_the_first(t
     make_resized_film(path, [(64, 64)] * 10 + [(64, 32)] * 10, 10, noise(32000, 2), 16000)
     page = Reader(gallery.write_gallery(tmp_path))
     assert [row["data-name"] for row in page.data] == ["resized"]
-    first, *_, last = media.read_image(tmp_path / page.data[0]["strip"]["src"]).chunk(gallery.STRIP_FRAMES, dim=-1)
+    first, *_, last = media.read_image(tmp_path / page.data[0]["strip"]["src"]).chunk(
+        gallery.STRIP_FRAMES, dim=-1
+    )
     assert first.shape == last.shape
 
 
@@ -460,7 +523,9 @@ def test_the_script_takes_scores_from_the_file_that_it_is_given(tmp_path, monkey
     status, _ = show(monkeypatch, capsys, tmp_path / "clips", "--scores", tmp_path / "mine.json")
     found = json.loads(read_clips(tmp_path / "clips/index.html")["a"]["data-scores"])
     assert status == 0
-    assert {key: value for key, value in found.items() if key.startswith("given")} == {"given mine": 2}
+    assert {key: value for key, value in found.items() if key.startswith("given")} == {
+        "given mine": 2
+    }
 
 
 @pytest.mark.parametrize("seconds", [60, 62])
@@ -493,13 +558,17 @@ REFUSED = {
     "holds something else (contact_sheet.png)": foreign_pictures(gallery.SHEET),
     "cannot be read as JSON": lambda root: (root / "scores.json").write_text("{"),
     "need {": lambda root: (root / "scores.json").write_text('{"a": 1}'),
-    "is 'high', need a number": lambda root: (root / "scores.json").write_text('{"a": {"x": "high"}}'),
+    "is 'high', need a number": lambda root: (root / "scores.json").write_text(
+        '{"a": {"x": "high"}}'
+    ),
     "names none of the 1 clips": lambda root: (root / "scores.json").write_text('{"b": {"x": 1}}'),
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_shown_is_told_in_one_line_and_nothing_is_lost(words, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_shown_is_told_in_one_line_and_nothing_is_lost(
+    words, tmp_path, monkeypatch, capsys
+):
     write(tmp_path / "a.mp4")
     REFUSED[words](tmp_path)
     mine = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -26,7 +26,9 @@ def make_hosts(names: list[str], cable: str) -> None:
     for name in names:
         ip("netns", "add", name)
         ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", name, "link", "add", "bridge0", "type", "bridge")  # first in the list of interfaces
+        ip(
+            "-n", name, "link", "add", "bridge0", "type", "bridge"
+        )  # first in the list of interfaces
         ip("-n", name, "address", "add", f"{EVERYWHERE}/24", "dev", "bridge0")
         ip("-n", name, "link", "set", "bridge0", "up")
     ip("link", "add", f"{cable}0", "type", "veth", "peer", "name", f"{cable}1")
@@ -39,8 +41,20 @@ def make_hosts(names: list[str], cable: str) -> None:
 def commands_on(name: str, file: Path, known: str) -> list[str]:
     """What runs the command that follows it on this host, which knows these names, and not its own."""
     file.write_text(known)
-    script = f'hostname {name}.invalid && mount --bind {shlex.quote(str(file))} /etc/hosts && exec "$@"'
-    return ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount", "sh", "-c", script, "sh"]
+    script = (
+        f'hostname {name}.invalid && mount --bind {shlex.quote(str(file))} /etc/hosts && exec "$@"'
+    )
+    return [
+        "nsenter",
+        f"--net=/run/netns/{name}",
+        "unshare",
+        "--uts",
+        "--mount",
+        "sh",
+        "-c",
+        script,
+        "sh",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +116,21 @@ def finish(*started: subprocess.Popen) -> str:
 
 
 def start(command: list[str], env: dict[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def mpiexec(tmp_path: Path, hosts: list[list[str]]) -> list[str]:
     """mpiexec on the first host, which reaches the second by a program that stands in for ssh."""
     reach = tmp_path / "reach"
     cases = "".join(
-        f'{address}) exec {shlex.join(host)} sh -c "$*" ;;\n' for address, host in zip(ADDRESSES, hosts, strict=True)
+        f'{address}) exec {shlex.join(host)} sh -c "$*" ;;\n'
+        for address, host in zip(ADDRESSES, hosts, strict=True)
     )
-    reach.write_text(f'#!/bin/sh\n[ "$1" != -x ] || shift\nhost=$1\nshift\ncase $host in\n{cases}esac\n')
+    reach.write_text(
+        f'#!/bin/sh\n[ "$1" != -x ] || shift\nhost=$1\nshift\ncase $host in\n{cases}esac\n'
+    )
     reach.chmod(0o755)
     here = ["-localhost", ADDRESSES[0], "-launcher", "ssh", "-launcher-exec", str(reach)]
     return [*hosts[0], str(MPIEXEC), *here, "-hosts", ",".join(ADDRESSES), "-ppn", "1", "-n", "2"]
@@ -124,13 +143,23 @@ def assert_trained_alike(tmp_path: Path, place: str) -> None:
         assert result["total"] == 5
         assert result["local_rank"] == 0
     assert results[0]["weights"].keys() == results[1]["weights"].keys()
-    assert all(th.equal(value, results[1]["weights"][name]) for name, value in results[0]["weights"].items())
+    assert all(
+        th.equal(value, results[1]["weights"][name])
+        for name, value in results[0]["weights"].items()
+    )
 
 
 def test_two_hosts_train_alike_when_told_where_to_meet(hosts, tmp_path):
     """As torchrun and the operators of clusters start ranks."""
-    env = environment(WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR=MEETING_POINT, MASTER_PORT="29501")
-    finish(*(start([*host, *job(tmp_path)], env | {"RANK": str(rank)}) for rank, host in enumerate(hosts)))
+    env = environment(
+        WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR=MEETING_POINT, MASTER_PORT="29501"
+    )
+    finish(
+        *(
+            start([*host, *job(tmp_path)], env | {"RANK": str(rank)})
+            for rank, host in enumerate(hosts)
+        )
+    )
     assert_trained_alike(tmp_path, MEETING_POINT)
 
 

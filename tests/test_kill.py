@@ -46,12 +46,24 @@ def start(folder: Path) -> tuple[subprocess.Popen, list[int]]:
         mark.unlink(missing_ok=True)
     tests = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    command = ["mpiexec", "-n", "2", sys.executable, "-c", SCRIPT, str(folder), str(STEPS), str(SAVE_INTERVAL)]
+    command = [
+        "mpiexec",
+        "-n",
+        "2",
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(folder),
+        str(STEPS),
+        str(SAVE_INTERVAL),
+    ]
     log = open(f"{folder}.log", "a")  # noqa: SIM115 (the process keeps it)
     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     give_up = time.monotonic() + START_SECONDS
     while not all(mark.exists() and mark.read_text() for mark in marks):
-        assert process.poll() is None or all(mark.exists() for mark in marks), Path(f"{folder}.log").read_text()
+        assert process.poll() is None or all(mark.exists() for mark in marks), Path(
+            f"{folder}.log"
+        ).read_text()
         assert time.monotonic() < give_up, Path(f"{folder}.log").read_text()
         time.sleep(0.02)
     return process, [int(mark.read_text()) for mark in marks]
@@ -63,7 +75,9 @@ def wait_for_the_moment(folder: Path, process: subprocess.Popen, rng: random.Ran
         time.sleep(rng.uniform(0, 4))
         return
     until = time.monotonic() + rng.uniform(0, 3)
-    while process.poll() is None and (time.monotonic() < until or not list(folder.glob("*.partial"))):
+    while process.poll() is None and (
+        time.monotonic() < until or not list(folder.glob("*.partial"))
+    ):
         time.sleep(0.001)
 
 

@@ -12,7 +12,11 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted((REPO / "ssh_scripts").glob("*.sh"))
-NEEDED_PATH = {"multimodal_train": "DATA_DIR", "image_sr_train": "DATA_DIR", "multimodal_sample_sr": "MODEL_PATH"}
+NEEDED_PATH = {
+    "multimodal_train": "DATA_DIR",
+    "image_sr_train": "DATA_DIR",
+    "multimodal_sample_sr": "MODEL_PATH",
+}
 OTHER_PATHS = ("SR_MODEL_PATH", "LOAD_NOISE", "REF_PATH")
 NEEDS_PATH = pytest.mark.parametrize("name", NEEDED_PATH)
 
@@ -35,12 +39,18 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def run(name: str, *args: str, path: str = "", **variables: str | Path) -> subprocess.CompletedProcess:
+def run(
+    name: str, *args: str, path: str = "", **variables: str | Path
+) -> subprocess.CompletedProcess:
     """Run ssh_scripts/NAME.sh in an environment that holds `variables` and little else."""
     env = {"PATH": f"{path}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
     command = ["bash", str(REPO / f"ssh_scripts/{name}.sh"), *args]
     return subprocess.run(
-        command, env=env | {k: str(v) for k, v in variables.items()}, capture_output=True, text=True, timeout=60
+        command,
+        env=env | {k: str(v) for k, v in variables.items()},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -74,14 +84,24 @@ def test_a_path_that_is_not_given_is_asked_for_in_one_line(name):
 @NEEDS_PATH
 def test_a_path_that_does_not_exist_is_named_in_one_line(name, tmp_path):
     missing = tmp_path / "no such place"
-    assert_refused(run(name, **{NEEDED_PATH[name]: f"{tmp_path},{missing}"}), NEEDED_PATH[name], str(missing))
+    assert_refused(
+        run(name, **{NEEDED_PATH[name]: f"{tmp_path},{missing}"}), NEEDED_PATH[name], str(missing)
+    )
 
 
 @NEEDS_PATH
 def test_paths_with_spaces_and_extra_flags_arrive_whole(name, tmp_path):
     place = tmp_path / "my clips"
     place.mkdir()
-    line = recorded(tmp_path, name, "--seed", "7 8", NUM_GPUS="1", OUTPUT_DIR="out dir", **{NEEDED_PATH[name]: place})
+    line = recorded(
+        tmp_path,
+        name,
+        "--seed",
+        "7 8",
+        NUM_GPUS="1",
+        OUTPUT_DIR="out dir",
+        **{NEEDED_PATH[name]: place},
+    )
     assert line[:2] == ["python", str(REPO / f"py_scripts/{name}.py")]
     assert {str(place), "out dir"} <= set(line)
     assert line[-2:] == ["--seed", "7 8"]
@@ -98,14 +118,20 @@ def test_several_ranks_are_started_by_mpiexec_and_eight_are_the_default(name, tm
 @pytest.mark.parametrize("count", ["0", "two", "-1"])
 def test_an_impossible_number_of_ranks_is_refused(name, count, tmp_path):
     write_program(tmp_path / "bin/python", RECORDER)
-    assert_refused(run(name, path=str(tmp_path / "bin"), NUM_GPUS=count, **{NEEDED_PATH[name]: tmp_path}), "NUM_GPUS")
+    assert_refused(
+        run(name, path=str(tmp_path / "bin"), NUM_GPUS=count, **{NEEDED_PATH[name]: tmp_path}),
+        "NUM_GPUS",
+    )
 
 
 @NEEDS_PATH
 def test_every_variable_can_be_set_from_outside(name, tmp_path):
     text = (REPO / f"ssh_scripts/{name}.sh").read_text()
     names = re.findall(r'^: "\$\{(\w+):?=', text, re.MULTILINE)
-    values = {variable: f"value of {variable}" for variable in names} | {"NUM_GPUS": "1", NEEDED_PATH[name]: tmp_path}
+    values = {variable: f"value of {variable}" for variable in names} | {
+        "NUM_GPUS": "1",
+        NEEDED_PATH[name]: tmp_path,
+    }
     values |= {variable: tmp_path for variable in OTHER_PATHS if variable in names}
     line = recorded(tmp_path, name, **values)
     assert {str(value) for variable, value in values.items() if variable != "NUM_GPUS"} <= set(line)
@@ -143,7 +169,16 @@ def test_every_launcher_can_use_torchrun_or_srun(name, tmp_path):
     assert line[:7] == [*torchrun, "--standalone", "--nproc_per_node", "2", script]
     place = {"NNODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "node1"}
     line = recorded(tmp_path, name, LAUNCHER="torchrun", NUM_GPUS="2", **place, **path)
-    where = ["--nnodes", "3", "--node_rank", "1", "--master_addr", "node1", "--master_port", "29500"]
+    where = [
+        "--nnodes",
+        "3",
+        "--node_rank",
+        "1",
+        "--master_addr",
+        "node1",
+        "--master_port",
+        "29500",
+    ]
     assert line[:14] == [*torchrun, *where, "--nproc_per_node", "2", script]
     line = recorded(tmp_path, name, LAUNCHER="srun", **path)
     assert line[:4] == ["srun", "--kill-on-bad-exit=1", "python", script]
@@ -167,12 +202,20 @@ def test_a_way_to_start_ranks_that_cannot_work_is_refused_in_one_line(variables,
 
 def test_the_launcher_for_hosts_wants_a_file_of_them(tmp_path):
     assert_refused(run("multimodal_train_hosts", DATA_DIR=tmp_path), "HOSTFILE")
-    assert_refused(run("multimodal_train_hosts", DATA_DIR=tmp_path, HOSTFILE="no such file"), "HOSTFILE=no such file")
+    assert_refused(
+        run("multimodal_train_hosts", DATA_DIR=tmp_path, HOSTFILE="no such file"),
+        "HOSTFILE=no such file",
+    )
 
 
 def test_the_launcher_for_hosts_is_the_trainers_on_many_hosts(tmp_path):
     (tmp_path / "hosts").write_text("node1\nnode2\n")
-    given = {"HOSTFILE": tmp_path / "hosts", "GPUS_PER_NODE": "4", "DATA_DIR": tmp_path, "LR": "5e-5"}
+    given = {
+        "HOSTFILE": tmp_path / "hosts",
+        "GPUS_PER_NODE": "4",
+        "DATA_DIR": tmp_path,
+        "LR": "5e-5",
+    }
     line = recorded(tmp_path, "multimodal_train_hosts", "--seed", "7 8", **given)
     start = ["mpiexec", "-f", str(tmp_path / "hosts"), "-ppn", "4", "-n", "8"]
     assert line[:9] == [*start, "python", str(REPO / "py_scripts/multimodal_train.py")]
@@ -186,7 +229,11 @@ def slurm_job(tmp_path: Path, trainer: str, *args: str) -> tuple[subprocess.Pope
     write_program(copy, (REPO / "ssh_scripts/multimodal_train_slurm.sh").read_text())
     for program, text in (("python", RECORDER), ("scontrol", RECORDER), ("srun", trainer)):
         write_program(tmp_path / f"bin/{program}", text)
-    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "DATA_DIR": str(tmp_path), "RECORD": str(tmp_path / "record")}
+    env = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+        "DATA_DIR": str(tmp_path),
+        "RECORD": str(tmp_path / "record"),
+    }
     env |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "6"}
     job = subprocess.Popen(["bash", str(copy), *args], env=env, stderr=subprocess.PIPE, text=True)
     return job, tmp_path / "record"
@@ -197,7 +244,12 @@ def test_a_job_of_slurm_runs_the_trainer_on_its_tasks_with_their_cores(tmp_path)
     job, record = slurm_job(tmp_path, trainer, "--seed", "7 8")
     assert job.wait(timeout=60) == 0
     line = record.read_text().split("\0")[:-1]
-    assert line[:4] == ["srun", "--kill-on-bad-exit=1", "python", str(REPO / "py_scripts/multimodal_train.py")]
+    assert line[:4] == [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "python",
+        str(REPO / "py_scripts/multimodal_train.py"),
+    ]
     assert line[-4:] == ["--seed", "7 8", "6", "6"]
 
 
@@ -210,7 +262,9 @@ while sleep 0.1; do :; done
 
 
 @pytest.mark.parametrize(("status", "calls"), [(0, ["scontrol", "requeue", "4711"]), (3, [])])
-def test_a_job_of_slurm_out_of_time_goes_back_into_the_queue_once_the_trainer_has_saved(tmp_path, status, calls):
+def test_a_job_of_slurm_out_of_time_goes_back_into_the_queue_once_the_trainer_has_saved(
+    tmp_path, status, calls
+):
     job, record = slurm_job(tmp_path, WAITING.replace("STATUS", str(status)))
     deadline = time.monotonic() + 60
     while not Path(f"{record}.waits").exists():
@@ -236,7 +290,9 @@ def test_a_folder_that_is_no_environment_is_not_touched(tmp_path):
 
 def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
     write_program(tmp_path / "python2", "#!/bin/bash\nexit 1\n")
-    assert_refused(run("install", VENV=tmp_path / "venv", PYTHON=tmp_path / "python2"), "3.11 or 3.12")
+    assert_refused(
+        run("install", VENV=tmp_path / "venv", PYTHON=tmp_path / "python2"), "3.11 or 3.12"
+    )
 
 
 def test_launchers_and_setup_agree_on_python_versions():
@@ -247,7 +303,9 @@ def test_launchers_and_setup_agree_on_python_versions():
 def test_pip_runs_once_and_again_only_after_it_failed(tmp_path):
     venv, record = tmp_path / "my venv", tmp_path / "record"
     write_program(venv / "bin/python", FAKE_PIP)
-    assert_refused(run("install", VENV=venv, RECORD=record, PIP_FAILS="1"), "ERROR: no such version", "pip.log")
+    assert_refused(
+        run("install", VENV=venv, RECORD=record, PIP_FAILS="1"), "ERROR: no such version", "pip.log"
+    )
     calls = []
     for _ in range(2):
         done = run("install", VENV=venv, RECORD=record)

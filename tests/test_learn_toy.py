@@ -26,7 +26,8 @@ class Copycat(th.nn.Module):
     def forward(self, video, audio, timesteps):
         means = [x.flatten(1).mean(dim=1) for x in (audio, video)]
         return tuple(
-            x + self.across * mean.view(-1, *(1,) * (x.ndim - 1)) for x, mean in zip((video, audio), means, strict=True)
+            x + self.across * mean.view(-1, *(1,) * (x.ndim - 1))
+            for x, mean in zip((video, audio), means, strict=True)
         )
 
 
@@ -66,7 +67,10 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["learning.csv"]
     assert learn_toy.read_rows(tmp_path / "none.csv") == []
     (tmp_path / "old.csv").write_text("step,fd_joint\n0,\n500,2.5\n")
-    assert learn_toy.read_rows(tmp_path / "old.csv") == [{"step": 0.0}, {"step": 500.0, "fd_joint": 2.5}]
+    assert learn_toy.read_rows(tmp_path / "old.csv") == [
+        {"step": 0.0},
+        {"step": 500.0, "fd_joint": 2.5},
+    ]
 
 
 def toy_clips(seed, count):
@@ -98,17 +102,24 @@ def test_distances_of_one_modality_do_not_see_which_clips_are_paired():
     rows = learn_toy.judged_data(data, held_out)
     for name in ("fd_video", "fd_audio"):
         assert rows["data, mismatched"][name] == pytest.approx(rows["data"][name])
-    assert learn_toy.distances(data, data) == pytest.approx(dict.fromkeys(("fd_video", "fd_audio", "fd_joint"), 0))
+    assert learn_toy.distances(data, data) == pytest.approx(
+        dict.fromkeys(("fd_video", "fd_audio", "fd_joint"), 0)
+    )
 
 
 def test_distances_do_not_depend_on_the_unit_of_brightness_or_loudness():
     held_out, data = toy_clips(1, 48), toy_clips(0, 32)
     halved = ({name: x / 2 for name, x in clips.items()} for clips in (data, held_out))
-    assert learn_toy.distances(*halved) == pytest.approx(learn_toy.distances(data, held_out), rel=1e-4)
+    assert learn_toy.distances(*halved) == pytest.approx(
+        learn_toy.distances(data, held_out), rel=1e-4
+    )
 
 
 def judged(*steps):
-    keys = [*learn_toy.COLUMNS, *(f"coupling_{m}_{level}" for m in tiny.SHAPES for level in learn_toy.NOISE_LEVELS)]
+    keys = [
+        *learn_toy.COLUMNS,
+        *(f"coupling_{m}_{level}" for m in tiny.SHAPES for level in learn_toy.NOISE_LEVELS),
+    ]
     return [dict.fromkeys(keys, 1.5 + step) | {"step": float(step)} for step in steps]
 
 
@@ -132,7 +143,10 @@ def test_the_end_is_a_table_curves_and_the_clips_of_the_best_run(tmp_path):
     lines = (tmp_path / "learning.md").read_text().splitlines()
     tables = [line for line in lines if line.startswith("|")]
     assert sum(line.startswith("| untrained") for line in tables) == 2
-    assert {line.count("|") for line in tables} == {len(learn_toy.COLUMNS) + 2, len(learn_toy.NOISE_LEVELS) + 2}
+    assert {line.count("|") for line in tables} == {
+        len(learn_toy.COLUMNS) + 2,
+        len(learn_toy.NOISE_LEVELS) + 2,
+    }
     assert "0.750" in next(line for line in tables if line.startswith("| data "))
     assert (tmp_path / "learning.png").stat().st_size > 10_000
     names = {path.name for path in (tmp_path / "fig").iterdir()}
@@ -145,8 +159,15 @@ def test_the_end_is_a_table_curves_and_the_clips_of_the_best_run(tmp_path):
 
 
 def test_a_damaged_number_is_not_shown_as_a_whole_one():
-    text = learn_toy.table(["a", "b", "c", "d"], [("x", {"a": float("nan"), "b": -1e-5, "c": 7.0}, "abcd")])
-    assert [cell.strip() for cell in text.splitlines()[2].split("|")[2:-1]] == ["nan", "0.000", "7", ""]
+    text = learn_toy.table(
+        ["a", "b", "c", "d"], [("x", {"a": float("nan"), "b": -1e-5, "c": 7.0}, "abcd")]
+    )
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[2:-1]] == [
+        "nan",
+        "0.000",
+        "7",
+        "",
+    ]
 
 
 def test_samples_need_a_run_that_was_judged():

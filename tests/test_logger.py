@@ -45,7 +45,9 @@ def tensorboard(monkeypatch):
         Audio = Value = types.SimpleNamespace
 
     modules = {
-        "tensorboard.compat.proto": types.SimpleNamespace(summary_pb2=types.SimpleNamespace(Summary=Summary)),
+        "tensorboard.compat.proto": types.SimpleNamespace(
+            summary_pb2=types.SimpleNamespace(Summary=Summary)
+        ),
         "torch.utils.tensorboard": types.SimpleNamespace(SummaryWriter=FakeWriter),
     }
     for name in ("tensorboard", "tensorboard.compat"):
@@ -73,7 +75,9 @@ class FakeWandb:
         if self.failure:
             raise self.failure
         return types.SimpleNamespace(
-            id=asked["id"] or f"id{len(self.asked)}", starting_step=self.starting_step, log=self._log
+            id=asked["id"] or f"id{len(self.asked)}",
+            starting_step=self.starting_step,
+            log=self._log,
         )
 
     def _log(self, values: dict, step: int) -> None:
@@ -116,7 +120,10 @@ def test_tensorboard_has_every_number_of_a_row_at_its_step(tmp_path, tensorboard
     tell(20, loss=0.4)
     writer = tensorboard.latest
     assert writer.folder == str(tmp_path / "tensorboard")
-    assert writer.scalars == {"training/loss": [(10, 0.5), (20, 0.4)], "quartiles/loss_q0": [(10, 0.25)]}
+    assert writer.scalars == {
+        "training/loss": [(10, 0.5), (20, 0.4)],
+        "quartiles/loss_q0": [(10, 0.25)],
+    }
 
 
 def test_a_resumed_run_hides_the_steps_that_it_makes_anew(tmp_path, tensorboard):
@@ -132,11 +139,19 @@ def test_tensorboard_shows_all_frames_and_plays_all_channels(tmp_path, tensorboa
     video, fps, audio, sample_rate = a_clip(channels=channels)
     logger.log_clip("clip", video, fps, audio, sample_rate, 10)
     picture = tensorboard.latest.images["clip/frames"]
-    assert picture.shape == (3, 2 * 10 + 2, 3 * 10 + 2)  # 5 frames in 2 rows of 3, with 2 pixels between
+    assert picture.shape == (
+        3,
+        2 * 10 + 2,
+        3 * 10 + 2,
+    )  # 5 frames in 2 rows of 3, with 2 pixels between
     assert th.equal(picture[:, 12:20, 12:20], media.to_uint8(video)[4])
     sound = tensorboard.latest.sounds["clip/sound"]
     samples, rate = soundfile.read(io.BytesIO(sound.encoded_audio_string), always_2d=True)
-    assert (sound.num_channels, sound.length_frames, sound.sample_rate) == (channels, audio.shape[1], sample_rate)
+    assert (sound.num_channels, sound.length_frames, sound.sample_rate) == (
+        channels,
+        audio.shape[1],
+        sample_rate,
+    )
     assert rate == sample_rate
     assert (th.from_numpy(samples.T) - audio).abs().max() <= 1 / 32768
 
@@ -168,7 +183,11 @@ def test_weights_and_biases_has_rows_clips_and_pictures_of_a_step_together(tmp_p
     logger.log_image("sheet", video[0], 10)
     (asked,) = wandb.asked
     assert asked["config"] == {"lr": 1e-4}
-    assert (asked["project"], asked["name"], asked["resume"]) == ("mm-diffusion-stereo", "mine", "allow")
+    assert (asked["project"], asked["name"], asked["resume"]) == (
+        "mm-diffusion-stereo",
+        "mine",
+        "allow",
+    )
     row = wandb.rows[10]
     assert row["loss"] == 0.5
     assert b"ftyp" in row["clip/video"][:16]
@@ -208,15 +227,21 @@ def test_a_lost_network_costs_weights_and_biases_but_not_the_run(tmp_path, wandb
     for step in (1, 2):
         tell(step, loss=0.5)
     told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert told == ["warning: Weights & Biases failed (network is gone); the run goes on without it"]
+    assert told == [
+        "warning: Weights & Biases failed (network is gone); the run goes on without it"
+    ]
     assert len((tmp_path / "progress.csv").read_text().splitlines()) == 3
 
 
 # ---------------------------------------------------------------- what is missing is told before training
 
 
-@pytest.mark.parametrize(("flag", "package"), [("use_tensorboard", "tensorboard"), ("use_db", "wandb")])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, flag, package):
+@pytest.mark.parametrize(
+    ("flag", "package"), [("use_tensorboard", "tensorboard"), ("use_db", "wandb")]
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    tmp_path, monkeypatch, flag, package
+):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"{flag} True.*pip install {package}"):
         logger.configure(tmp_path, **{flag: True})
@@ -281,7 +306,12 @@ def test_a_table_whose_last_line_was_not_ended_goes_on_in_a_new_line(tmp_path):
     logger.configure(tmp_path)
     logger.drop_rows_from(20)
     tell(30, loss=0.3)
-    assert (tmp_path / "progress.csv").read_text().splitlines() == ["loss,step", "0.5,10", "0.4,20", "0.3,30"]
+    assert (tmp_path / "progress.csv").read_text().splitlines() == [
+        "loss,step",
+        "0.5,10",
+        "0.4,20",
+        "0.3,30",
+    ]
 
 
 def test_peak_memory_is_at_least_what_the_process_holds_now_and_less_than_there_is(monkeypatch):

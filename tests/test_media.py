@@ -27,7 +27,9 @@ def test_every_container_gives_its_frames_and_its_sound(tmp_path, suffix):
     frames, audio = media.read_window(path, 2, 8, 4, 32, 48, 16000, 32000)
     assert (frames.shape, audio.shape, audio.dtype) == ((8, 32, 48, 3), (2, 32000), th.float32)
     shown = frames.float().mean(dim=(1, 2, 3))
-    np.testing.assert_allclose(shown, [RAMP[int(10 * (2 + i / 4) + 1e-6)] for i in range(8)], atol=5)
+    np.testing.assert_allclose(
+        shown, [RAMP[int(10 * (2 + i / 4) + 1e-6)] for i in range(8)], atol=5
+    )
     levels = audio.square().mean(dim=1).sqrt()
     np.testing.assert_allclose(levels, np.array([0.5, 0.1]) / 2**0.5, rtol=0.05)
 
@@ -46,8 +48,16 @@ def test_every_container_gives_its_frames_and_its_sound(tmp_path, suffix):
         (".avi", "pcm_s16le", 16000),
     ],
 )
-def test_a_click_comes_out_at_its_own_sample_wherever_the_window_starts(tmp_path, suffix, codec, rate):
-    path = make_clip(tmp_path / f"a{suffix}", grey_frames(RAMP), audio=clicks(6 * rate, 3001), rate=rate, codec=codec)
+def test_a_click_comes_out_at_its_own_sample_wherever_the_window_starts(
+    tmp_path, suffix, codec, rate
+):
+    path = make_clip(
+        tmp_path / f"a{suffix}",
+        grey_frames(RAMP),
+        audio=clicks(6 * rate, 3001),
+        rate=rate,
+        codec=codec,
+    )
     for start in (0, 0.73, 2.25, 3.9):
         _, audio = media.read_window(path, start, 1, 4, 8, 8, rate, 2 * rate)
         peaks = np.flatnonzero(audio[0].numpy() > 0.4) + round(start * rate)
@@ -56,7 +66,9 @@ def test_a_click_comes_out_at_its_own_sample_wherever_the_window_starts(tmp_path
 
 
 def test_a_click_keeps_its_time_through_resampling(tmp_path):
-    path = make_clip(tmp_path / "a.mkv", grey_frames(RAMP), audio=clicks(6 * 44100, 44100), rate=44100)
+    path = make_clip(
+        tmp_path / "a.mkv", grey_frames(RAMP), audio=clicks(6 * 44100, 44100), rate=44100
+    )
     _, audio = media.read_window(path, 1.5, 1, 4, 8, 8, 16000, 3 * 16000)
     for click in (2.0, 3.0, 4.0):
         around = audio[0, round((click - 1.5) * 16000) - 200 :][:400]
@@ -86,7 +98,9 @@ def test_mono_becomes_two_equal_channels_and_surround_a_stereo_downmix(tmp_path)
 
 def test_sound_that_starts_late_is_preceded_by_silence_and_followed_by_it(tmp_path):
     loud = np.full((2, 16000), 0.5, np.float32)
-    path = make_clip(tmp_path / "a.mp4", grey_frames(RAMP), audio=loud, codec="flac", sound_starts=0.5)
+    path = make_clip(
+        tmp_path / "a.mp4", grey_frames(RAMP), audio=loud, codec="flac", sound_starts=0.5
+    )
     _, audio = media.read_window(path, 0, 1, 4, 8, 8, 16000, 32000)
     sounding = np.flatnonzero(audio[0].numpy() > 0.25)
     assert (sounding[0], sounding[-1]) == (8000, 23999)
@@ -99,17 +113,23 @@ def test_sound_that_is_too_loud_is_clipped_and_what_is_no_number_is_told(tmp_pat
     np.testing.assert_array_equal(audio.numpy(), loud.clip(-1, 1))
     data, sample = path.read_bytes(), loud[0, 100].tobytes()
     path.write_bytes(data.replace(sample, np.float32(np.nan).tobytes()))
-    with pytest.raises(MediaError, match=r"a\.mkv: its sound holds what is no number, from 0\.00 s on"):
+    with pytest.raises(
+        MediaError, match=r"a\.mkv: its sound holds what is no number, from 0\.00 s on"
+    ):
         media.read_window(path, 0, 1, 4, 8, 8, 16000, 32000)
 
 
 def test_a_film_of_few_bytes_that_would_last_for_days_is_told(tmp_path):
     path = make_clip(tmp_path / "a.mp4", grey_frames(RAMP[:20]), audio=noise(32000), codec="flac")
     data = bytearray(path.read_bytes())
-    length = data.index(b"stts") + 16  # of a frame, in ticks of 1/10240 s; the first is all that is shown
+    length = (
+        data.index(b"stts") + 16
+    )  # of a frame, in ticks of 1/10240 s; the first is all that is shown
     data[length : length + 4] = (10240 * 86400).to_bytes(4, "big")
     path.write_bytes(data)
-    with pytest.raises(MediaError, match=r"a\.mp4: has damaged times \(its \d+ bytes would last 86400 s\)"):
+    with pytest.raises(
+        MediaError, match=r"a\.mp4: has damaged times \(its \d+ bytes would last 86400 s\)"
+    ):
         media.picture_seconds(path)
 
 
@@ -130,13 +150,15 @@ def test_the_frame_shown_at_t_is_the_last_that_began_by_then(tmp_path, fps):
 
 
 def test_pictures_keep_their_aspect_on_centred_black(tmp_path):
-    path = make_clip(tmp_path / "a.mkv", grey_frames([200], height=33, width=67), fps=4, audio=noise(4000))
+    path = make_clip(
+        tmp_path / "a.mkv", grey_frames([200], height=33, width=67), fps=4, audio=noise(4000)
+    )
     frames, _ = media.read_window(path, 0, 1, 4, 64, 64, 16000, 4000)
     rows = frames[0].float().mean(dim=(1, 2))
     assert np.flatnonzero(rows > 100).tolist() == list(range(16, 48))  # 32 rows: 16 above, 16 below
-    assert media.fit_picture(th.full((3, 4, 8), 255, dtype=th.uint8), 7, 8)[:, :, 0].tolist()[0] == [0] + 4 * [
-        255
-    ] + 2 * [0]
+    assert media.fit_picture(th.full((3, 4, 8), 255, dtype=th.uint8), 7, 8)[:, :, 0].tolist()[
+        0
+    ] == [0] + 4 * [255] + 2 * [0]
 
 
 def test_only_the_window_is_decoded(tmp_path, monkeypatch):
@@ -173,7 +195,8 @@ def test_a_turned_film_is_shown_upright(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "samples", "rate"), [((8, 8), 1023, 512), ((9, 7), 5001, 16000), ((64, 64), 80000, 16000)]
+    ("size", "samples", "rate"),
+    [((8, 8), 1023, 512), ((9, 7), 5001, 16000), ((64, 64), 80000, 16000)],
 )
 def test_a_written_clip_holds_exactly_its_frames_and_samples(tmp_path, size, samples, rate):
     video, audio = th.rand(5, 3, *size) * 2 - 1, th.rand(2, samples) * 1.9 - 0.95
@@ -213,7 +236,11 @@ def test_wav_holds_exactly_its_samples(tmp_path):
     audio = th.rand(2, 1023) * 2 - 1
     media.write_wav(tmp_path / "a.wav", audio, 16000)
     again, rate = media.read_wav(tmp_path / "a.wav")
-    assert (again.shape, rate, soundfile.info(tmp_path / "a.wav").subtype) == ((2, 1023), 16000, "PCM_16")
+    assert (again.shape, rate, soundfile.info(tmp_path / "a.wav").subtype) == (
+        (2, 1023),
+        16000,
+        "PCM_16",
+    )
     np.testing.assert_allclose(again, audio, atol=1.01 / 32768)
 
 
@@ -233,7 +260,11 @@ def test_streams_can_be_chosen_and_a_wrong_choice_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("suffix", "known", "kind"),
-    [(".mp4", b"avc1", "video stream"), (".mkv", b"V_MPEG4", "video stream"), (".mkv", b"A_FLAC", "sound track")],
+    [
+        (".mp4", b"avc1", "video stream"),
+        (".mkv", b"V_MPEG4", "video stream"),
+        (".mkv", b"A_FLAC", "sound track"),
+    ],
 )
 def test_a_codec_that_nobody_knows_is_told(tmp_path, suffix, known, kind):
     path = make_clip(tmp_path / f"a{suffix}", grey_frames(RAMP[:10]), audio=noise(16000))
@@ -251,7 +282,13 @@ def test_a_codec_that_nobody_knows_is_told(tmp_path, suffix, known, kind):
 def test_real_mp4_best_streams_and_windows():
     path = MEDIA / "nasa_13013.mp4"
     info = media.probe(path)
-    assert (info.width, info.height, info.sample_rate, info.video_stream, info.audio_stream) == (480, 270, 16000, 3, 4)
+    assert (info.width, info.height, info.sample_rate, info.video_stream, info.audio_stream) == (
+        480,
+        270,
+        16000,
+        3,
+        4,
+    )
     assert media.probe(path, 0, 1).sample_rate == 8000
     _check_windows(path, info)
 
@@ -266,18 +303,24 @@ def test_real_webm_windows_are_sample_exact():
 
 def _check_windows(path, info):
     with av.open(str(path)) as container:
-        pieces = [frame.to_ndarray() for frame in container.decode(container.streams[info.audio_stream])]
+        pieces = [
+            frame.to_ndarray() for frame in container.decode(container.streams[info.audio_stream])
+        ]
     whole = np.concatenate(pieces, axis=1)  # in both files sound and picture start together
     for start in (1.3, 7):
         begin = round(start * info.sample_rate)
-        _, audio = media.read_window(path, start, 1, 4, 8, 8, info.sample_rate, 3 * info.sample_rate)
+        _, audio = media.read_window(
+            path, start, 1, 4, 8, 8, info.sample_rate, 3 * info.sample_rate
+        )
         np.testing.assert_allclose(audio, whole[:, begin : begin + audio.shape[1]], atol=1e-6)
 
 
 def test_sound_whose_channels_change_on_the_way_is_stereo_throughout():
     convert = media._stereo_converter()
     for layout, channels in (("5.1", 6), ("quad", 4), ("mono", 1), ("stereo", 2), ("5.1", 6)):
-        frame = av.AudioFrame.from_ndarray(np.full((channels, 100), 0.25, np.float32), format="fltp", layout=layout)
+        frame = av.AudioFrame.from_ndarray(
+            np.full((channels, 100), 0.25, np.float32), format="fltp", layout=layout
+        )
         frame.sample_rate = 16000
         sound = convert(frame)
         assert sound.shape == (2, 100)

@@ -70,7 +70,9 @@ def with_moments(mean, covariance_root, count=64):
 
 def test_frechet_distance_of_axis_parallel_gaussians_is_the_closed_form():
     """sum (mu_i - nu_i)^2 + (sigma_i - tau_i)^2."""
-    mu, nu, sigma, tau = th.tensor([[0.0, 1, -2, 3], [1, 1, 0, 0], [1, 2, 0.5, 3], [2, 2, 0, 1]], dtype=th.float64)
+    mu, nu, sigma, tau = th.tensor(
+        [[0.0, 1, -2, 3], [1, 1, 0, 0], [1, 2, 0.5, 3], [2, 2, 0, 1]], dtype=th.float64
+    )
     expected = ((mu - nu).square() + (sigma - tau).square()).sum().item()
     x, y = with_moments(mu, sigma.diag()), with_moments(nu, tau.diag(), count=50)
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-10)
@@ -80,7 +82,9 @@ def test_frechet_distance_of_any_gaussians_takes_the_root_of_the_product_of_cova
     a, b = noise(5, 5, seed=1), noise(5, 5, seed=2)
     x, y = with_moments(th.zeros(5).double(), a), with_moments(th.zeros(5).double(), b)
     roots = th.linalg.eigvals((a.T @ a) @ (b.T @ b)).real.sqrt().sum()
-    assert frechet_distance(x, y) == pytest.approx((a.square().sum() + b.square().sum() - 2 * roots).item(), rel=1e-9)
+    assert frechet_distance(x, y) == pytest.approx(
+        (a.square().sum() + b.square().sum() - 2 * roots).item(), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(("count", "dimensions"), [(40, 7), (6, 30)])
@@ -89,13 +93,21 @@ def test_frechet_distance_is_symmetric_zero_for_one_set_and_blind_to_rotations(c
     rotation = th.linalg.qr(noise(dimensions, dimensions, seed=2))[0]
     assert frechet_distance(x, x.flip(0)) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
-    assert frechet_distance(x, y) == pytest.approx(frechet_distance(x @ rotation, y @ rotation), rel=1e-9)
+    assert frechet_distance(x, y) == pytest.approx(
+        frechet_distance(x @ rotation, y @ rotation), rel=1e-9
+    )
     assert frechet_distance(x, x + 1) == pytest.approx(dimensions, rel=1e-9)
 
 
 def test_standard_frechet_distance_is_blind_to_units_and_takes_what_does_not_vary_as_it_is():
-    x, y, units = noise(40, 5), noise(43, 5, seed=1) + 0.5, th.tensor([1, 10, 0.01, 3, 700]).double()
-    assert standard_frechet_distance(x * units, y * units) == pytest.approx(standard_frechet_distance(x, y), rel=1e-9)
+    x, y, units = (
+        noise(40, 5),
+        noise(43, 5, seed=1) + 0.5,
+        th.tensor([1, 10, 0.01, 3, 700]).double(),
+    )
+    assert standard_frechet_distance(x * units, y * units) == pytest.approx(
+        standard_frechet_distance(x, y), rel=1e-9
+    )
     still = th.zeros(43, 1).double()
     moved = standard_frechet_distance(th.cat([x, 2 + still[:40]], 1), th.cat([y, still], 1))
     assert moved == pytest.approx(standard_frechet_distance(x, y) + 4, rel=1e-9)
@@ -112,8 +124,12 @@ def test_kernel_distance_is_the_mean_over_pairs_written_out():
         values = list(values)
         return sum(values) / len(values)
 
-    xx, yy = (mean(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) for z in (x, y))
-    assert kernel_distance(x, y) == pytest.approx(xx + yy - 2 * mean(k(a, b) for a in x for b in y), rel=1e-12)
+    xx, yy = (
+        mean(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) for z in (x, y)
+    )
+    assert kernel_distance(x, y) == pytest.approx(
+        xx + yy - 2 * mean(k(a, b) for a in x for b in y), rel=1e-12
+    )
 
 
 def test_kernel_distance_is_unbiased():
@@ -200,7 +216,9 @@ def test_every_burst_of_a_toy_clip_is_an_onset_and_nothing_else_is(index):
 
 def moving(*moves):
     """[F, 3, 64, 64]: a texture that has moved by so many pixels in each frame."""
-    texture = th.nn.functional.interpolate(noise(1, 3, 24, 24).float(), (96, 96), mode="bicubic").clamp(-1, 1)[0]
+    texture = th.nn.functional.interpolate(
+        noise(1, 3, 24, 24).float(), (96, 96), mode="bicubic"
+    ).clamp(-1, 1)[0]
     return th.stack([texture.roll(s, -1)[:, 16:80, 16:80] for s in np.cumsum(moves).tolist()])
 
 
@@ -221,11 +239,16 @@ def test_matching_pairs_nothing_twice_and_finds_the_most_pairs():
 
 
 @pytest.mark.parametrize(
-    ("fps", "apart", "pairs"), [(4, 0.2, 1), (4, -0.2, 1), (4, 0.3, 0), (4, -0.3, 0), (8, 0.1, 1), (8, 0.2, 0)]
+    ("fps", "apart", "pairs"),
+    [(4, 0.2, 1), (4, -0.2, 1), (4, 0.3, 0), (4, -0.3, 0), (8, 0.1, 1), (8, 0.2, 0)],
 )
 def test_an_onset_and_a_peak_of_motion_are_a_pair_if_at_most_one_frame_apart(fps, apart, pairs):
     found = temporal_align.look(moving(0, 1, 1, 3, 1, 1, 1), clicks(3 / fps + apart), fps, HZ)
-    assert {name: count.item() for name, count in found.items()} == {"peaks": 1, "onsets": 1, "pairs": pairs}
+    assert {name: count.item() for name, count in found.items()} == {
+        "peaks": 1,
+        "onsets": 1,
+        "pairs": pairs,
+    }
 
 
 def test_overlap_is_intersection_over_union_of_the_clips_that_have_anything():
@@ -244,19 +267,25 @@ def test_level_and_time_differences_are_those_that_were_made(delay, gain_db):
     audio = th.stack([source.roll(delay), 10 ** (gain_db / 20) * source])
     pieces = stereo.stretches(audio, HZ)
     assert stereo.level_difference_db(pieces).tolist() == pytest.approx([gain_db] * 5, abs=0.5)
-    assert stereo.time_difference(pieces, HZ).tolist() == pytest.approx([delay / HZ] * 5, abs=0.2 / HZ)
-    assert stereo.time_difference(pieces.flip(1), HZ).tolist() == pytest.approx([-delay / HZ] * 5, abs=0.2 / HZ)
+    assert stereo.time_difference(pieces, HZ).tolist() == pytest.approx(
+        [delay / HZ] * 5, abs=0.2 / HZ
+    )
+    assert stereo.time_difference(pieces.flip(1), HZ).tolist() == pytest.approx(
+        [-delay / HZ] * 5, abs=0.2 / HZ
+    )
 
 
 def test_correlation_of_channels_is_the_cosine_of_their_angle():
     left, other = noise(2, 4000)
     other = (
-        other - other.mean() - left * ((other - other.mean()) @ (left - left.mean())) / (left - left.mean()).norm() ** 2
+        other
+        - other.mean()
+        - left * ((other - other.mean()) @ (left - left.mean())) / (left - left.mean()).norm() ** 2
     )
     other = other * left.std() / other.std()
-    assert stereo.correlation(th.stack([left, math.cos(1) * left + math.sin(1) * other])) == pytest.approx(
-        math.cos(1), abs=1e-3
-    )
+    assert stereo.correlation(
+        th.stack([left, math.cos(1) * left + math.sin(1) * other])
+    ) == pytest.approx(math.cos(1), abs=1e-3)
     assert math.isnan(stereo.correlation(th.zeros(2, 100)))
 
 
@@ -281,16 +310,24 @@ def test_a_silent_channel_has_a_level_but_no_delay(silent):
 def seen_in(videos, audios, fps=4):
     """What the measures without weights see of clips [N, F, 3, H, W] and [N, 2, L]."""
     looks = {
-        "temporal": [temporal_align.look(video, audio, fps, HZ) for video, audio in zip(videos, audios, strict=True)],
+        "temporal": [
+            temporal_align.look(video, audio, fps, HZ)
+            for video, audio in zip(videos, audios, strict=True)
+        ],
         "stereo": [stereo.look(audio, HZ) for audio in audios],
         "thumbnail": [{"seen": features.thumbnail(video)} for video in videos],
     }
-    return {name: {row: th.stack([rows[row] for rows in seen]) for row in seen[0]} for name, seen in looks.items()}
+    return {
+        name: {row: th.stack([rows[row] for rows in seen]) for row in seen[0]}
+        for name, seen in looks.items()
+    }
 
 
 def scores_of(audios, true_audios):
     """Scores by name of sounds, each beside a still picture."""
-    seen, true = (seen_in(th.zeros(len(sounds), 3, 3, 16, 16), sounds) for sounds in (audios, true_audios))
+    seen, true = (
+        seen_in(th.zeros(len(sounds), 3, 3, 16, 16), sounds) for sounds in (audios, true_audios)
+    )
     return {score.name: score for score in scores.rated(seen, true, str, str)[0]}
 
 
@@ -306,7 +343,9 @@ def test_differences_are_told_in_decibels_and_milliseconds():
 
 
 def test_histograms_have_their_bins_where_the_differences_are():
-    seen, nothing = (seen_in(th.zeros(1, 3, 3, 16, 16), [audio]) for audio in (panned(6, 8), th.zeros(2, HZ)))
+    seen, nothing = (
+        seen_in(th.zeros(1, 3, 3, 16, 16), [audio]) for audio in (panned(6, 8), th.zeros(2, HZ))
+    )
     for name, place in {"level difference, R - L (dB)": 6, "delay, L - R (ms)": 0.5}.items():
         told = scores.histograms(seen, nothing)[name]
         edges, shares = told["edges"], told["samples"]
@@ -322,10 +361,16 @@ def test_a_dash_has_a_note_that_says_why():
     for name in ("delay, mean |L - R| (ms)", "left-right correlation"):
         assert found[name].note == "never heard in both channels; true clips: nothing is heard"
     assert found["level difference, mean |R - L| (dB)"].note == "true clips: nothing is heard"
-    assert found["delays apart (ms)"].note == "samples: never heard in both channels; true clips: nothing is heard"
+    assert (
+        found["delays apart (ms)"].note
+        == "samples: never heard in both channels; true clips: nothing is heard"
+    )
     assert found["level differences apart (dB)"].note == "true clips: nothing is heard"
     without = "1 clips without onsets or peaks of motion left out"
-    assert scores_of([clicks(0.5)], [th.zeros(2, HZ)])["Temporal AV-Align"].note == f"true clips: {without}"
+    assert (
+        scores_of([clicks(0.5)], [th.zeros(2, HZ)])["Temporal AV-Align"].note
+        == f"true clips: {without}"
+    )
     aims = {name: score for name, score in found.items() if "apart" not in name}
     assert all(score.note for score in aims.values() if None in (score.value, score.reference))
 
@@ -356,7 +401,9 @@ def test_of_two_sets_of_one_distribution_neither_is_nearer_to_the_other_than_to_
 
 def test_a_copy_of_a_true_clip_is_found_also_mirrored():
     true = lit(th.tensor([0.1, 0.25, 0.4]))
-    score, notes = memorisation(th.stack([true[1].flip(-1), true[2], lit(th.tensor([0.7]))[0]]), true)
+    score, notes = memorisation(
+        th.stack([true[1].flip(-1), true[2], lit(th.tensor([0.7]))[0]]), true
+    )
     assert score.value == pytest.approx(0, abs=1e-7)
     assert score.reference > 0.01
     assert any("0.000 away: sample 0 and true 1 (mirrored)" in note for note in notes)
@@ -392,18 +439,27 @@ def saved_script(folder, module):
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
 def test_the_audio_embedding_gets_each_view_at_16_khz(tmp_path, rate):
-    embed = features.load_audio_embedding(saved_script(tmp_path, TakesWaveform()), "waveform", ALONE.device)
+    embed = features.load_audio_embedding(
+        saved_script(tmp_path, TakesWaveform()), "waveform", ALONE.device
+    )
     found = embed(th.stack([tone(300, rate), tone(700, rate)]), rate)
     left, right = tone(300, HZ), tone(700, HZ)
     inner = slice(1000, 15000)
-    for view, expected in {"left": left, "right": right, "mid": (left + right) / 2, "side": (left - right) / 2}.items():
+    for view, expected in {
+        "left": left,
+        "right": right,
+        "mid": (left + right) / 2,
+        "side": (left - right) / 2,
+    }.items():
         assert found[view].shape == (1, HZ)
         th.testing.assert_close(found[view][0, inner], expected[inner], rtol=0, atol=5e-3)
 
 
 def test_i3d_gets_the_frames_in_their_range_interpolated_between_pixels(tmp_path):
     frames = noise(4, 3, 20, 28).float().clamp(-1, 1)
-    rows, columns = (((th.arange(224) + 0.5) * size / 224 - 0.5).clamp(0, size - 1).double() for size in (20, 28))
+    rows, columns = (
+        ((th.arange(224) + 0.5) * size / 224 - 0.5).clamp(0, size - 1).double() for size in (20, 28)
+    )
 
     def between(x, at):
         """The last axis at fractional places."""
@@ -420,18 +476,31 @@ def test_i3d_gets_the_frames_in_their_range_interpolated_between_pixels(tmp_path
 def test_the_log_mel_front_end_is_torchaudios_in_patches():
     sound = noise(2, 2 * HZ).float()
     mel = torchaudio.transforms.MelSpectrogram(
-        HZ, 512, 400, 160, 125.0, 7500.0, n_mels=64, power=1.0, center=False, wkwargs={"periodic": True}
+        HZ,
+        512,
+        400,
+        160,
+        125.0,
+        7500.0,
+        n_mels=64,
+        power=1.0,
+        center=False,
+        wkwargs={"periodic": True},
     )
     patches = features.log_mel_patches(sound)
     assert patches.shape == (2, 2, 96, 64)
-    padded = th.nn.functional.pad(sound, (56, 56))  # torchaudio centres the window in its 512 samples
+    padded = th.nn.functional.pad(
+        sound, (56, 56)
+    )  # torchaudio centres the window in its 512 samples
     expected = (mel(padded) + 0.01).log().transpose(1, 2)[:, :192]
     th.testing.assert_close(patches.flatten(1, 2), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_short_sound_is_one_patch():
     assert features.log_mel_patches(th.zeros(4, 100)).shape == (4, 1, 96, 64)
-    assert features.log_mel_patches(th.zeros(4, 100)).unique().tolist() == pytest.approx([math.log(0.01)])
+    assert features.log_mel_patches(th.zeros(4, 100)).unique().tolist() == pytest.approx(
+        [math.log(0.01)]
+    )
 
 
 def test_mid_and_side_of_equal_channels_are_the_channel_and_silence():
@@ -467,7 +536,9 @@ def test_where_the_metadata_is_true_every_event_is_a_hit():
         assert hits(events, true_boxes(TOY, index), TOY.fps) == (20, 0)
         assert hits(events, true_boxes(TOY, index), TOY.fps, match_categories=True) == (20, 0)
         assert hits(events, [], TOY.fps) == (0, 20)
-        wrong = [Box(b.frame, 1 - b.category, b.x0, b.y0, b.x1, b.y1) for b in true_boxes(TOY, index)]
+        wrong = [
+            Box(b.frame, 1 - b.category, b.x0, b.y0, b.x1, b.y1) for b in true_boxes(TOY, index)
+        ]
         assert hits(events, wrong, TOY.fps, match_categories=True) == (0, 20)
 
 
@@ -475,7 +546,10 @@ def test_for_boxes_that_are_shifted_the_score_is_that_of_interval_arithmetic():
     """|x - centre| <= radius + 40 in one of the three frames around floor(0.4 e)."""
     found = set()
     for index, shift in itertools.product(range(3), [-150, -90, 85, 100]):
-        boxes = [Box(b.frame, b.category, b.x0 + shift, b.y0, b.x1 + shift, b.y1) for b in true_boxes(TOY, index)]
+        boxes = [
+            Box(b.frame, b.category, b.x0 + shift, b.y0, b.x1 + shift, b.y1)
+            for b in true_boxes(TOY, index)
+        ]
         x = np.array([event.x for event in toy_events(index)])
         centre = np.array([(b.x0 + b.x1) / 2 for b in boxes])
         gap = np.abs(x[:, None] - centre) - (boxes[0].x1 - boxes[0].x0) / 2
@@ -507,7 +581,10 @@ def test_a_hit_is_within_40_pixels_and_one_frame(event, box, hit):
 def test_times_are_compared_in_the_seconds_of_the_file(boxes_start, shown):
     """An event in the window from 1.25 s on, at 4 fps."""
     starts = {"events_start": Fraction(5, 4), "boxes_start": Fraction(boxes_start)}
-    near = [hits([Event(0, 0, 100)], [Box(shown + k, 0, 90, 0, 110, 9)], 4, **starts)[0] for k in range(-2, 3)]
+    near = [
+        hits([Event(0, 0, 100)], [Box(shown + k, 0, 90, 0, 110, 9)], 4, **starts)[0]
+        for k in range(-2, 3)
+    ]
     assert near == [0, 1, 1, 1, 0]
 
 
@@ -541,13 +618,20 @@ def test_a_detector_that_is_sure_of_persons_gives_boxes_in_256_pixels():
 
 def test_a_detector_of_torchvision_loads_its_weights_and_looks_at_every_frame(tmp_path):
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    th.save(torchvision.models.get_model(name, weights=None, weights_backbone=None).state_dict(), tmp_path / "w.pth")
+    th.save(
+        torchvision.models.get_model(name, weights=None, weights_backbone=None).state_dict(),
+        tmp_path / "w.pth",
+    )
     detect = spatial_align.load_detector(name, str(tmp_path / "w.pth"), th.device("cpu"))
     assert detect(th.zeros(1, 3, 32, 32)) == []
     th.save({"a": th.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"--detector_path .*other\.pth: does not hold the weights of fasterrcnn"):
+    with pytest.raises(
+        ValueError, match=r"--detector_path .*other\.pth: does not hold the weights of fasterrcnn"
+    ):
         spatial_align.load_detector(name, str(tmp_path / "other.pth"), th.device("cpu"))
-    with pytest.raises(ValueError, match=r"missing\.pth: no such file; the weights of .* are at https://.*\.pth"):
+    with pytest.raises(
+        ValueError, match=r"missing\.pth: no such file; the weights of .* are at https://.*\.pth"
+    ):
         spatial_align.load_detector(name, str(tmp_path / "missing.pth"), th.device("cpu"))
     with pytest.raises(ValueError, match="choose from fasterrcnn"):
         spatial_align.load_detector("yolo", "", th.device("cpu"))
@@ -608,7 +692,9 @@ def test_the_last_event_of_a_clip_whose_length_is_rounded_is_in_it(tmp_path):
 class TinyI3D(th.nn.Module):
     """Colour by thirds of the time; insists on being called as the usual file is."""
 
-    def forward(self, x: th.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False):
+    def forward(
+        self, x: th.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False
+    ):
         assert x.size(3) == 224
         assert return_features and not rescale and not resize  # noqa: PT018 (TorchScript)
         return x.mean(dim=[3, 4]).flatten(1)[:, ::4]
@@ -626,7 +712,10 @@ def networks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     th.jit.script(TinyI3D()).save(str(folder / "i3d.pt"))
     th.jit.script(TinyEmbedding()).save(str(folder / "embedding.pt"))
-    return {"i3d_path": str(folder / "i3d.pt"), "audio_embedding_path": str(folder / "embedding.pt")}
+    return {
+        "i3d_path": str(folder / "i3d.pt"),
+        "audio_embedding_path": str(folder / "embedding.pt"),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -638,7 +727,9 @@ def clips(tmp_path_factory):
     toy.write_toy_dataset(root / "drawn", 3, other)
     (root / "boxes").mkdir()
     for index in range(3):
-        rows = [f"{b.frame},{b.category},{b.x0},{b.y0},{b.x1},{b.y1}" for b in true_boxes(other, index)]
+        rows = [
+            f"{b.frame},{b.category},{b.x0},{b.y0},{b.x1},{b.y1}" for b in true_boxes(other, index)
+        ]
         (root / f"boxes/toy_{index:05d}.csv").write_text("\n".join(rows))
     return root
 
@@ -665,10 +756,16 @@ def values(report):
 
 
 def test_clips_compared_with_themselves_are_no_distance_apart(clips, networks):
-    flags = flags_of(clips, **networks, boxes_dir="", events_dir="", samples_path=str(clips / "true/video_dev"))
+    flags = flags_of(
+        clips, **networks, boxes_dir="", events_dir="", samples_path=str(clips / "true/video_dev")
+    )
     report = report_on(flags)
     for score in report.scores:
-        if score.name.startswith("FAD") or score.name in ("FVD", "level differences apart (dB)", "delays apart (ms)"):
+        if score.name.startswith("FAD") or score.name in (
+            "FVD",
+            "level differences apart (dB)",
+            "delays apart (ms)",
+        ):
             assert score.value == pytest.approx(0, abs=1e-4), score
         elif score.name.startswith("nearest"):
             assert score.value == 0 < score.reference
@@ -682,7 +779,9 @@ def test_scores_are_those_of_the_features_by_hand(clips, networks):
 
     def points(folder, count):
         windows = [
-            media.read_window(clips / folder / f"video_dev/toy_{k:05d}.mp4", 0, 8, 4, 32, 32, 4000, 8000)
+            media.read_window(
+                clips / folder / f"video_dev/toy_{k:05d}.mp4", 0, 8, 4, 32, 32, 4000, 8000
+            )
             for k in range(count)
         ]
         video = th.stack([media.to_float(frames.permute(0, 3, 1, 2)) for frames, _ in windows])
@@ -708,7 +807,9 @@ def detector(monkeypatch):
 
     def detect(video):
         x = 256 * horizontal_place(video[None])[0][0]
-        return [Box(frame, 1, place - 40, 0, place + 40, 256) for frame, place in enumerate(x.tolist())]
+        return [
+            Box(frame, 1, place - 40, 0, place + 40, 256) for frame, place in enumerate(x.tolist())
+        ]
 
     monkeypatch.setattr(spatial_align, "load_detector", lambda name, path, device: detect)
 
@@ -721,7 +822,9 @@ def test_with_a_detector_and_the_localiser_the_true_clips_get_a_score_too(clips)
     assert (score.count, score.reference_count) == (60, 100)
 
 
-def test_what_was_seen_of_the_reference_is_remembered_by_content(clips, networks, cache, tmp_path, monkeypatch):
+def test_what_was_seen_of_the_reference_is_remembered_by_content(
+    clips, networks, cache, tmp_path, monkeypatch
+):
     first = report_on(flags_of(clips, **networks))
     copy = tmp_path / "elsewhere"
     copy.mkdir()
@@ -729,7 +832,9 @@ def test_what_was_seen_of_the_reference_is_remembered_by_content(clips, networks
         (copy / path.name).write_bytes(path.read_bytes())
     seen = []
     look = evaluation.look_at
-    monkeypatch.setattr(evaluation, "look_at", lambda f, m, w: seen.append((f.flag, sorted(m))) or look(f, m, w))
+    monkeypatch.setattr(
+        evaluation, "look_at", lambda f, m, w: seen.append((f.flag, sorted(m))) or look(f, m, w)
+    )
     again = report_on(flags_of(clips, **networks, ref_path=str(copy)))
     assert values(again) == values(first)
     assert seen[-1] == ("ref_path", [])
@@ -745,7 +850,9 @@ def test_what_was_seen_of_the_reference_is_remembered_by_content(clips, networks
 
 
 @pytest.mark.parametrize("module", [media, datasets, features, spatial_align])
-def test_what_was_seen_by_other_code_is_not_taken_for_what_this_code_sees(module, tmp_path, monkeypatch):
+def test_what_was_seen_by_other_code_is_not_taken_for_what_this_code_sees(
+    module, tmp_path, monkeypatch
+):
     """Among it that which reads the clips."""
     key = evaluation.code_key.__wrapped__
     before, text = key(), Path(module.__file__).read_text()
@@ -767,9 +874,13 @@ def test_other_weights_and_inputs_of_a_network_are_another_measure(tmp_path):
         th.jit.script(th.nn.Linear(number, 1)).save(str(tmp_path / f"{number}.pt"))
     (tmp_path / "copy.pt").write_bytes((tmp_path / "1.pt").read_bytes())
     for name, flag in {"i3d": "i3d_path", "embedding": "audio_embedding_path"}.items():
-        first, other, copy = (key(name, **{flag: tmp_path / f"{file}.pt"}) for file in ("1", "2", "copy"))
+        first, other, copy = (
+            key(name, **{flag: tmp_path / f"{file}.pt"}) for file in ("1", "2", "copy")
+        )
         assert first == copy != other
-    wave = key("embedding", audio_embedding_path=tmp_path / "1.pt", audio_embedding_input="waveform")
+    wave = key(
+        "embedding", audio_embedding_path=tmp_path / "1.pt", audio_embedding_input="waveform"
+    )
     assert wave != key("embedding", audio_embedding_path=tmp_path / "1.pt")
 
 
@@ -778,7 +889,10 @@ def test_content_is_that_of_the_files_as_they_are_read(clips, tmp_path):
         return evaluation.ClipFolder(str(folder), sizes, "ref_path").content()
 
     changes = {"video_size": "8,3,16,32", "audio_size": "2,7999", "video_fps": 8, "audio_fps": 8000}
-    known = {content(), *(content(dataclasses.replace(SIZES, **{name: value})) for name, value in changes.items())}
+    known = {
+        content(),
+        *(content(dataclasses.replace(SIZES, **{name: value})) for name, value in changes.items()),
+    }
     assert len(known) == 1 + len(changes)
     assert content(dataclasses.replace(SIZES, num_workers=1)) == content()
     shutil.copytree(clips / "drawn/video_dev", tmp_path / "copy")
@@ -791,7 +905,9 @@ def test_content_tells_files_apart_that_differ_in_their_length_only(tmp_path):
     for between in (0, 9):
         (tmp_path / "long.bin").write_bytes(b"a" * 2**20 + b"a" * between + b"z" * 2**20)
         windows = types.SimpleNamespace(clips=[(str(tmp_path / "long.bin"), None)])
-        folders.append(evaluation.ClipFolder.content(types.SimpleNamespace(windows=windows, sizes=SIZES)))
+        folders.append(
+            evaluation.ClipFolder.content(types.SimpleNamespace(windows=windows, sizes=SIZES))
+        )
     assert folders[0] != folders[1]
 
 
@@ -799,19 +915,31 @@ def test_a_report_is_never_overwritten_by_another(clips, tmp_path):
     report = report_on(flags_of(clips, ref_path=""))
     other = evaluation.Report(report.scores, ["another"], [], {})
     paths = [report.save(str(tmp_path)), other.save(str(tmp_path)), report.save(str(tmp_path))]
-    assert [os.path.basename(path) for path in paths] == ["metrics.json", "metrics_2.json", "metrics.json"]
+    assert [os.path.basename(path) for path in paths] == [
+        "metrics.json",
+        "metrics_2.json",
+        "metrics.json",
+    ]
     assert json.loads(Path(paths[1]).read_text())["notes"] == ["another"]
 
 
 def test_metrics_without_weights_are_left_out_with_the_flag_that_adds_them(clips):
     report = report_on({"samples_path": str(clips / "drawn/video_dev")})
     text = report.text()
-    for what, flag in {"FVD, KVD": "i3d_path", "FAD": "audio_embedding_path", "Spatial": "detector_path"}.items():
+    for what, flag in {
+        "FVD, KVD": "i3d_path",
+        "FAD": "audio_embedding_path",
+        "Spatial": "detector_path",
+    }.items():
         assert f"left out: {what}" in text
         assert f"--{flag} adds them" in text
     assert "--ref_path adds them" in text
-    assert {score.name for score in report.scores}.isdisjoint({"FVD", "FAD left", "Spatial AV-Align"})
-    assert "left out" not in "".join(report_on(flags_of(clips)).text().split("Spatial AV-Align")[2:])
+    assert {score.name for score in report.scores}.isdisjoint(
+        {"FVD", "FAD left", "Spatial AV-Align"}
+    )
+    assert "left out" not in "".join(
+        report_on(flags_of(clips)).text().split("Spatial AV-Align")[2:]
+    )
 
 
 def written(folder, name, video, audio, fps=4, rate=4000):
@@ -822,15 +950,28 @@ def written(folder, name, video, audio, fps=4, rate=4000):
 
 def test_silent_black_short_and_single_clips_give_notes_instead_of_nan(tmp_path, clips, networks):
     folder = written(tmp_path / "odd", "black", -th.ones(5, 3, 32, 32), th.zeros(2, 5000))
-    report = report_on({"samples_path": folder, "ref_path": str(clips / "true/video_dev"), **networks})
+    report = report_on(
+        {"samples_path": folder, "ref_path": str(clips / "true/video_dev"), **networks}
+    )
     text = report.text()
-    for words in ("1 of 1 clips silent", "1 of 1 clips black", "1 files are shorter than 2 s", "1 clips only"):
+    for words in (
+        "1 of 1 clips silent",
+        "1 of 1 clips black",
+        "1 files are shorter than 2 s",
+        "1 clips only",
+    ):
         assert words in text
     assert "nan" not in text
     for score in report.scores:
         assert score.value is not None or score.note, score
     missing = {score.name for score in report.scores if score.value is None}
-    assert {"FVD", "KVD", "Temporal AV-Align", "left-right correlation", "delays apart (ms)"} <= missing
+    assert {
+        "FVD",
+        "KVD",
+        "Temporal AV-Align",
+        "left-right correlation",
+        "delays apart (ms)",
+    } <= missing
     json.loads(Path(report.save(folder)).read_text(), parse_constant=pytest.fail)
 
 
@@ -840,7 +981,9 @@ def test_seconds_that_no_clip_covers_are_told(tmp_path):
         folder = written(tmp_path / "long", name, video, audio)
     report = report_on({"samples_path": folder})
     assert report.settings["clips"]["samples"] == 6
-    note = "--samples_path: 2 s at the end of 2 files are left out, too short for another clip of 2 s"
+    note = (
+        "--samples_path: 2 s at the end of 2 files are left out, too short for another clip of 2 s"
+    )
     assert note in report.notes
     (tmp_path / "whole").mkdir()
     shutil.move(tmp_path / "long/c.mp4", tmp_path / "whole")
@@ -885,7 +1028,9 @@ def test_long_files_give_clips_one_after_the_other_with_their_part_of_the_rows(t
     flags = {"samples_path": written(tmp_path / "long", "a", video, audio)}
     for kind, lines in {
         "events": rows,
-        "boxes": [f"{b.frame},{b.category},{b.x0},{b.y0},{b.x1},{b.y1}" for b in true_boxes(config, 0)],
+        "boxes": [
+            f"{b.frame},{b.category},{b.x0},{b.y0},{b.x1},{b.y1}" for b in true_boxes(config, 0)
+        ],
     }.items():
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "a.csv").write_text("\n".join(lines))
@@ -909,7 +1054,9 @@ def told_of(folder, name, events, boxes):
 
 
 def spatial_score(flags, sizes=SIZES):
-    (score,) = [score for score in report_on(flags, sizes).scores if score.name == "Spatial AV-Align"]
+    (score,) = [
+        score for score in report_on(flags, sizes).scores if score.name == "Spatial AV-Align"
+    ]
     return score
 
 
@@ -923,14 +1070,23 @@ def test_an_event_at_the_end_of_a_window_is_a_hit_of_a_box_just_behind_it(tmp_pa
 
 @pytest.mark.parametrize("fps", [4, 8, 5])
 @pytest.mark.parametrize(("num_frames", "until"), [(8, 4), (5, 3.75), (3, 3.75)])
-def test_hits_are_those_of_the_whole_file_however_it_is_cut_and_whatever_its_rate(tmp_path, fps, num_frames, until):
+def test_hits_are_those_of_the_whole_file_however_it_is_cut_and_whatever_its_rate(
+    tmp_path, fps, num_frames, until
+):
     """Boxes count their frames at the rate of the file, which is read at 4 fps."""
     draw = np.random.default_rng(0)
     video, audio, _ = toy.make_clip(toy.ToyConfig(**{**vars(TOY), "seconds": 4, "fps": fps}), 0)
     events = [Event(frame, 0, x) for frame, x in enumerate(draw.integers(0, 256, 40).tolist())]
-    boxes = [Box(frame, 0, x, 0, x + 9, 9) for frame, x in enumerate(draw.integers(0, 240, 4 * fps).tolist())]
-    flags = {"samples_path": written(tmp_path / "long", "a", video, audio, fps)} | told_of(tmp_path, "a", events, boxes)
-    score = spatial_score(flags, evaluation.Sizes(f"{num_frames},3,32,32", f"2,{num_frames * 1000}", 4, 4000))
+    boxes = [
+        Box(frame, 0, x, 0, x + 9, 9)
+        for frame, x in enumerate(draw.integers(0, 240, 4 * fps).tolist())
+    ]
+    flags = {"samples_path": written(tmp_path / "long", "a", video, audio, fps)} | told_of(
+        tmp_path, "a", events, boxes
+    )
+    score = spatial_score(
+        flags, evaluation.Sizes(f"{num_frames},3,32,32", f"2,{num_frames * 1000}", 4, 4000)
+    )
     whole = [event for event in events if event.frame / 10 < until]
     found, missed = hits(whole, boxes, fps)
     assert score.count == len(whole)
@@ -938,13 +1094,18 @@ def test_hits_are_those_of_the_whole_file_however_it_is_cut_and_whatever_its_rat
     assert 0.1 < score.value < 0.9
 
 
-def test_what_is_located_in_the_sound_of_a_later_window_is_compared_with_boxes_of_its_time(tmp_path):
+def test_what_is_located_in_the_sound_of_a_later_window_is_compared_with_boxes_of_its_time(
+    tmp_path,
+):
     """Two loud halves, left and then right, and boxes that say so; windows of 1.25 s."""
     source = 0.3 * noise(16000, seed=3).float()
     second_half = th.arange(16000) >= 8000
     audio = th.stack([source * ~second_half, source * second_half])
     flags = {"samples_path": written(tmp_path / "long", "a", th.zeros(16, 3, 32, 32), audio)}
-    boxes = [Box(frame, 0, *((0, 0, 30, 256) if frame < 8 else (226, 0, 256, 256))) for frame in range(16)]
+    boxes = [
+        Box(frame, 0, *((0, 0, 30, 256) if frame < 8 else (226, 0, 256, 256)))
+        for frame in range(16)
+    ]
     flags |= told_of(tmp_path, "a", [], boxes) | {"events_dir": ""}
     score = spatial_score(flags, evaluation.Sizes("5,3,32,32", "2,5000", 4, 4000))
     assert score.count >= 37
@@ -953,10 +1114,15 @@ def test_what_is_located_in_the_sound_of_a_later_window_is_compared_with_boxes_o
 
 @pytest.mark.usefixtures("detector")
 @pytest.mark.parametrize("located", [True, False])
-def test_what_a_detector_sees_in_a_later_window_is_compared_with_events_of_its_time(tmp_path, located):
+def test_what_a_detector_sees_in_a_later_window_is_compared_with_events_of_its_time(
+    tmp_path, located
+):
     config = toy.ToyConfig(**{**vars(TOY), "seconds": 4})
     video, audio, rows = toy.make_clip(config, 0)
-    flags = {"samples_path": written(tmp_path / "long", "a", video, audio), "detector_path": __file__}
+    flags = {
+        "samples_path": written(tmp_path / "long", "a", video, audio),
+        "detector_path": __file__,
+    }
     events = [Event(*map(int, row.split(",")[:3])) for row in rows]
     flags |= {} if located else {"events_dir": told_of(tmp_path, "a", events, [])["events_dir"]}
     score = spatial_score(flags, evaluation.Sizes("5,3,32,32", "2,5000", 4, 4000))
@@ -970,7 +1136,9 @@ def test_clips_of_one_name_that_would_share_a_csv_are_refused(tmp_path):
     flags = {"samples_path": ",".join(folders)}
     assert report_on(flags).settings["clips"]["samples"] == 2
     flags |= told_of(tmp_path, "clip", [], true_boxes(TOY, 0))
-    with pytest.raises(ValueError, match=r"a/clip.mp4 and .*b/clip.mp4: would share clip.csv; .*rename"):
+    with pytest.raises(
+        ValueError, match=r"a/clip.mp4 and .*b/clip.mp4: would share clip.csv; .*rename"
+    ):
         report_on(flags)
 
 
@@ -980,8 +1148,14 @@ def test_clips_of_one_name_that_would_share_a_csv_are_refused(tmp_path):
         ({"samples_path": ""}, "check --samples_path"),
         ({"samples_path": "{tmp}"}, "holds no clips .*--samples_path"),
         ({"ref_path": "{tmp}"}, "holds no clips .*--ref_path"),
-        ({"i3d_path": "{tmp}/none.pt"}, "--i3d_path .*none.pt: no such file; it takes a TorchScript I3D"),
-        ({"audio_embedding_path": "{tmp}/none.pt"}, "--audio_embedding_path .*no such file; it takes any TorchScript"),
+        (
+            {"i3d_path": "{tmp}/none.pt"},
+            "--i3d_path .*none.pt: no such file; it takes a TorchScript I3D",
+        ),
+        (
+            {"audio_embedding_path": "{tmp}/none.pt"},
+            "--audio_embedding_path .*no such file; it takes any TorchScript",
+        ),
         ({"i3d_path": __file__}, "--i3d_path .*is no TorchScript file"),
         ({"boxes_dir": "{tmp}/none"}, "--boxes_dir .*no such folder"),
         ({"boxes_dir": "{tmp}"}, "toy_0000..csv: is missing"),
@@ -991,14 +1165,18 @@ def test_clips_of_one_name_that_would_share_a_csv_are_refused(tmp_path):
     ],
 )
 def test_what_cannot_be_evaluated_is_said_in_words(clips, tmp_path, change, words):
-    change = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
+    change = {
+        name: value.format(tmp=tmp_path) if isinstance(value, str) else value
+        for name, value in change.items()
+    }
     with pytest.raises((ValueError, DataError), match=words):
         report_on(flags_of(clips) | change)
 
 
 def test_a_network_that_takes_something_else_is_named(clips, networks):
     with pytest.raises(
-        ValueError, match=r"--i3d_path: this module does not take \[1, 3, 8, 224, 224\]|vector for each"
+        ValueError,
+        match=r"--i3d_path: this module does not take \[1, 3, 8, 224, 224\]|vector for each",
     ):
         report_on(flags_of(clips, i3d_path=networks["audio_embedding_path"]))
 
@@ -1016,15 +1194,21 @@ class GivesNumber(th.nn.Module):
 
 @pytest.mark.parametrize("for_all", [False, True])
 def test_a_network_without_vectors_is_named(tmp_path, for_all):
-    embed = features.load_audio_embedding(saved_script(tmp_path, GivesNumber(for_all)), "waveform", ALONE.device)
-    with pytest.raises(ValueError, match="--audio_embedding_path: this module does not give a vector for each"):
+    embed = features.load_audio_embedding(
+        saved_script(tmp_path, GivesNumber(for_all)), "waveform", ALONE.device
+    )
+    with pytest.raises(
+        ValueError, match="--audio_embedding_path: this module does not give a vector for each"
+    ):
         embed(th.stack([tone(300, HZ)] * 2), HZ)
 
 
 def test_other_containers_and_rates_are_read_as_well(tmp_path):
     (tmp_path / "any").mkdir()
     frames = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8)
-    write_any_clip(tmp_path / "any/a.mkv", frames, fps=15, audio=0.1 * noise(1, 22050 * 2).numpy(), rate=22050)
+    write_any_clip(
+        tmp_path / "any/a.mkv", frames, fps=15, audio=0.1 * noise(1, 22050 * 2).numpy(), rate=22050
+    )
     found = values(report_on({"samples_path": str(tmp_path / "any")}))
     assert found["left-right correlation"] == pytest.approx(1)
     assert found["level difference, mean |R - L| (dB)"] == pytest.approx(0, abs=0.5)
@@ -1037,8 +1221,16 @@ def test_real_clips_get_every_metric_that_needs_no_weights(cache):
     assert report.settings["clips"]["samples"] == 6 + 2
     assert "--samples_path: 3 s at the end of 1 files are left out" in report.text()
     found = {score.name: score for score in report.scores}
-    assert found["nearest true clip (RMS, median)"].value == 0 < found["nearest true clip (RMS, median)"].reference
-    for name in ("level difference, mean |R - L| (dB)", "delay, mean |L - R| (ms)", "left-right correlation"):
+    assert (
+        found["nearest true clip (RMS, median)"].value
+        == 0
+        < found["nearest true clip (RMS, median)"].reference
+    )
+    for name in (
+        "level difference, mean |R - L| (dB)",
+        "delay, mean |L - R| (ms)",
+        "left-right correlation",
+    ):
         assert found[name].value == found[name].reference > 0
     assert 0 < found["left-right correlation"].value < 1  # true stereo
     assert 0 < found["Temporal AV-Align"].value < 1
@@ -1052,7 +1244,14 @@ def script(name, monkeypatch, *line):
     runpy.run_path(str(REPOSITORY / f"py_scripts/{name}.py"))["main"]()
 
 
-AS_READ = ["--video_size", SIZES.video_size, "--audio_size", SIZES.audio_size, "--audio_fps", str(SIZES.audio_fps)]
+AS_READ = [
+    "--video_size",
+    SIZES.video_size,
+    "--audio_size",
+    SIZES.audio_size,
+    "--audio_fps",
+    str(SIZES.audio_fps),
+]
 
 
 @pytest.mark.parametrize("output", ["", "~/out"])
@@ -1066,23 +1265,44 @@ def test_paths_from_the_home_folder_are_understood(clips, tmp_path, monkeypatch,
     assert "Spatial AV-Align" in capsys.readouterr().out
 
 
-def test_the_report_on_several_folders_needs_a_place_of_its_own(clips, tmp_path, monkeypatch, capsys):
+def test_the_report_on_several_folders_needs_a_place_of_its_own(
+    clips, tmp_path, monkeypatch, capsys
+):
     several = ",".join(str(clips / kind / "video_dev") for kind in ("true", "drawn"))
     for more in ([], ["--output_dir", several]):  # as the launcher has it
         with pytest.raises(ValueError, match=r"--samples_path .* are several; give --output_dir"):
             script("eval", monkeypatch, "--samples_path", several, *more, *AS_READ)
-    script("eval", monkeypatch, "--samples_path", several, "--output_dir", str(tmp_path / "out"), *AS_READ)
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["settings"]["clips"]["samples"] == 8
+    script(
+        "eval",
+        monkeypatch,
+        "--samples_path",
+        several,
+        "--output_dir",
+        str(tmp_path / "out"),
+        *AS_READ,
+    )
+    assert (
+        json.loads((tmp_path / "out/metrics.json").read_text())["settings"]["clips"]["samples"] == 8
+    )
 
 
 def test_pictures_and_sounds_of_unequal_length_are_refused_with_both_flags(clips, monkeypatch):
-    line = ["--samples_path", str(clips / "drawn/video_dev"), "--video_size", "8,3,32,32", "--audio_size", "2,80000"]
+    line = [
+        "--samples_path",
+        str(clips / "drawn/video_dev"),
+        "--video_size",
+        "8,3,32,32",
+        "--audio_size",
+        "2,80000",
+    ]
     words = "--video_size 8,3,32,32 at --video_fps 4 lasts 2 s, but --audio_size 2,80000 at --audio_fps 16000 5 s"
     with pytest.raises(ValueError, match=words):
         script("eval", monkeypatch, *line)
     report = report_on({"samples_path": line[1]}, dataclasses.replace(SIZES, audio_size="2,1000"))
     assert report.notes[0].endswith("--audio_size 2,1000 at --audio_fps 4000 0.25 s")
-    assert evaluation.Sizes("16,3,8,8", "2,8533", 30, 16000).mismatch() == ""  # as near as whole samples come
+    assert (
+        evaluation.Sizes("16,3,8,8", "2,8533", 30, 16000).mismatch() == ""
+    )  # as near as whole samples come
 
 
 @pytest.mark.parametrize(
@@ -1090,17 +1310,25 @@ def test_pictures_and_sounds_of_unequal_length_are_refused_with_both_flags(clips
     [
         (noise(8, 3, 32, 32).clamp(-1, 1), th.zeros(2, 8000), "nothing is heard"),
         (-th.ones(8, 3, 32, 32), 0.1 * noise(2, 8000), "nothing stands out in the pictures"),
-        (noise(1, 3, 32, 32).clamp(-1, 1).expand(8, -1, -1, -1), 0.1 * noise(2, 8000), "the object stays where it is"),
+        (
+            noise(1, 3, 32, 32).clamp(-1, 1).expand(8, -1, -1, -1),
+            0.1 * noise(2, 8000),
+            "the object stays where it is",
+        ),
     ],
 )
-def test_a_spatial_alignment_that_does_not_exist_is_explained(tmp_path, monkeypatch, capsys, video, audio, reason):
+def test_a_spatial_alignment_that_does_not_exist_is_explained(
+    tmp_path, monkeypatch, capsys, video, audio, reason
+):
     folder = written(tmp_path / "odd", "a", video.float(), audio.float())
     script("spatial_alignment", monkeypatch, folder, *AS_READ)
     assert capsys.readouterr().out.split(maxsplit=4)[-1] == f"- ({reason})\n"
 
 
 def test_why_clips_are_not_aligned_is_empty_for_those_that_are():
-    videos, audios = (th.stack(x) for x in zip(*(toy.make_clip(TOY, k)[:2] for k in range(3)), strict=True))
+    videos, audios = (
+        th.stack(x) for x in zip(*(toy.make_clip(TOY, k)[:2] for k in range(3)), strict=True)
+    )
     videos = media.to_float(videos)
     assert why_unaligned(videos, audios) == ""
     assert why_unaligned(videos, audios * th.tensor([[0.0], [1]])) == "the sound stays where it is"
@@ -1112,9 +1340,17 @@ def test_why_clips_are_not_aligned_is_empty_for_those_that_are():
 def evaluated(command, flags, folder):
     """eval.py as a process (or several): its screen and its report."""
     line = [*command, str(REPOSITORY / "py_scripts/eval.py")]
-    flags = flags | {"video_size": SIZES.video_size, "audio_size": SIZES.audio_size, "audio_fps": SIZES.audio_fps}
+    flags = flags | {
+        "video_size": SIZES.video_size,
+        "audio_size": SIZES.audio_size,
+        "audio_fps": SIZES.audio_fps,
+    }
     line += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    env = untouched() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MM_DIFFUSION_CACHE": str(folder)}
+    env = untouched() | {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "MM_DIFFUSION_CACHE": str(folder),
+    }
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     report = os.path.join(flags["samples_path"], "metrics.json")
@@ -1132,13 +1368,24 @@ def test_two_ranks_tell_what_one_tells_once(clips, networks, tmp_path):
     assert alone[0].splitlines()[:8] == both[0].splitlines()[:8]
     assert both[0].count("FVD ") == 1
     assert alone[1]["settings"]["clips"] == {"samples": 3, "reference": 5}
-    assert {score["name"]: score["value"] for score in alone[1]["scores"]} == values(report_on(flags))
+    assert {score["name"]: score["value"] for score in alone[1]["scores"]} == values(
+        report_on(flags)
+    )
 
 
-def test_sampling_ends_with_metrics_of_either_folder_by_itself(tmp_path, monkeypatch, clips, networks, capsys):
+def test_sampling_ends_with_metrics_of_either_folder_by_itself(
+    tmp_path, monkeypatch, clips, networks, capsys
+):
     base, sr = saved(tmp_path)
     out = tmp_path / "out"
-    more = ["--ref_path", str(clips / "true/video_dev"), "--i3d_path", networks["i3d_path"], "--num_workers", "1"]
+    more = [
+        "--ref_path",
+        str(clips / "true/video_dev"),
+        "--i3d_path",
+        networks["i3d_path"],
+        "--num_workers",
+        "1",
+    ]
     sample(out, monkeypatch, *flags_for(base, sr, out, *more))
     for kind, side in (("original", 8), ("sr_mp4", 32)):
         told = json.loads((out / kind / "metrics.json").read_text())
@@ -1169,11 +1416,30 @@ def test_every_metrics_flag_is_one_of_the_sampling_script_too():
 
 def test_the_launcher_passes_paths_on_and_names_those_that_do_not_exist(tmp_path):
     assert_refused(run("multimodal_eval"), "SAMPLES_PATH")
-    assert_refused(run("multimodal_eval", SAMPLES_PATH=tmp_path, I3D_PATH=tmp_path / "none"), "I3D_PATH", "none")
+    assert_refused(
+        run("multimodal_eval", SAMPLES_PATH=tmp_path, I3D_PATH=tmp_path / "none"),
+        "I3D_PATH",
+        "none",
+    )
     place = tmp_path / "my clips"
     place.mkdir()
-    names = ("SAMPLES_PATH", "REF_PATH", "I3D_PATH", "AUDIO_EMBEDDING_PATH", "DETECTOR_PATH", "BOXES_DIR", "EVENTS_DIR")
-    line = recorded(tmp_path, "multimodal_eval", "--num_workers", "2", NUM_GPUS="1", **dict.fromkeys(names, place))
+    names = (
+        "SAMPLES_PATH",
+        "REF_PATH",
+        "I3D_PATH",
+        "AUDIO_EMBEDDING_PATH",
+        "DETECTOR_PATH",
+        "BOXES_DIR",
+        "EVENTS_DIR",
+    )
+    line = recorded(
+        tmp_path,
+        "multimodal_eval",
+        "--num_workers",
+        "2",
+        NUM_GPUS="1",
+        **dict.fromkeys(names, place),
+    )
     assert line[:2] == ["python", str(REPOSITORY / "py_scripts/eval.py")]
     assert line.count(str(place)) == len(names) + 1  # the report goes beside the clips
     assert line[-2:] == ["--num_workers", "2"]

@@ -18,7 +18,14 @@ def write_run(folder: Path, steps=(10, 20, 30), **values: float) -> Path:
     """A progress.csv as training writes it."""
     logger.configure(folder)
     for step in steps:
-        row = {**LOSS, "grad_norm": 1.0, "lr": 1e-4, "step": step, "samples": 4 * step, "samples_per_second": 2.0}
+        row = {
+            **LOSS,
+            "grad_norm": 1.0,
+            "lr": 1e-4,
+            "step": step,
+            "samples": 4 * step,
+            "samples_per_second": 2.0,
+        }
         for key, value in (row | values).items():
             logger.logkv(key, value)
         logger.dumpkvs()
@@ -44,10 +51,23 @@ def drawn(figure) -> dict[str, list]:
 # ---------------------------------------------------------------- the script
 
 
-@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
 def test_a_picture_is_written_as_its_suffix_says(tmp_path, monkeypatch, suffix, magic):
     out = tmp_path / f"new folder/curves.{suffix}"
-    assert plot(monkeypatch, write_run(tmp_path / "a"), write_run(tmp_path / "b"), "--out", out, "--x", "hours") == 0
+    assert (
+        plot(
+            monkeypatch,
+            write_run(tmp_path / "a"),
+            write_run(tmp_path / "b"),
+            "--out",
+            out,
+            "--x",
+            "hours",
+        )
+        == 0
+    )
     assert out.read_bytes().startswith(magic)
 
 
@@ -82,7 +102,9 @@ def test_a_run_without_curves_is_named_in_one_line(tmp_path, monkeypatch, capsys
         (["--smooth", "1"], ["smooth 1.0", "[0, 1)"]),
     ],
 )
-def test_a_flag_that_does_not_fit_is_named_with_what_would(tmp_path, monkeypatch, capsys, flags, words):
+def test_a_flag_that_does_not_fit_is_named_with_what_would(
+    tmp_path, monkeypatch, capsys, flags, words
+):
     out = ["--out", str(tmp_path / "curves.png")]
     assert plot(monkeypatch, write_run(tmp_path / "mine"), *out, *flags) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -123,7 +145,9 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     for paths in names:
         folders = [write_run(tmp_path / path) for path in paths]
         found = [run.name for run in curves.read_runs(folders)]
-        assert found == (paths if paths[0].endswith("same") else [Path(path).name for path in paths])
+        assert found == (
+            paths if paths[0].endswith("same") else [Path(path).name for path in paths]
+        )
     copy = tmp_path / "copy.csv"
     copy.write_bytes((tmp_path / "a/same/progress.csv").read_bytes())
     assert [run.name for run in curves.read_runs([copy])] == ["copy"]
@@ -176,7 +200,9 @@ def test_raw_numbers_lie_under_their_average_which_the_learning_rate_does_not_ne
 
 def test_losses_are_on_a_logarithmic_scale_where_all_of_them_are_positive(tmp_path):
     for loss, scale in ((0.5, "log"), (-0.5, "linear")):
-        runs = curves.read_runs([write_run(tmp_path / scale, loss=loss), write_run(tmp_path / "other")])
+        runs = curves.read_runs(
+            [write_run(tmp_path / scale, loss=loss), write_run(tmp_path / "other")]
+        )
         axes, other = curves.draw(runs, curves.choose_panels(runs, ["loss", "lr"])).axes
         assert (axes.get_yscale(), other.get_yscale()) == (scale, "linear")
 
@@ -185,7 +211,9 @@ def test_a_spike_moves_a_logarithmic_average_little(tmp_path):
     rows = [f"{step},{1000 if step == 50 else 1}" for step in range(99)]
     (tmp_path / "progress.csv").write_text("\n".join(["step,grad_norm", *rows]))
     runs = curves.read_runs([tmp_path])
-    (lines,) = drawn(curves.draw(runs, curves.choose_panels(runs, ["grad_norm"]), smooth=0.9)).values()
+    (lines,) = drawn(
+        curves.draw(runs, curves.choose_panels(runs, ["grad_norm"]), smooth=0.9)
+    ).values()
     assert max(lines[1].get_ydata()) < 10
 
 
@@ -200,7 +228,9 @@ def test_many_runs_have_colours_of_their_own_and_all_are_in_the_legend(tmp_path)
     runs = curves.read_runs([write_run(tmp_path / f"run{k}") for k in range(12)])
     figure = curves.draw(runs, curves.choose_panels(runs, ["loss"]))
     assert len({tuple(line.get_color()) for line in drawn(figure)["loss"]}) == 12
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"run{k}" for k in range(12)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"run{k}" for k in range(12)
+    ]
 
 
 def test_a_curve_of_one_number_is_a_dot(tmp_path):

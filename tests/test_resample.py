@@ -82,7 +82,11 @@ def test_weights_make_the_estimate_unbiased():
 @pytest.mark.parametrize("name", ["uniform", "loss-second-moment"])
 def test_with_one_generator_each_timesteps_do_not_depend_on_neighbours(name):
     sampler = create_named_schedule_sampler(name, 1000)
-    draw = lambda seeds: sampler.sample(len(seeds), "cpu", [th.Generator().manual_seed(s) for s in seeds])[0]  # noqa: E731
+
+    def draw(seeds):
+        generators = [th.Generator().manual_seed(s) for s in seeds]
+        return sampler.sample(len(seeds), "cpu", generators)[0]
+
     assert draw([5, 6, 7]).tolist()[1:] == draw([6, 7]).tolist()
     with pytest.raises(ValueError, match="one per sample"):
         sampler.sample(3, "cpu", [th.Generator()])
@@ -109,7 +113,9 @@ def _rank(rank, world, address, results):
 
 
 def test_ranks_share_one_history(tmp_path):
-    mp.start_processes(_rank, (2, f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(
+        _rank, (2, f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2, start_method="fork"
+    )
     expected = LossSecondMomentResampler(6)
     expected.update_with_local_losses(th.arange(6), th.arange(6) + 0.5)
     for rank in range(2):

@@ -113,7 +113,9 @@ def test_a_model_that_always_predicts_one_clip_gives_that_clip(name):
     x_T = tree_map(th.randn_like, clip)
     sample = sampler(lambda x, t: tree_map(lambda a, b: a.expand_as(b), clip, x), x_T, None)
     for key in clip:
-        assert (sample[key] - clip[key]).abs().max() < 0.15  # the solvers stop at time 1/N, 4 sigma of its noise
+        assert (
+            sample[key] - clip[key]
+        ).abs().max() < 0.15  # the solvers stop at time 1/N, 4 sigma of its noise
 
 
 @pytest.mark.parametrize(("respacing", "evaluations"), [("ddim25", 25), ("10", 10), ("3,2,1", 6)])
@@ -181,7 +183,8 @@ def test_a_clip_that_is_not_finite_is_an_error_instead_of_a_black_and_silent_fil
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"), [({"output_dir": "gs://bucket/out"}, "local folders only"), ({"seed": -1}, "seed -1")]
+    ("wrong", "words"),
+    [({"output_dir": "gs://bucket/out"}, "local folders only"), ({"seed": -1}, "seed -1")],
 )
 def test_what_cannot_be_sampled_is_said_in_words(wrong, words):
     with pytest.raises(ValueError, match=words):
@@ -208,7 +211,9 @@ def test_respacing_does_not_go_with_the_solvers(name):
 def test_flags_of_the_solver_replace_its_own_settings():
     assert solver_settings(SampleConfig()) == {}
     chosen = {"steps": 7, "order": 2, "method": "multistep", "skip_type": "time_uniform"}
-    flags = SampleConfig(sample_steps=7, solver_order=2, solver_method="multistep", skip_type="time_uniform")
+    flags = SampleConfig(
+        sample_steps=7, solver_order=2, solver_method="multistep", skip_type="time_uniform"
+    )
     assert solver_settings(flags) == chosen
     model, sampler = setup("dpm_solver++", settings=chosen)
     model, calls = counted(model)

@@ -92,7 +92,12 @@ SAMPLE = {
     "output_dir": "",
     "devices": "",
 }
-UPSAMPLING = {"sr_model_path": "", "sr_sample_fn": "ddim", "load_noise": "", "sr_diffusion_steps": 1100}
+UPSAMPLING = {
+    "sr_model_path": "",
+    "sr_sample_fn": "ddim",
+    "load_noise": "",
+    "sr_diffusion_steps": 1100,
+}
 FRAMES = {name: DATA[name] for name in ("data_dir", "num_workers", "video_fps", "random_flip")}
 CROSS_MODAL = {"sample_fn": "ddpm", "random_flip": False, "classifier_scale": 0.0}
 SCRIPTS = {
@@ -118,7 +123,14 @@ PUBLISHED = {
     },
     "sample": {**MODEL, **tiny.PUBLISHED_UPSAMPLER, **DATA, **SAMPLE, **UPSAMPLING},
     "video2audio": {**MODEL, **DATA, **SAMPLE, **CROSS_MODAL},
-    "audio2video": {**MODEL, **tiny.PUBLISHED_UPSAMPLER, **DATA, **SAMPLE, **UPSAMPLING, **CROSS_MODAL},
+    "audio2video": {
+        **MODEL,
+        **tiny.PUBLISHED_UPSAMPLER,
+        **DATA,
+        **SAMPLE,
+        **UPSAMPLING,
+        **CROSS_MODAL,
+    },
 }
 
 
@@ -157,7 +169,10 @@ def test_every_published_flag_parses_to_its_own_type(command, script):
 @pytest.mark.parametrize("script", CONFIGS)
 def test_flags_without_effect_are_accepted_with_a_note(command, script):
     _, given = command("--t_lr 1e-4 --frame_gap 1", script)
-    assert [note.split()[0] for note in notes_on(given, *CONFIGS[script])] == ["--t_lr", "--frame_gap"]
+    assert [note.split()[0] for note in notes_on(given, *CONFIGS[script])] == [
+        "--t_lr",
+        "--frame_gap",
+    ]
     assert all("no effect" in note for note in notes_on(given, *CONFIGS[script]))
     assert notes_on({"lr"}, *CONFIGS[script]) == []
 
@@ -220,7 +235,12 @@ def shapes(model):
 
 def test_strings_and_numbers_build_the_same():
     as_text = {name: str(value) for name, value in tiny.FLAGS.items()}
-    typed = {**tiny.FLAGS, "channel_mult": (1, 2), "video_size": [4, 3, 8, 8], "cross_attention_windows": (1, 2)}
+    typed = {
+        **tiny.FLAGS,
+        "channel_mult": (1, 2),
+        "video_size": [4, 3, 8, 8],
+        "cross_attention_windows": (1, 2),
+    }
     model, diffusion = create_model_and_diffusion(**tiny.FLAGS, learn_sigma=True)
     for flags in ({**as_text, "learn_sigma": "True"}, {**typed, "learn_sigma": 1}):
         other, process = create_model_and_diffusion(**flags)
@@ -233,7 +253,12 @@ def test_strings_and_numbers_build_the_same():
 def test_an_unknown_flag_and_a_value_of_another_type_are_named():
     with pytest.raises(ValueError, match="num_chanels"):
         create_model_and_diffusion(num_chanels=64)
-    for name, value in {"num_channels": "wide", "learn_sigma": "perhaps", "dropout": "a", "num_heads": None}.items():
+    for name, value in {
+        "num_channels": "wide",
+        "learn_sigma": "perhaps",
+        "dropout": "a",
+        "num_heads": None,
+    }.items():
         with pytest.raises(ValueError, match=name):
             create_model_and_diffusion(**{**tiny.FLAGS, name: value})
 
@@ -259,16 +284,26 @@ def test_the_width_of_the_picture_sets_the_multipliers_unless_they_are_given(siz
         ({"learn_sigma": True}, ModelMeanType.EPSILON, ModelVarType.LEARNED_RANGE, LossType.MSE),
         ({"predict_xstart": True}, ModelMeanType.START_X, ModelVarType.FIXED_LARGE, LossType.MSE),
         ({"use_kl": True}, ModelMeanType.EPSILON, ModelVarType.FIXED_LARGE, LossType.RESCALED_KL),
-        ({"rescale_learned_sigmas": True}, ModelMeanType.EPSILON, ModelVarType.FIXED_LARGE, LossType.RESCALED_MSE),
+        (
+            {"rescale_learned_sigmas": True},
+            ModelMeanType.EPSILON,
+            ModelVarType.FIXED_LARGE,
+            LossType.RESCALED_MSE,
+        ),
     ],
 )
 def test_flags_choose_the_diffusion(flags, mean, var, loss):
     diffusion = tiny.build(as_built=True, **flags)[1]
-    assert (diffusion.model_mean_type, diffusion.model_var_type, diffusion.loss_type) == (mean, var, loss)
+    assert (diffusion.model_mean_type, diffusion.model_var_type, diffusion.loss_type) == (
+        mean,
+        var,
+        loss,
+    )
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("noise_schedule", "sigmoid"), ("timestep_respacing", "ddim77"), ("diffusion_steps", 0)]
+    ("flag", "value"),
+    [("noise_schedule", "sigmoid"), ("timestep_respacing", "ddim77"), ("diffusion_steps", 0)],
 )
 def test_an_impossible_diffusion_is_refused_with_the_flag_named(flag, value):
     with pytest.raises(ValueError, match=flag if flag != "noise_schedule" else "schedule"):
@@ -288,7 +323,9 @@ def test_flags_of_the_checkpoint_take_the_place_of_defaults(command):
     assert "no_flag_any_more" not in merged
 
 
-@pytest.mark.parametrize("line", ["--num_channels 64", "--channel_mult 1,2,3", "--predict_xstart True"])
+@pytest.mark.parametrize(
+    "line", ["--num_channels 64", "--channel_mult 1,2,3", "--predict_xstart True"]
+)
 def test_a_flag_that_contradicts_the_checkpoint_is_named(command, line):
     values, given = command(line)
     name = line.split()[0]
@@ -298,7 +335,9 @@ def test_a_flag_that_contradicts_the_checkpoint_is_named(command, line):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["--num_channels 32", "--channel_mult 1,2", "--cross_attention_shift yes"])
+@pytest.mark.parametrize(
+    "line", ["--num_channels 32", "--channel_mult 1,2", "--cross_attention_shift yes"]
+)
 def test_a_flag_that_agrees_with_the_checkpoint_is_welcome(command, line):
     values, given = command(line)
     merged = merge_checkpoint_flags(values, given, {**MODEL, **tiny.FLAGS}, "m.pt")
@@ -306,8 +345,16 @@ def test_a_flag_that_agrees_with_the_checkpoint_is_welcome(command, line):
 
 
 def test_what_shapes_the_model_must_agree_and_the_rest_may_change():
-    assert {"video_size", "num_channels", "learn_sigma", "diffusion_steps", "noise_schedule"} <= set(TRAINED_FLAGS)
-    assert not {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "lr"} & set(TRAINED_FLAGS)
+    assert {
+        "video_size",
+        "num_channels",
+        "learn_sigma",
+        "diffusion_steps",
+        "noise_schedule",
+    } <= set(TRAINED_FLAGS)
+    assert not {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "lr"} & set(
+        TRAINED_FLAGS
+    )
 
 
 def test_the_published_multipliers_do_not_contradict_the_empty_default(command):

@@ -125,7 +125,9 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path):
 
 # ---------------------------------------------------------------- compilation
 
-EAGER = {"backend": "eager"}  # traces, guards and recompiles like any other, and calls the operators as they are
+EAGER = {
+    "backend": "eager"
+}  # traces, guards and recompiles like any other, and calls the operators as they are
 
 
 @pytest.fixture
@@ -161,12 +163,17 @@ def test_the_upsampler_is_one_graph_too(no_recompilation):
         for batch in (3, 2):
             given = x[:1].expand(batch, -1, -1, -1), th.full((batch,), 10 * batch)
             th.testing.assert_close(
-                compiled(*given, low_res=low_res[:batch]), plain(*given, low_res=low_res[:batch]), rtol=1e-5, atol=1e-5
+                compiled(*given, low_res=low_res[:batch]),
+                plain(*given, low_res=low_res[:batch]),
+                rtol=1e-5,
+                atol=1e-5,
             )
     assert no_recompilation["unique_graphs"] == 1
 
 
-def test_compiled_training_has_the_same_gradients_and_published_names(tmp_path, monkeypatch, no_recompilation):
+def test_compiled_training_has_the_same_gradients_and_published_names(
+    tmp_path, monkeypatch, no_recompilation
+):
     """With recomputed activations, whose window shifts must be those of the forward pass."""
     monkeypatch.setattr(train_util, "Compiled", partial(Compiled, **EAGER))
     trainers, gradients = {}, {}
@@ -180,7 +187,9 @@ def test_compiled_training_has_the_same_gradients_and_published_names(tmp_path, 
         gradients[mode] = th.cat([p.grad.flatten() for p in trainer.params])
     assert (gradients["True"] - gradients["False"]).norm() < 1e-5 * gradients["False"].norm()
     assert isinstance(trainer.forward_model, Compiled)
-    assert trainer._published(trainer.params).keys() == checkpoint.published_state_dict(model).keys()
+    assert (
+        trainer._published(trainer.params).keys() == checkpoint.published_state_dict(model).keys()
+    )
     assert no_recompilation["unique_graphs"] == 1
 
 
@@ -237,7 +246,13 @@ def test_no_compiler_is_told_in_one_line(monkeypatch):
 
 # What makes the host wait for a device: reading a number, finding out how many numbers a mask picks, and copies that
 # are not told to go on beside.
-READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal"}
+READS = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+}
 
 
 class Remote(th.Tensor):
@@ -279,14 +294,22 @@ class Device(TorchDispatchMode):
             to_remote = th.device(kwargs["device"]).type == "meta"
             kwargs["device"] = "cpu"
             if inputs and to_remote != remote[0]:
-                (self.copies if kwargs.get("non_blocking") and to_remote else self.waits).append(name)
+                (self.copies if kwargs.get("non_blocking") and to_remote else self.waits).append(
+                    name
+                )
         elif any(remote):
-            assert all(r or x.ndim == 0 for r, x in zip(remote, inputs, strict=True)), f"{name} mixes devices"
+            assert all(r or x.ndim == 0 for r, x in zip(remote, inputs, strict=True)), (
+                f"{name} mixes devices"
+            )
             picks_by_mask = name == "aten::index" and any(x.dtype == th.bool for x in inputs[1:])
             if name in READS or picks_by_mask:
                 self.waits.append(name)
         out = func(*tree_map_only(Remote, held, args), **tree_map_only(Remote, held, kwargs))
-        if any(remote) and out is not None and any(out is x.held for x in inputs if isinstance(x, Remote)):
+        if (
+            any(remote)
+            and out is not None
+            and any(out is x.held for x in inputs if isinstance(x, Remote))
+        ):
             return args[0]  # changed in place
         return tree_map_only(th.Tensor, Remote, out) if to_remote else out
 
@@ -312,12 +335,20 @@ def remote_model():
         ("ddpm", {}, "6", 0, 2),  # the noise of both modalities
         ("ddim", {}, "6", 0, 0),
         ("dpm_solver", {"steps": 6}, "", 0, 3),  # the timestep and the weights of the step
-        ("dpm_solver++", {"steps": 6, "method": "multistep"}, "", 0, 4),  # and of the change to data
+        (
+            "dpm_solver++",
+            {"steps": 6, "method": "multistep"},
+            "",
+            0,
+            4,
+        ),  # and of the change to data
         ("dpm_solver++", {}, "", 0.5, 5),  # the error of a step, once in two evaluations
     ],
     ids=str,
 )
-def test_the_host_waits_for_the_device_only_where_steps_are_adaptive(name, settings, respacing, waits, copies):
+def test_the_host_waits_for_the_device_only_where_steps_are_adaptive(
+    name, settings, respacing, waits, copies
+):
     _, diffusion = tiny.build(as_built=True, timestep_respacing=respacing)
     sampler, (model_fn, calls) = make_sampler(name, diffusion, **settings), remote_model()
     generators = rng.per_sample(3, indices=range(2))
@@ -325,10 +356,16 @@ def test_the_host_waits_for_the_device_only_where_steps_are_adaptive(name, setti
     noise = {key: th.randn(2, *shape, generator=seeded) for key, shape in tiny.SHAPES.items()}
     wanted = sampler(model_fn, noise, rng.per_sample(3, indices=range(2)))
     with Device() as first:
-        sampler(model_fn, {key: Remote(x) for key, x in noise.items()}, generators)  # takes tables to the device
+        sampler(
+            model_fn, {key: Remote(x) for key, x in noise.items()}, generators
+        )  # takes tables to the device
     calls.clear()
     with Device() as device:
-        found = sampler(model_fn, {key: Remote(x) for key, x in noise.items()}, rng.per_sample(3, indices=range(2)))
+        found = sampler(
+            model_fn,
+            {key: Remote(x) for key, x in noise.items()},
+            rng.per_sample(3, indices=range(2)),
+        )
     assert all(kind == "aten::_to_copy" for kind in first.waits)
     assert len(device.waits) == waits * len(calls)
     assert len(device.copies) <= copies * len(calls) + 16  # eight when a clip is done
@@ -341,4 +378,6 @@ def test_frames_of_a_clip_share_one_draw_of_noise():
     noise = randn_like(x, [shared] * 4 + [like, rng.generator(6)])
     assert all(th.equal(noise[0], row) for row in noise[:5])
     assert not th.equal(noise[0], noise[5])
-    assert th.equal(th.randn(3, generator=shared), th.randn(3, generator=like))  # either has drawn once
+    assert th.equal(
+        th.randn(3, generator=shared), th.randn(3, generator=like)
+    )  # either has drawn once

@@ -18,7 +18,11 @@ from mm_diffusion.script_util import TrainConfig
 from mm_diffusion.states import HostCopy, StateError, newest_intact, states_in
 from mm_diffusion.train_util import find_state
 
-FLIP = {"schedule_sampler": "loss-second-moment", "flags": {"dropout": 0.2}, "ema_rate": "0.9999,0.9"}
+FLIP = {
+    "schedule_sampler": "loss-second-moment",
+    "flags": {"dropout": 0.2},
+    "ema_rate": "0.9999,0.9",
+}
 
 
 def same(a, b):
@@ -49,9 +53,13 @@ def test_a_state_has_a_manifest_with_the_length_and_checksum_of_every_file(tmp_p
     assert newest_intact(str(tmp_path), pytest.fail).step == 1
 
 
-@pytest.mark.parametrize("name", ["model000002.pt", "opt000002.pt", "ema_0.9999_000002.pt", "state000002.json"])
+@pytest.mark.parametrize(
+    "name", ["model000002.pt", "opt000002.pt", "ema_0.9999_000002.pt", "state000002.json"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_newest_state_falls_back_to_the_one_before_with_a_warning_that_names_it(tmp_path, name, harm):
+def test_a_damaged_newest_state_falls_back_to_the_one_before_with_a_warning_that_names_it(
+    tmp_path, name, harm
+):
     trainer = loop(tmp_path, lr_anneal_steps=2, save_interval=1)
     trainer.run_loop()
     path = tmp_path / name
@@ -118,7 +126,9 @@ def test_a_full_disk_stops_the_run_says_so_and_leaves_the_last_state_whole(tmp_p
         whole(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StateError, match=r"cannot save step 4: the disk is full; the state of step 2 is intact"):
+    with pytest.raises(
+        StateError, match=r"cannot save step 4: the disk is full; the state of step 2 is intact"
+    ):
         trainer.run_loop()
     assert found(tmp_path) == (str(tmp_path), 2)
     assert not [name for name in os.listdir(tmp_path) if "000004" in name]
@@ -136,12 +146,18 @@ def test_a_full_disk_stops_training_at_the_next_step(tmp_path, monkeypatch):
     trainer.run_step(*next(trainer.data))
     trainer.save()
     assert trainer.writer._running.exception(60)
-    with pytest.raises(StateError, match=r"cannot save step 1: the disk is full; no state was saved before"):
+    with pytest.raises(
+        StateError, match=r"cannot save step 1: the disk is full; no state was saved before"
+    ):
         trainer.run_step(*next(trainer.data))
-    assert [name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial", ".json"))] == []
+    assert [
+        name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial", ".json"))
+    ] == []
 
 
-def test_training_goes_on_while_a_state_is_written_and_what_is_written_is_of_its_step(tmp_path, monkeypatch):
+def test_training_goes_on_while_a_state_is_written_and_what_is_written_is_of_its_step(
+    tmp_path, monkeypatch
+):
     trainer = loop(tmp_path)
     gate, whole = threading.Event(), states.write_file
 
@@ -162,7 +178,9 @@ def test_training_goes_on_while_a_state_is_written_and_what_is_written_is_of_its
     assert all(th.equal(a, b) for a, b in zip(resumed.params, wanted, strict=True))
 
 
-def test_an_update_waits_for_the_copy_that_runs_beside_the_next_forward_and_backward(tmp_path, monkeypatch):
+def test_an_update_waits_for_the_copy_that_runs_beside_the_next_forward_and_backward(
+    tmp_path, monkeypatch
+):
     trainer, whole = loop(tmp_path), HostCopy.take
 
     def slow(self, name, tree):
@@ -202,7 +220,9 @@ def bucket(tmp_path, monkeypatch):
 
     for name in ("BlobFile", "copy", "exists", "isdir", "listdir", "makedirs", "remove", "stat"):
         whole = getattr(bf, name)
-        monkeypatch.setattr(bf, name, lambda *args, f=whole, **kwargs: f(*map(here, args), **kwargs))
+        monkeypatch.setattr(
+            bf, name, lambda *args, f=whole, **kwargs: f(*map(here, args), **kwargs)
+        )
     (tmp_path / "bucket").mkdir()
     return tmp_path / "bucket"
 
@@ -215,7 +235,13 @@ def test_a_run_lives_in_a_remote_folder(bucket, tmp_path):
         part = loop("gs://bucket/run", max_steps=steps, **options)
         part.run_loop()
     assert same(part, straight)
-    names = ["ema_0.9999_000004.pt", "ema_0.9_000004.pt", "model000004.pt", "opt000004.pt", "progress.csv"]
+    names = [
+        "ema_0.9999_000004.pt",
+        "ema_0.9_000004.pt",
+        "model000004.pt",
+        "opt000004.pt",
+        "progress.csv",
+    ]
     assert sorted(os.listdir(bucket / "run")) == [*names, "state000004.json"]
     assert [row["step"] for row in rows(bucket / "run")] == ["1", "2", "3", "4"]
     path = "gs://bucket/run/ema_0.9_000004.pt"
@@ -237,7 +263,9 @@ def test_falling_back_with_few_states_to_keep_loses_none_that_is_whole(tmp_path)
 
 def test_old_states_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch, capsys):
     trainer = loop(tmp_path, lr_anneal_steps=2, save_interval=1, keep_last=1)
-    monkeypatch.setattr(bf, "remove", lambda path: (_ for _ in ()).throw(PermissionError(1, "not permitted", path)))
+    monkeypatch.setattr(
+        bf, "remove", lambda path: (_ for _ in ()).throw(PermissionError(1, "not permitted", path))
+    )
     trainer.run_loop()
     assert "old states stay" in capsys.readouterr().out
     assert [state.damage() for state in states_in(str(tmp_path))] == ["", ""]
@@ -307,7 +335,9 @@ def test_the_same_command_goes_on_where_it_was_bit_for_bit(tmp_path):
     assert same(resumed, straight)
 
 
-def test_an_explicit_checkpoint_comes_before_the_output_folder_and_that_before_initial_weights(tmp_path):
+def test_an_explicit_checkpoint_comes_before_the_output_folder_and_that_before_initial_weights(
+    tmp_path,
+):
     loop(tmp_path, lr_anneal_steps=3, save_interval=1).run_loop()
     path = str(tmp_path / "model000001.pt")
     assert found(tmp_path, resume_checkpoint=path) == (str(tmp_path), 1)
@@ -400,7 +430,11 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
 
 
 def test_training_ends_by_itself_at_the_first_limit(tmp_path):
-    for limits, steps in (({"max_steps": 3}, 3), ({"max_steps": 3, "lr_anneal_steps": 5}, 3), ({"max_hours": 1e-9}, 0)):
+    for limits, steps in (
+        ({"max_steps": 3}, 3),
+        ({"max_steps": 3, "lr_anneal_steps": 5}, 3),
+        ({"max_hours": 1e-9}, 0),
+    ):
         folder = tmp_path / str(len(limits)) / str(steps)
         trainer = loop(folder, **limits)
         trainer.run_loop()

@@ -20,7 +20,9 @@ def test_sound_comes_from_where_the_object_is_and_only_in_its_own_clip(side, rat
     assert spatial_alignment(videos, audios) > 0.95
     assert abs(mismatched_alignment(videos, audios)) < 0.1
     assert spatial_alignment(videos, audios.flip(1)) < -0.95
-    assert spatial_alignment(videos.flip(-1), audios.flip(1)) == pytest.approx(spatial_alignment(videos, audios))
+    assert spatial_alignment(videos.flip(-1), audios.flip(1)) == pytest.approx(
+        spatial_alignment(videos, audios)
+    )
 
 
 def test_alignment_ignores_frames_that_show_or_sound_next_to_nothing():
@@ -40,7 +42,9 @@ def test_a_clip_depends_on_seed_and_number_only():
     assert not make_clip(config, 3)[1].equal(make_clip(other, 3)[1])
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 4, 2, 512), (45, 80, 12.5, 1.3, 44100), (256, 144, 4, 0.5, 8000)])
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 4, 2, 512), (45, 80, 12.5, 1.3, 44100), (256, 144, 4, 0.5, 8000)]
+)
 def test_any_size_rate_and_length(shape):
     config = ToyConfig(*shape, num_objects=2)
     video, audio, rows = make_clip(config, 0)
@@ -71,17 +75,27 @@ def test_the_data_set_has_the_published_shape_and_can_be_completed(tmp_path):
     write_toy_dataset(tmp_path, 3, config)
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("toy_*"))
     assert names == [
-        f"{d}/toy_0000{k}.{e}" for d, e in (("metadata_dev", "csv"), ("video_dev", "mp4")) for k in range(3)
+        f"{d}/toy_0000{k}.{e}"
+        for d, e in (("metadata_dev", "csv"), ("video_dev", "mp4"))
+        for k in range(3)
     ]
     rows = np.loadtxt(tmp_path / "metadata_dev/toy_00000.csv", delimiter=",", dtype=int)
     assert rows[:, 0].tolist() == list(range(10))
     assert set(rows[:, 1]) <= {0, 1}
     assert 0 <= rows[:, 2:].min() <= rows[:, 2:].max() <= 255
-    frames, _ = media.read_window(tmp_path / "video_dev/toy_00000.mp4", 0, 4, 4, 32, 64, 16000, 16000)
+    frames, _ = media.read_window(
+        tmp_path / "video_dev/toy_00000.mp4", 0, 4, 4, 32, 64, 16000, 16000
+    )
     brightness = frames.float().mean(dim=-1)
-    brightest = (brightness - brightness.flatten(1).median(dim=1).values[:, None, None]).clamp(min=0).sum(dim=1)
+    brightest = (
+        (brightness - brightness.flatten(1).median(dim=1).values[:, None, None])
+        .clamp(min=0)
+        .sum(dim=1)
+    )
     centres = (brightest * th.arange(64)).sum(dim=1) / brightest.sum(dim=1) * 4  # to 0..255
-    np.testing.assert_allclose(centres, [np.interp(1.25 + 2.5 * i, rows[:, 0], rows[:, 2]) for i in range(4)], atol=12)
+    np.testing.assert_allclose(
+        centres, [np.interp(1.25 + 2.5 * i, rows[:, 0], rows[:, 2]) for i in range(4)], atol=12
+    )
 
 
 def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path):

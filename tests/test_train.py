@@ -15,7 +15,13 @@ from mm_diffusion import checkpoint, dist_util, logger
 from mm_diffusion.checkpoint import CheckpointError
 from mm_diffusion.dist_util import World
 from mm_diffusion.script_util import TrainConfig
-from mm_diffusion.train_util import TrainLoop, check_train_config, parse_rates, update_ema, warm_rate
+from mm_diffusion.train_util import (
+    TrainLoop,
+    check_train_config,
+    parse_rates,
+    update_ema,
+    warm_rate,
+)
 from mm_diffusion.tree import leaves, tree_map
 
 
@@ -33,13 +39,22 @@ def batches(size, world=None, dtype=th.float32):
 
 def loop(folder, *, flags=None, world=None, data=None, preview=None, use_fp16=False, **options):
     """A trainer of the tiny model; its log goes to `folder`."""
-    config = TrainConfig(**{"output_dir": str(folder), "batch_size": 2, "lr": 1e-3, "log_interval": 1, **options})
+    config = TrainConfig(
+        **{"output_dir": str(folder), "batch_size": 2, "lr": 1e-3, "log_interval": 1, **options}
+    )
     th.manual_seed(world.rank if world else 0)  # every rank starts from the weights of rank 0
     model, diffusion = tiny.build(**(flags or {}))
     logger.configure(folder, enabled=not world or world.rank == 0)
     data = data or batches(config.batch_size, world)
     return TrainLoop(
-        model, diffusion, data, config, world or World(), use_fp16=use_fp16, flags=tiny.FLAGS, preview=preview
+        model,
+        diffusion,
+        data,
+        config,
+        world or World(),
+        use_fp16=use_fp16,
+        flags=tiny.FLAGS,
+        preview=preview,
     )
 
 
@@ -110,7 +125,11 @@ def test_recomputing_activations_gives_the_same_gradient(tmp_path):
 
 def rank_main(rank, size, port, folder, jobs):
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     th.set_num_threads(1)
     world = dist_util.setup_dist()
@@ -118,7 +137,11 @@ def rank_main(rank, size, port, folder, jobs):
         trainer = trained(f"{folder}/{name}", steps, world=world, **options)
         trainer._log()
         averages = dict(zip(weights(trainer), trainer.emas["0.9999"], strict=True))
-        result = {"weights": weights(trainer), "averages": averages, "sampler": trainer.sampler.state_dict()}
+        result = {
+            "weights": weights(trainer),
+            "averages": averages,
+            "sampler": trainer.sampler.state_dict(),
+        }
         th.save(result, f"{folder}/{name}{rank}.pt")
     th.distributed.destroy_process_group()
 
@@ -138,7 +161,10 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     jobs = {"whole": (3, WHOLE), "cut": (1, CUT)}
     mp.spawn(rank_main, (2, dist_util._free_port(), str(folder), jobs), nprocs=2)
-    found = {name: [th.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2)] for name in jobs}
+    found = {
+        name: [th.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2)]
+        for name in jobs
+    }
     return {**found, "folder": folder}
 
 
@@ -223,7 +249,14 @@ def test_impossible_ema_rates_are_named(text):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr": math.nan}, {"lr": -1.0}, {"grad_clip": math.inf}, {"max_hours": math.nan}, {"seed": -1}]
+    "wrong",
+    [
+        {"lr": math.nan},
+        {"lr": -1.0},
+        {"grad_clip": math.inf},
+        {"max_hours": math.nan},
+        {"seed": -1},
+    ],
 )
 def test_numbers_that_make_no_sense_are_named(wrong):
     (name,) = wrong
@@ -240,8 +273,12 @@ def test_annealing_over_n_steps_makes_exactly_n_and_the_last_file_says_n(tmp_pat
     trainer.run_loop()
     assert trainer.step == 3
     numbers = ["000001", "000002", "000003"]
-    assert files(tmp_path) == sorted(f"{kind}{n}.pt" for kind in ("model", "ema_0.9999_", "opt") for n in numbers)
-    np.testing.assert_allclose([float(row["lr"]) for row in rows(tmp_path)], [0.3e-3, 0.2e-3, 0.1e-3])
+    assert files(tmp_path) == sorted(
+        f"{kind}{n}.pt" for kind in ("model", "ema_0.9999_", "opt") for n in numbers
+    )
+    np.testing.assert_allclose(
+        [float(row["lr"]) for row in rows(tmp_path)], [0.3e-3, 0.2e-3, 0.1e-3]
+    )
     last = checkpoint.load_state(f"{tmp_path}/model000003.pt")[0]
     now = checkpoint.published_state_dict(trainer.model)
     assert all(th.equal(last[name], now[name]) for name in now)
@@ -249,7 +286,10 @@ def test_annealing_over_n_steps_makes_exactly_n_and_the_last_file_says_n(tmp_pat
 
 def test_a_last_step_between_the_saves_is_saved_too(tmp_path):
     loop(tmp_path, lr_anneal_steps=3, save_interval=2).run_loop()
-    assert [name for name in files(tmp_path) if name.startswith("model")] == ["model000002.pt", "model000003.pt"]
+    assert [name for name in files(tmp_path) if name.startswith("model")] == [
+        "model000002.pt",
+        "model000003.pt",
+    ]
 
 
 def test_warm_up_rises_linearly_to_the_rate_and_goes_with_annealing(tmp_path):
@@ -320,7 +360,12 @@ def test_float64_clips_are_trained_on_in_float32(tmp_path):
 
 def test_loss_second_moment_learns_from_the_unweighted_losses_of_every_sample(tmp_path):
     trainer = trained(
-        tmp_path, 3, schedule_sampler="loss-second-moment", batch_size=3, microbatch=2, flags={"diffusion_steps": 50}
+        tmp_path,
+        3,
+        schedule_sampler="loss-second-moment",
+        batch_size=3,
+        microbatch=2,
+        flags={"diffusion_steps": 50},
     )
     assert trainer.sampler.counts.sum() == 9
     assert trainer.sampler.losses.max() > 0
@@ -350,9 +395,13 @@ def test_previews_come_from_the_average_after_every_save(tmp_path):
 
     def preview(model, step):
         th.rand(7)  # whatever a preview draws must not change the training
-        seen.append((step, model.training, flat({name: p.detach() for name, p in model.named_parameters()})))
+        seen.append(
+            (step, model.training, flat({name: p.detach() for name, p in model.named_parameters()}))
+        )
 
-    trainer = loop(tmp_path / "a", lr_anneal_steps=4, save_interval=2, preview=preview, flags={"dropout": 0.2})
+    trainer = loop(
+        tmp_path / "a", lr_anneal_steps=4, save_interval=2, preview=preview, flags={"dropout": 0.2}
+    )
     trainer.run_loop()
     assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)]
     names = list(weights(trainer))
@@ -372,7 +421,9 @@ def everything(trainer):
     return state + list(trainer.sampler.state_dict().values())
 
 
-@pytest.mark.parametrize("case", [{}, {"schedule_sampler": "loss-second-moment", "flags": {"dropout": 0.2}}], ids=str)
+@pytest.mark.parametrize(
+    "case", [{}, {"schedule_sampler": "loss-second-moment", "flags": {"dropout": 0.2}}], ids=str
+)
 def test_2_and_2_steps_equal_4_bit_for_bit(tmp_path, case):
     options = {"ema_rate": "0.9999,0.9", "lr_anneal_steps": 4, "save_interval": 2, **case}
     straight = loop(tmp_path, **options)
@@ -386,7 +437,9 @@ def test_2_and_2_steps_equal_4_bit_for_bit(tmp_path, case):
 
 def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path):
     loop(tmp_path, lr_anneal_steps=4, save_interval=2).run_loop()
-    loop(tmp_path, lr_anneal_steps=4, save_interval=2, resume_checkpoint=f"{tmp_path}/model000002.pt").run_loop()
+    loop(
+        tmp_path, lr_anneal_steps=4, save_interval=2, resume_checkpoint=f"{tmp_path}/model000002.pt"
+    ).run_loop()
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
 
 
@@ -462,7 +515,9 @@ def test_the_log_has_losses_quartiles_norms_and_rates(tmp_path, capsys):
         quartiles = [float(row[f"{term}_q{q}"]) for q in range(4) if row.get(f"{term}_q{q}")]
         assert quartiles
         assert min(quartiles) <= float(row[term]) <= max(quartiles)
-    assert float(row["loss"]) == pytest.approx(float(row["mse_video"]) + float(row["mse_audio"]), rel=1e-4)
+    assert float(row["loss"]) == pytest.approx(
+        float(row["mse_video"]) + float(row["mse_audio"]), rel=1e-4
+    )
     assert float(row["grad_norm"]) > 0
     assert float(row["param_norm"]) == pytest.approx(flat(weights(trainer)).norm().item(), rel=1e-4)
     assert row["step"] == "4"

@@ -28,7 +28,10 @@ BLOCKS = [case for case, facts in INDEX.items() if facts.get("kind") == "block"]
 
 
 def recorded_inputs(case):
-    return {key: golden_data.noise(x["noise_name"], x["shape"]) for key, x in INDEX[case]["inputs"].items()}
+    return {
+        key: golden_data.noise(x["noise_name"], x["shape"])
+        for key, x in INDEX[case]["inputs"].items()
+    }
 
 
 def published_gradients(module):
@@ -66,7 +69,8 @@ SLOW_TO_COMPILE = [(case, "compiled") for case in BASE[1:]]  # one is enough
 
 
 @pytest.mark.parametrize(
-    ("case", "way"), [(case, way) for case in BASE for way in WAYS if (case, way) not in SLOW_TO_COMPILE]
+    ("case", "way"),
+    [(case, way) for case in BASE for way in WAYS if (case, way) not in SLOW_TO_COMPILE],
 )
 def test_the_network_gives_the_published_figures_in_whatever_way_it_is_run(case, way):
     facts = INDEX[case]
@@ -74,7 +78,10 @@ def test_the_network_gives_the_published_figures_in_whatever_way_it_is_run(case,
     prepared, place = WAYS[way]
     with place():
         out = run(
-            prepared(model), *recorded_inputs(case).values(), th.tensor(facts["timesteps"]), shift=facts["policy"]
+            prepared(model),
+            *recorded_inputs(case).values(),
+            th.tensor(facts["timesteps"]),
+            shift=facts["policy"],
         )
     for name, value in zip(("video_out", "audio_out"), out, strict=True):
         wanted = th.from_numpy(golden_data.arrays(case)[name])
@@ -86,7 +93,9 @@ def test_the_network_gives_the_published_figures_in_whatever_way_it_is_run(case,
 
 
 def cross_attention(config):
-    block = CrossAttention(config["channels"], config["num_heads"], config["local_window"], config["window_shift"])
+    block = CrossAttention(
+        config["channels"], config["num_heads"], config["local_window"], config["window_shift"]
+    )
 
     def call(x):
         video = x["video"].transpose(1, 2)  # [B, F, C, H, W] -> [B, C, F, H, W]
@@ -98,7 +107,13 @@ def cross_attention(config):
 
 def residual(config):
     config = dict(config)
-    resample = "downsample" if config.pop("down", False) else "upsample" if config.pop("up", False) else None
+    resample = (
+        "downsample"
+        if config.pop("down", False)
+        else "upsample"
+        if config.pop("up", False)
+        else None
+    )
     block = coupled_block(resample=resample, **config)
 
     def call(x):
@@ -113,7 +128,11 @@ def self_attention(config):
     return block, lambda x: (block(x["x"]),)
 
 
-MAKERS = {"CrossAttentionBlock": cross_attention, "ResBlock": residual, "SingleModalAtten": self_attention}
+MAKERS = {
+    "CrossAttentionBlock": cross_attention,
+    "ResBlock": residual,
+    "SingleModalAtten": self_attention,
+}
 
 
 def assert_relative(value, wanted, tolerance, name):
@@ -129,7 +148,9 @@ def test_a_block_gives_the_published_outputs_and_gradients(case):
     x = {key: value.requires_grad_() for key, value in recorded_inputs(case).items()}
     with window_shift(facts["policy"]):
         outputs = call(x)
-    loss = sum((out * golden_data.noise(f"{case}.g{i}", out.shape)).sum() for i, out in enumerate(outputs))
+    loss = sum(
+        (out * golden_data.noise(f"{case}.g{i}", out.shape)).sum() for i, out in enumerate(outputs)
+    )
     loss.backward()
     for i, out in enumerate(outputs):
         th.testing.assert_close(out.detach(), th.from_numpy(arrays[f"out{i}"]), rtol=0, atol=2e-5)
@@ -149,17 +170,24 @@ def test_three_steps_of_training_give_the_published_losses_gradients_and_average
     named = {name: parameters[ours] for name, ours in published_names(model).items()}
     initial = {name: p.detach().clone() for name, p in named.items()}
     ema = [p.detach().clone() for p in named.values()]
-    optimizer = th.optim.AdamW(model.parameters(), lr=facts["lr"], weight_decay=facts["weight_decay"])
+    optimizer = th.optim.AdamW(
+        model.parameters(), lr=facts["lr"], weight_decay=facts["weight_decay"]
+    )
     shapes = {"video": (2, 8, 3, 16, 16), "audio": (2, 2, 2304)}
     for number, step in enumerate(facts["steps"]):
         x_start = {
             key: (scale * golden_data.noise(f"train.{key}.{number}", shapes[key])).clamp(-1, 1)
             for key, scale in (("video", 0.5), ("audio", 0.2))
         }
-        noise = {key: golden_data.noise(f"train.{key[0]}noise.{number}", shapes[key]) for key in shapes}
+        noise = {
+            key: golden_data.noise(f"train.{key[0]}noise.{number}", shapes[key]) for key in shapes
+        }
         with window_shift(facts["policy"]):
             terms = diffusion.training_losses(
-                lambda x, t: dict(zip(x, model(**x, timesteps=t), strict=True)), x_start, th.tensor(step["t"]), noise
+                lambda x, t: dict(zip(x, model(**x, timesteps=t), strict=True)),
+                x_start,
+                th.tensor(step["t"]),
+                noise,
             )
         for name, values in step["terms"].items():
             th.testing.assert_close(terms[name].detach(), th.tensor(values), rtol=1e-5, atol=1e-5)
@@ -176,9 +204,15 @@ def test_three_steps_of_training_give_the_published_losses_gradients_and_average
         for name, after in step["after"].items():
             weight, average, start = named[name].detach(), averages[name], initial[name]
             assert weight.flatten()[:3].tolist() == pytest.approx(after["first3"], abs=2e-5), name
-            assert weight.double().abs().sum().item() == pytest.approx(after["abs_sum"], rel=1e-5), name
-            assert average.double().abs().sum().item() == pytest.approx(after["ema_abs_sum"], rel=1e-6), name
-            assert (weight - start).norm().item() == pytest.approx(after["delta_l2"], rel=2e-3), name
+            assert weight.double().abs().sum().item() == pytest.approx(
+                after["abs_sum"], rel=1e-5
+            ), name
+            assert average.double().abs().sum().item() == pytest.approx(
+                after["ema_abs_sum"], rel=1e-6
+            ), name
+            assert (weight - start).norm().item() == pytest.approx(after["delta_l2"], rel=2e-3), (
+                name
+            )
 
 
 # Names, shapes, structure
@@ -224,10 +258,16 @@ def described(name, block):
     }
 
 
-@pytest.mark.parametrize(("name", "manifest"), [("base", "manifest_base"), ("base_mult123", "manifest_base_mult123")])
+@pytest.mark.parametrize(
+    ("name", "manifest"), [("base", "manifest_base"), ("base_mult123", "manifest_base_mult123")]
+)
 def test_dilations_heads_windows_and_attention_are_the_published_ones(name, manifest):
     model = on_meta(golden_data.manifest(manifest)["flags"])
-    found = {n: described(n, m) for n, m in model.named_modules() if isinstance(m, ResBlock | CrossAttention)}
+    found = {
+        n: described(n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, ResBlock | CrossAttention)
+    }
     assert found == {facts["name"]: facts for facts in golden_data.manifest("structure")[name]}
 
 
@@ -287,7 +327,9 @@ def test_without_use_checkpoint_nothing_is_recomputed(monkeypatch):
     """Fault: attention was recomputed whatever use_checkpoint said."""
     calls = []
     forward = SelfAttention.forward
-    monkeypatch.setattr(SelfAttention, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    monkeypatch.setattr(
+        SelfAttention, "forward", lambda self, x: calls.append(1) or forward(self, x)
+    )
     model = tiny.build()[0].train()
     gradients_of(model, 0)
     assert len(calls) == sum(isinstance(m, SelfAttention) for m in model.modules())
@@ -318,7 +360,10 @@ def test_shifts_cover_all_places_of_the_window_alike():
 
 def test_a_window_of_the_whole_clip_is_the_same_for_every_shift():
     block = tiny.filled(CrossAttention(64, 2, window_frames=3))
-    x = {"video": golden_data.noise("v", (1, 64, 4, 2, 2)), "audio": golden_data.noise("a", (1, 64, 8))}
+    x = {
+        "video": golden_data.noise("v", (1, 64, 4, 2, 2)),
+        "audio": golden_data.noise("a", (1, 64, 8)),
+    }
     whole = {**x, "video": x["video"][:, :, :3], "audio": x["audio"][..., :6]}
     th.testing.assert_close(block(whole, shift=0)["video"], block(whole, shift=2)["video"])
     assert not th.allclose(block(x, shift=0)["video"], block(x, shift=1)["video"], atol=1e-3)
@@ -332,7 +377,9 @@ def test_group_norm_does_not_mind_as_many_frames_as_channels(num_frames):
     """Fault: with 32 frames of 32 channels it normalised over the frames."""
     norm = tiny.filled(GroupNorm32(32))
     x = golden_data.noise("norm", (2, 32, num_frames, 2, 2))
-    th.testing.assert_close(norm(x), F.group_norm(x, 32, norm.weight, norm.bias), rtol=1e-5, atol=1e-5)
+    th.testing.assert_close(
+        norm(x), F.group_norm(x, 32, norm.weight, norm.bias), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_clip_with_as_many_frames_as_channels_is_treated_like_any_other():
@@ -344,7 +391,9 @@ def test_a_clip_with_as_many_frames_as_channels_is_treated_like_any_other():
         cross_attention_resolutions="-1",
         cross_attention_windows="-1",
     )
-    model.middle_blocks.apply(lambda m: [th.nn.init.zeros_(p) for p in m.parameters()] if _attends(m) else None)
+    model.middle_blocks.apply(
+        lambda m: [th.nn.init.zeros_(p) for p in m.parameters()] if _attends(m) else None
+    )
     for module in model.modules():
         if isinstance(module, th.nn.Conv1d) and module.weight.shape[-1] == 3:
             with th.no_grad():
@@ -410,7 +459,15 @@ def test_every_map_between_layers_stays_channels_last(batch):
             if out.ndim > 2 and not tokens(out).is_contiguous():
                 odd.append(type(module).__name__)
 
-    layers = (ResBlock, CrossAttention, SelfAttention, GroupNorm32, FactorizedConv, th.nn.Conv2d, th.nn.Conv1d)
+    layers = (
+        ResBlock,
+        CrossAttention,
+        SelfAttention,
+        GroupNorm32,
+        FactorizedConv,
+        th.nn.Conv2d,
+        th.nn.Conv1d,
+    )
     for module in model.modules():
         if isinstance(module, layers):
             module.register_forward_hook(look)
@@ -467,7 +524,12 @@ IMPOSSIBLE = {
         {"video_size": "4,3,0,8"},
         {"video_size": "4,3,eight,8"},
     ],
-    "audio_size": [{"audio_size": "2,66"}, {"audio_size": "2,12"}, {"audio_size": "64"}, {"audio_size": "2,-64"}],
+    "audio_size": [
+        {"audio_size": "2,66"},
+        {"audio_size": "2,12"},
+        {"audio_size": "64"},
+        {"audio_size": "2,-64"},
+    ],
     "num_channels": [{"num_channels": 40}, {"num_channels": 0}],
     "num_heads": [{"num_heads": 3}, {"num_heads": 0}],
     "num_head_channels": [
@@ -481,13 +543,18 @@ IMPOSSIBLE = {
     "class_cond": [{"class_cond": True}],
     "video_type": [{"video_type": "4d"}],
     "audio_type": [{"audio_type": "2d"}],
-    "channel_mult": [{"channel_mult": "1,two"}, {"channel_mult": "", "video_size": "4,3,48,48"}, {"channel_mult": "0"}],
+    "channel_mult": [
+        {"channel_mult": "1,two"},
+        {"channel_mult": "", "video_size": "4,3,48,48"},
+        {"channel_mult": "0"},
+    ],
     "cross_attention_resolutions": [{"cross_attention_resolutions": "1,x"}],
 }
 
 
 @pytest.mark.parametrize(
-    ("culprit", "flags"), [(culprit, flags) for culprit, cases in IMPOSSIBLE.items() for flags in cases]
+    ("culprit", "flags"),
+    [(culprit, flags) for culprit, cases in IMPOSSIBLE.items() for flags in cases],
 )
 def test_a_model_that_cannot_be_is_refused_when_built_with_the_flag_named(culprit, flags):
     with pytest.raises(ValueError, match=culprit) as caught:
@@ -497,14 +564,20 @@ def test_a_model_that_cannot_be_is_refused_when_built_with_the_flag_named(culpri
 
 @pytest.mark.parametrize("dtype", [th.bfloat16, th.float16])
 @pytest.mark.parametrize(("batch", "per_sample"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("way", [LONG_MAP - 1, LONG_MAP, "as on GPUs"])  # either side of where the kernel changes
-def test_norms_in_half_precision_are_those_of_float32_but_for_rounding(dtype, batch, per_sample, way, monkeypatch):
+@pytest.mark.parametrize(
+    "way", [LONG_MAP - 1, LONG_MAP, "as on GPUs"]
+)  # either side of where the kernel changes
+def test_norms_in_half_precision_are_those_of_float32_but_for_rounding(
+    dtype, batch, per_sample, way, monkeypatch
+):
     th.manual_seed(0)
     length = way
     if way == "as on GPUs":
         length, usual = LONG_MAP, nn._normalize_for
         halves = {dtype: nn._moments_normalize}
-        monkeypatch.setattr(nn, "_normalize_for", lambda x, dims: halves.get(x.dtype, usual(x, dims)))
+        monkeypatch.setattr(
+            nn, "_normalize_for", lambda x, dims: halves.get(x.dtype, usual(x, dims))
+        )
     norm = GroupNorm32(64)
     x = (3 + th.randn(batch, length, 64)).to(dtype).movedim(-1, 1)
     scale_shift = th.randn(batch, 128) if per_sample else None
@@ -526,7 +599,9 @@ def test_norms_in_half_precision_are_taken_over_the_axes_asked_for(dims):
     norm = GroupNorm32(32)
     apart = [axis for axis in (1, 2) if axis not in dims]
     moved = x.double().permute(0, *apart, 3, *dims)
-    wanted = F.group_norm(moved.reshape(-1, 32, math.prod(x.shape[d] for d in dims)), 32).view(moved.shape)
+    wanted = F.group_norm(moved.reshape(-1, 32, math.prod(x.shape[d] for d in dims)), 32).view(
+        moved.shape
+    )
     got = norm.over(x, dims).double().permute(0, *apart, 3, *dims)
     assert (got - wanted).abs().max() < 0.03
 
@@ -568,7 +643,11 @@ def test_dropout_drops_its_share_evenly_and_keeps_the_mean(p):
     assert th.equal(y, x.grad)
     assert set(y.unique().tolist()) == {0.0, y.max().item()}
     th.testing.assert_close(y.max().item(), 1 / (1 - p), rtol=1e-4, atol=0)
-    for dims in ((0, 1, 2, 3), (1, 2, 3, 4), (0, 2, 3, 4)):  # five standard deviations of what chance does
+    for dims in (
+        (0, 1, 2, 3),
+        (1, 2, 3, 4),
+        (0, 2, 3, 4),
+    ):  # five standard deviations of what chance does
         shares = (y == 0).float().mean(dims)
         chance = (p * (1 - p) * shares.numel() / y.numel()) ** 0.5
         assert (shares - p).abs().max() < 5 * chance

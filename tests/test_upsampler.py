@@ -14,7 +14,12 @@ import torch as th
 from torchvision.io import read_image, write_png
 
 from mm_diffusion import checkpoint, drawing
-from mm_diffusion.checkpoint import CheckpointError, load_weights, published_names, published_state_dict
+from mm_diffusion.checkpoint import (
+    CheckpointError,
+    load_weights,
+    published_names,
+    published_state_dict,
+)
 from mm_diffusion.dist_util import ALONE
 from mm_diffusion.media import probe, read_window
 from mm_diffusion.sampling import (
@@ -54,7 +59,9 @@ RESPACED = {"ddpm": "5", "ddim": "ddim5", "dpm_solver": "", "dpm_solver++": ""}
 def test_the_upsampler_gives_the_published_figures(case):
     facts = INDEX[case]
     model = tiny.filled(image_sr_create_model_and_diffusion(**facts["config"])[0]).eval()
-    inputs = {key: golden_data.noise(x["noise_name"], x["shape"]) for key, x in facts["inputs"].items()}
+    inputs = {
+        key: golden_data.noise(x["noise_name"], x["shape"]) for key, x in facts["inputs"].items()
+    }
     with th.no_grad():
         out = model(inputs["x"], th.tensor(facts["timesteps"]), low_res=inputs["low_res"])
     arrays, kind = golden_data.arrays(case), facts["outputs"]["out"]
@@ -71,7 +78,9 @@ def test_the_published_upsampler_has_the_published_tensors():
     with th.device("meta"):
         model, _ = image_sr_create_model_and_diffusion()
     manifest = golden_data.manifest("manifest_sr")
-    assert {name: list(p.shape) for name, p in published_state_dict(model).items()} == manifest["tensors"]
+    assert {name: list(p.shape) for name, p in published_state_dict(model).items()} == manifest[
+        "tensors"
+    ]
     assert sum(p.numel() for p in model.parameters()) == manifest["total_params"] == 311_027_910
 
 
@@ -85,7 +94,9 @@ def test_a_step_of_training_gives_the_published_losses_and_gradients():
         for name, side in (("x", 64), ("low", 16))
     )
     noise = golden_data.noise("train.sr.noise", x_start.shape)
-    terms = diffusion.training_losses(bind(model, {"low_res": low_res}), x_start, th.tensor(facts["t"]), noise)
+    terms = diffusion.training_losses(
+        bind(model, {"low_res": low_res}), x_start, th.tensor(facts["t"]), noise
+    )
     for name, values in facts["terms"].items():
         th.testing.assert_close(terms[name].detach(), th.tensor(values), rtol=1e-5, atol=1e-5)
     loss = terms["loss"].mean()
@@ -93,7 +104,9 @@ def test_a_step_of_training_gives_the_published_losses_and_gradients():
     loss.backward()
     parameters = dict(model.named_parameters())
     gradients = {name: parameters[ours].grad for name, ours in published_names(model).items()}
-    assert th.stack([g.norm() for g in gradients.values()]).norm().item() == pytest.approx(facts["grad_norm"], rel=1e-4)
+    assert th.stack([g.norm() for g in gradients.values()]).norm().item() == pytest.approx(
+        facts["grad_norm"], rel=1e-4
+    )
     for name, norm in facts["param_grad_norms"].items():
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-4), name
 
@@ -110,20 +123,28 @@ def test_defaults_are_the_published_ones():
 @pytest.mark.parametrize(("size", "levels"), [(64, 4), (128, 5), (256, 6), (512, 6)])
 def test_the_large_size_sets_the_multipliers(size, levels):
     with th.device("meta"):
-        model, _ = image_sr_create_model_and_diffusion(large_size=size, small_size=size // 4, num_channels=32)
+        model, _ = image_sr_create_model_and_diffusion(
+            large_size=size, small_size=size // 4, num_channels=32
+        )
     assert len(model.widths) == levels
     assert model.widths[0] == 32  # of 512 pixels too, unlike the joint model's
 
 
 def test_the_way_up_can_have_its_own_number_of_heads():
     model, _ = tiny.build_upsampler(sr_num_heads=2, sr_num_heads_upsample=4)
-    heads = {name.split(".")[0]: m.num_heads for name, m in model.named_modules() if hasattr(m, "num_heads")}
+    heads = {
+        name.split(".")[0]: m.num_heads
+        for name, m in model.named_modules()
+        if hasattr(m, "num_heads")
+    }
     assert heads == {"input_blocks": 2, "middle_block": 2, "output_blocks": 4}
     by_width, _ = tiny.build_upsampler(sr_num_head_channels=16)
     assert {m.num_heads for m in by_width.modules() if hasattr(m, "num_heads")} == {4}
 
 
-@pytest.mark.parametrize("flags", [{}, {"sr_resblock_updown": False}, {"sr_use_scale_shift_norm": False}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"sr_resblock_updown": False}, {"sr_use_scale_shift_norm": False}]
+)
 def test_recomputed_activations_give_the_same_gradients(flags):
     gradients = []
     for use_checkpoint in (False, True):
@@ -201,7 +222,10 @@ def test_a_frame_does_not_depend_on_the_chunk_it_is_in(name):
     assert whole.abs().max() <= 1
     for chunk in (0, 1, 2):
         th.testing.assert_close(
-            upscale_video(model, sampler, frames(), 3, 7, frames_at_once=chunk), whole, rtol=0, atol=3e-3
+            upscale_video(model, sampler, frames(), 3, 7, frames_at_once=chunk),
+            whole,
+            rtol=0,
+            atol=3e-3,
         )
 
 
@@ -269,7 +293,10 @@ def test_chunks_of_frames_are_alike_so_that_compiled_networks_fill_up_little():
 
 def test_the_automatic_chunk_shrinks_with_the_size_of_the_pictures():
     with th.device("meta"):
-        large, small = (image_sr_create_model_and_diffusion(large_size=size, small_size=64)[0] for size in (512, 256))
+        large, small = (
+            image_sr_create_model_and_diffusion(large_size=size, small_size=64)[0]
+            for size in (512, 256)
+        )
     chunks = [frames_that_fit(model, th.device("cpu"), 20) for model in (large, small)]
     assert 1 <= chunks[0] < chunks[1] < 20
     assert frames_that_fit(tiny.build_upsampler()[0], th.device("cpu"), 20) == 20
@@ -279,14 +306,18 @@ def test_in_half_precision_more_frames_fit():
     with th.device("meta"):
         model = image_sr_create_model_and_diffusion()[0]
         half = prepare(model, "bf16").model
-    assert frames_that_fit(half, th.device("cpu"), 20) > frames_that_fit(model, th.device("cpu"), 20)
+    assert frames_that_fit(half, th.device("cpu"), 20) > frames_that_fit(
+        model, th.device("cpu"), 20
+    )
 
 
 def test_the_chunk_is_that_of_the_precision_in_use(tmp_path, monkeypatch):
     base, sr = saved(tmp_path)
     seen = []
     monkeypatch.setattr(
-        drawing, "frames_that_fit", lambda network, *_: seen.append(next(network.parameters()).dtype) or 4
+        drawing,
+        "frames_that_fit",
+        lambda network, *_: seen.append(next(network.parameters()).dtype) or 4,
     )
     out = tmp_path / "out"
     more = ["--precision", "bf16", "--all_save_num", "1", "--gallery", "False"]
@@ -310,9 +341,21 @@ def pairs(start_sample=0, batch=2):
 
 def train(folder, steps, **config):
     model, diffusion = tiny.build_upsampler()
-    options = {"lr": 1e-3, "lr_anneal_steps": steps, "batch_size": 2, "save_interval": 2, "ema_rate": "0.9"}
+    options = {
+        "lr": 1e-3,
+        "lr_anneal_steps": steps,
+        "batch_size": 2,
+        "save_interval": 2,
+        "ema_rate": "0.9",
+    }
     config = TrainConfig(**{**options, "output_dir": str(folder), **config})
-    loop = TrainLoop(model, diffusion, pairs, config, flags=image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS)
+    loop = TrainLoop(
+        model,
+        diffusion,
+        pairs,
+        config,
+        flags=image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS,
+    )
     loop.run_loop()
     return loop
 
@@ -332,11 +375,15 @@ def test_microbatches_give_the_gradients_of_the_whole_batch():
 def test_2_and_2_steps_of_the_upsampler_equal_4_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", 4)
     train(tmp_path / "halves", 4)
-    resumed = train(tmp_path / "halves", 4, resume_checkpoint=str(tmp_path / "halves/model000002.pt"))
+    resumed = train(
+        tmp_path / "halves", 4, resume_checkpoint=str(tmp_path / "halves/model000002.pt")
+    )
     assert all(th.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
 
 
-def test_a_guided_diffusion_checkpoint_with_classes_starts_a_run_and_what_was_taken_is_told(tmp_path, monkeypatch):
+def test_a_guided_diffusion_checkpoint_with_classes_starts_a_run_and_what_was_taken_is_told(
+    tmp_path, monkeypatch
+):
     told = []
     monkeypatch.setattr("mm_diffusion.logger.log", told.append)
     model, _ = tiny.build_upsampler()
@@ -365,7 +412,9 @@ def test_a_run_starts_with_the_averages_of_the_given_weights(tmp_path):
     model, diffusion = tiny.build_upsampler(as_built=True)
     config = TrainConfig(output_dir=str(tmp_path), init_checkpoint=str(tmp_path / "init.pt"))
     loop = TrainLoop(model, diffusion, pairs, config)
-    for ema, param, wanted in zip(loop.emas["0.9999"], loop.params, given.parameters(), strict=True):
+    for ema, param, wanted in zip(
+        loop.emas["0.9999"], loop.params, given.parameters(), strict=True
+    ):
         assert th.equal(param, wanted)
         assert th.equal(ema, wanted)
 
@@ -374,7 +423,9 @@ def test_flags_of_the_weights_to_start_from_yield_to_given_ones_and_those_of_a_r
     tmp_path, monkeypatch
 ):
     path = str(tmp_path / "model000002.pt")
-    checkpoint.save_weights(path, tiny.build_upsampler()[0], image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS)
+    checkpoint.save_weights(
+        path, tiny.build_upsampler()[0], image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS
+    )
     for source, contradicts in (("init_checkpoint", False), ("resume_checkpoint", True)):
         line = ["script.py", f"--{source}", path, "--sr_diffusion_steps", "50"]
         monkeypatch.setattr(sys, "argv", line)
@@ -392,11 +443,15 @@ def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_pat
     model, _ = tiny.build_upsampler()
     flags = image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS
     large, cond = next(pairs())
-    preview = drawing.make_sr_preview(flags, "ddim", lambda: (large, cond["low_res"]), str(tmp_path), ALONE)
+    preview = drawing.make_sr_preview(
+        flags, "ddim", lambda: (large, cond["low_res"]), str(tmp_path), ALONE
+    )
     preview(model, 12)
     (path,) = (tmp_path / "samples/000012").glob("*.png")
     picture = read_image(str(path)).float() / 127.5 - 1
-    tiles = [picture[:, 2 : 2 + 64, 2 + 66 * k : 66 * (k + 1)] for k in range(4)]  # enlarged to 64 pixels, 2 between
+    tiles = [
+        picture[:, 2 : 2 + 64, 2 + 66 * k : 66 * (k + 1)] for k in range(4)
+    ]  # enlarged to 64 pixels, 2 between
     low, upsampled, bicubic, true = (tile[:, ::2, ::2] for tile in tiles)
     assert (true - large[0]).abs().max() < 0.01
     assert (low[:, ::4, ::4] - cond["low_res"][0]).abs().max() < 0.01
@@ -409,7 +464,9 @@ def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_pat
 def saved(folder, **flags):
     """A joint checkpoint and one of an upsampler that fits it."""
     joint, _ = tiny.build()
-    checkpoint.save_weights(str(folder / "model000001.pt"), joint, tiny.FLAGS | {"video_fps": 4, "audio_fps": 16000})
+    checkpoint.save_weights(
+        str(folder / "model000001.pt"), joint, tiny.FLAGS | {"video_fps": 4, "audio_fps": 16000}
+    )
     large, _ = tiny.build_upsampler(**flags)
     flags = image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS | flags
     checkpoint.save_weights(str(folder / "sr000001.pt"), large, flags)
@@ -419,16 +476,34 @@ def saved(folder, **flags):
 def sample(folder, monkeypatch, *line):
     monkeypatch.setattr(sys, "argv", ["multimodal_sample_sr.py", *line])
     runpy.run_path(str(SCRIPT))["main"]()
-    return {kind: sorted(path.name for path in (folder / kind).glob("*")) for kind in ("original", "audios", "sr_mp4")}
+    return {
+        kind: sorted(path.name for path in (folder / kind).glob("*"))
+        for kind in ("original", "audios", "sr_mp4")
+    }
 
 
 def flags_for(base, sr, out, *more):
-    line = ["--multimodal_model_path", base, "--output_dir", str(out), "--all_save_num", "3", "--batch_size", "2"]
+    line = [
+        "--multimodal_model_path",
+        base,
+        "--output_dir",
+        str(out),
+        "--all_save_num",
+        "3",
+        "--batch_size",
+        "2",
+    ]
     line += ["--sample_fn", "ddim", "--timestep_respacing", "ddim5"]
-    return [*line, *(["--sr_model_path", sr, "--sr_timestep_respacing", "ddim5"] if sr else []), *more]
+    return [
+        *line,
+        *(["--sr_model_path", sr, "--sr_timestep_respacing", "ddim5"] if sr else []),
+        *more,
+    ]
 
 
-def test_sampling_with_the_upsampler_gives_as_many_large_clips_and_the_same_small_ones(tmp_path, monkeypatch):
+def test_sampling_with_the_upsampler_gives_as_many_large_clips_and_the_same_small_ones(
+    tmp_path, monkeypatch
+):
     """Fault: with the upsampler on, one published script made half of all_save_num."""
     base, sr = saved(tmp_path)
     plain, full = tmp_path / "plain", tmp_path / "full"
@@ -441,8 +516,17 @@ def test_sampling_with_the_upsampler_gives_as_many_large_clips_and_the_same_smal
     for name in found["original"]:
         assert (plain / "original" / name).read_bytes() == (full / "original" / name).read_bytes()
         info = probe(full / "sr_mp4" / name)
-        assert (info.width, info.height, info.fps, info.channels, info.sample_rate) == (32, 32, 4, 2, 16000)
-        small, large = (read_window(full / kind / name, 0, 4, 4, 8, 8, 16000, 64) for kind in ("original", "sr_mp4"))
+        assert (info.width, info.height, info.fps, info.channels, info.sample_rate) == (
+            32,
+            32,
+            4,
+            2,
+            16000,
+        )
+        small, large = (
+            read_window(full / kind / name, 0, 4, 4, 8, 8, 16000, 64)
+            for kind in ("original", "sr_mp4")
+        )
         assert th.equal(small[1], large[1])
 
 
@@ -477,16 +561,26 @@ def test_a_folder_without_large_clips_is_completed_and_what_is_there_is_kept(tmp
 
 
 @pytest.mark.parametrize("noise", [False, True])
-def test_large_clip_k_is_that_of_seed_and_k_or_of_the_given_noise_in_any_batch(tmp_path, monkeypatch, noise):
+def test_large_clip_k_is_that_of_seed_and_k_or_of_the_given_noise_in_any_batch(
+    tmp_path, monkeypatch, noise
+):
     base, sr = saved(tmp_path)
     more = ["--seed", "9"]
     if noise:
         np.save(tmp_path / "noise.npy", golden_data.noise("start", (3, 32, 32)).numpy())
         more += ["--load_noise", str(tmp_path / "noise.npy")]
     written = {}
-    monkeypatch.setattr(drawing, "write_sample", lambda folder, name, *clip: written.update({folder + name: clip[-1]}))
+    monkeypatch.setattr(
+        drawing,
+        "write_sample",
+        lambda folder, name, *clip: written.update({folder + name: clip[-1]}),
+    )
     for size in "13":
-        sample(tmp_path / size, monkeypatch, *flags_for(base, sr, tmp_path / size, *more, "--batch_size", size))
+        sample(
+            tmp_path / size,
+            monkeypatch,
+            *flags_for(base, sr, tmp_path / size, *more, "--batch_size", size),
+        )
     joint, diffusion = tiny.build(timestep_respacing="ddim5")
     clips = sample_joint(prepare(joint), make_sampler("ddim", diffusion), range(3), seed=9)
     model, sampler = upsampler("ddim")
@@ -523,12 +617,24 @@ def loaded_upsampler(tmp_path, monkeypatch, **options):
 def test_flags_of_the_upsampler_reach_its_sampler_and_weights(tmp_path, monkeypatch):
     """Fault: use_fp16 was set twice for two models, and the last value won."""
     usual = loaded_upsampler(tmp_path, monkeypatch)
-    assert usual == {"strict": True, "precision": "fp32", "clip_denoised": True, "settings": {}, "steps": 25}
+    assert usual == {
+        "strict": True,
+        "precision": "fp32",
+        "clip_denoised": True,
+        "settings": {},
+        "steps": 25,
+    }
     assert loaded_upsampler(tmp_path, monkeypatch, use_fp16=True)["precision"] == "bf16"
-    assert loaded_upsampler(tmp_path, monkeypatch, use_fp16=True, sr_use_fp16=False)["precision"] == "fp32"
+    assert (
+        loaded_upsampler(tmp_path, monkeypatch, use_fp16=True, sr_use_fp16=False)["precision"]
+        == "fp32"
+    )
     assert loaded_upsampler(tmp_path, monkeypatch, sr_use_fp16=True)["precision"] == "bf16"
     assert loaded_upsampler(tmp_path, monkeypatch, precision="bf16")["precision"] == "bf16"
-    assert loaded_upsampler(tmp_path, monkeypatch, precision="bf16", sr_use_fp16=False)["precision"] == "fp32"
+    assert (
+        loaded_upsampler(tmp_path, monkeypatch, precision="bf16", sr_use_fp16=False)["precision"]
+        == "fp32"
+    )
     assert not loaded_upsampler(tmp_path, monkeypatch, is_strict=False)["strict"]
     assert not loaded_upsampler(tmp_path, monkeypatch, clip_denoised=False)["clip_denoised"]
     solver = loaded_upsampler(tmp_path, monkeypatch, sr_sample_fn="dpm_solver", sr_sample_steps=7)
@@ -553,11 +659,30 @@ def test_clips_of_another_process_are_refused_and_an_empty_folder_is_free(tmp_pa
 def test_the_training_script_trains_previews_and_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     for k in range(3):
-        picture = (127 + 60 * golden_data.noise(f"picture {k}", (3, 40, 50))).clamp(0, 255).to(th.uint8)
+        picture = (
+            (127 + 60 * golden_data.noise(f"picture {k}", (3, 40, 50))).clamp(0, 255).to(th.uint8)
+        )
         write_png(picture, str(tmp_path / f"pictures/{k}.png"))
     flags = [text for name, value in tiny.SR_FLAGS.items() for text in (f"--{name}", str(value))]
-    line = ["--data_dir", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
-    line += ["--batch_size", "2", "--save_interval", "1", "--log_interval", "1", "--preview_clips", "2", *flags]
+    line = [
+        "--data_dir",
+        str(tmp_path / "pictures"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--num_workers",
+        "0",
+    ]
+    line += [
+        "--batch_size",
+        "2",
+        "--save_interval",
+        "1",
+        "--log_interval",
+        "1",
+        "--preview_clips",
+        "2",
+        *flags,
+    ]
     for steps in ("1", "2"):
         monkeypatch.setattr(sys, "argv", ["image_sr_train.py", *line, "--max_steps", steps])
         runpy.run_path(str(SCRIPT.with_name("image_sr_train.py")))["main"]()
@@ -575,14 +700,19 @@ def test_the_training_script_trains_previews_and_goes_on(tmp_path, monkeypatch, 
     [
         (["--sr_sample_fn", "plms"], "sr_sample_fn 'plms'"),
         (["--sr_batch_size", "-1"], "sr_batch_size -1"),
-        (["--sr_sample_fn", "dpm_solver"], "sr_timestep_respacing does not go with sr_sample_fn dpm_solver"),
+        (
+            ["--sr_sample_fn", "dpm_solver"],
+            "sr_timestep_respacing does not go with sr_sample_fn dpm_solver",
+        ),
         (["--sr_sample_steps", "5"], "sr_sample_fn ddim has no steps"),
         (["--sr_num_channels", "64"], "--sr_num_channels 64 contradicts"),
         (["--large_size", "64"], "--large_size 64 contradicts"),
         (["--load_noise", "nothing.npy"], "load_noise nothing.npy"),
     ],
 )
-def test_a_wrong_flag_of_the_upsampler_is_named_before_anything_is_written(tmp_path, monkeypatch, more, culprit):
+def test_a_wrong_flag_of_the_upsampler_is_named_before_anything_is_written(
+    tmp_path, monkeypatch, more, culprit
+):
     base, sr = saved(tmp_path)
     with pytest.raises(ValueError, match=culprit) as caught:
         sample(tmp_path / "out", monkeypatch, *flags_for(base, sr, tmp_path / "out", *more))
@@ -591,7 +721,9 @@ def test_a_wrong_flag_of_the_upsampler_is_named_before_anything_is_written(tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", [np.zeros((3, 32, 16)), np.zeros((1, 3, 32, 32)), np.array(["a"]), b"no array", b""], ids=str
+    "content",
+    [np.zeros((3, 32, 16)), np.zeros((1, 3, 32, 32)), np.array(["a"]), b"no array", b""],
+    ids=str,
 )
 def test_a_noise_file_of_another_shape_is_refused(tmp_path, content):
     path = tmp_path / "noise.npy"
@@ -604,7 +736,9 @@ def test_a_noise_file_of_another_shape_is_refused(tmp_path, content):
 def test_a_noise_file_is_used_for_all_clips(tmp_path):
     noise = np.random.default_rng(0).standard_normal((3, 32, 32))
     np.save(tmp_path / "noise.npy", noise)
-    assert th.equal(drawing.load_noise(str(tmp_path / "noise.npy"), 32), th.from_numpy(noise).float())
+    assert th.equal(
+        drawing.load_noise(str(tmp_path / "noise.npy"), 32), th.from_numpy(noise).float()
+    )
 
 
 def test_an_upsampler_of_another_size_is_refused(tmp_path, monkeypatch):
@@ -639,7 +773,11 @@ def test_a_misfit_blames_the_flag(flags, blamed):
 
 def test_flags_of_both_checkpoints_are_kept_apart():
     """The upsampler's rates and widths say nothing about the joint model, nor the other way round."""
-    values = image_sr_model_and_diffusion_defaults() | {"video_fps": 4, "num_channels": 128, "use_fp16": False}
+    values = image_sr_model_and_diffusion_defaults() | {
+        "video_fps": 4,
+        "num_channels": 128,
+        "use_fp16": False,
+    }
     trained = {"sr_num_channels": 32, "num_channels": 7, "video_fps": 9, "use_fp16": True}
     merged = merge_checkpoint_flags(values, set(), trained, "sr.pt", SR_CARRIED_FLAGS)
     assert (merged["sr_num_channels"], merged["num_channels"], merged["video_fps"]) == (32, 128, 4)

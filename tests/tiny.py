@@ -70,7 +70,10 @@ def clips(first, count):
     """Clips number first .. first + count - 1 of an endless data set."""
     return {
         key: th.stack(
-            [(0.4 * golden_data.noise(f"{key} {i}", shape)).clamp(-1, 1) for i in range(first, first + count)]
+            [
+                (0.4 * golden_data.noise(f"{key} {i}", shape)).clamp(-1, 1)
+                for i in range(first, first + count)
+            ]
         )
         for key, shape in SHAPES.items()
     }

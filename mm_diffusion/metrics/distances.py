@@ -53,7 +53,9 @@ def kernel_distance(x: th.Tensor, y: th.Tensor) -> float:
     x, y = x.double(), y.double()
 
     def within(z: th.Tensor) -> float:
-        return (_kernel_sum(z, z) - _kernel(z.square().sum(dim=1), z.shape[1]).sum().item()) / (len(z) * (len(z) - 1))
+        return (_kernel_sum(z, z) - _kernel(z.square().sum(dim=1), z.shape[1]).sum().item()) / (
+            len(z) * (len(z) - 1)
+        )
 
     return within(x) + within(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
@@ -68,7 +70,9 @@ def _kernel_sum(x: th.Tensor, y: th.Tensor) -> float:
 
 def _require(what: str, least: int, *sets: th.Tensor) -> None:
     if min(map(len, sets)) < least:
-        raise TooFewError(f"{what} needs at least {least} in either set, got {' and '.join(str(len(s)) for s in sets)}")
+        raise TooFewError(
+            f"{what} needs at least {least} in either set, got {' and '.join(str(len(s)) for s in sets)}"
+        )
 
 
 def earth_movers_distance(x: th.Tensor, y: th.Tensor, bin_width: float = 1.0) -> float:

@@ -32,7 +32,12 @@ from . import features, spatial_align, stereo, temporal_align
 from .scores import Score, histograms, rated, table
 
 SLOW = 0.9  # of the frames per second asked for: a file below has not enough
-READERS = (clip_index, datasets, media, toy)  # whose code and constants decide what is seen of a clip
+READERS = (
+    clip_index,
+    datasets,
+    media,
+    toy,
+)  # whose code and constants decide what is seen of a clip
 Rows = dict[str, th.Tensor]
 LEFT_OUT = {
     "ref_path": ("comparisons with true clips", "a folder of them"),
@@ -70,15 +75,25 @@ class Measure:
 
 def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure]:
     """The measures that the flags allow; ValueError, naming the flag, for a file that cannot be used."""
-    paths = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name.endswith(("_path", "_dir"))}
-    config = dataclasses.replace(config, **{name: os.path.expanduser(path) for name, path in paths.items()})
+    paths = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name.endswith(("_path", "_dir"))
+    }
+    config = dataclasses.replace(
+        config, **{name: os.path.expanduser(path) for name, path in paths.items()}
+    )
     if config.ref_path:
         clip_index.find_files(
-            clip_index.folders_in(config.ref_path), clip_index.EXTENSIONS, "clips", "check --ref_path"
+            clip_index.folders_in(config.ref_path),
+            clip_index.EXTENSIONS,
+            "clips",
+            "check --ref_path",
         )
     made = {
         "temporal": Measure(
-            lambda c: temporal_align.look(c.video, c.audio, c.fps, c.sample_rate), f"opencv {cv2.__version__}"
+            lambda c: temporal_align.look(c.video, c.audio, c.fps, c.sample_rate),
+            f"opencv {cv2.__version__}",
         ),
         "stereo": Measure(lambda c: stereo.look(c.audio, c.sample_rate)),
         "thumbnail": Measure(lambda c: {"seen": features.thumbnail(c.video)}),
@@ -88,13 +103,17 @@ def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure
         key = f"{features.file_key(config.i3d_path)} {device.type}"
         made["i3d"] = Measure(lambda c: {"features": i3d(c.video)}, key)
     if config.audio_embedding_path:
-        embed = features.load_audio_embedding(config.audio_embedding_path, config.audio_embedding_input, device)
+        embed = features.load_audio_embedding(
+            config.audio_embedding_path, config.audio_embedding_input, device
+        )
         key = f"{features.file_key(config.audio_embedding_path)} {config.audio_embedding_input} {device.type}"
         made["embedding"] = Measure(lambda c: embed(c.audio, c.sample_rate), key)
     if config.boxes_dir or config.detector_path:
         made["spatial"] = _spatial_measure(config, device)
     elif config.events_dir:
-        raise ValueError(f"--events_dir {config.events_dir}: needs boxes too; give --boxes_dir or --detector_path")
+        raise ValueError(
+            f"--events_dir {config.events_dir}: needs boxes too; give --boxes_dir or --detector_path"
+        )
     return made
 
 
@@ -106,27 +125,43 @@ def _spatial_measure(config: MetricsConfig, device: th.device) -> Measure:
     if config.boxes_dir and config.detector_path:
         raise ValueError("--boxes_dir and --detector_path: give one of them")
     if config.match_categories and not (config.boxes_dir and config.events_dir):
-        raise ValueError("--match_categories: only CSV files tell categories; give --boxes_dir and --events_dir")
-    detect = None if config.boxes_dir else spatial_align.load_detector(config.detector, config.detector_path, device)
+        raise ValueError(
+            "--match_categories: only CSV files tell categories; give --boxes_dir and --events_dir"
+        )
+    detect = (
+        None
+        if config.boxes_dir
+        else spatial_align.load_detector(config.detector, config.detector_path, device)
+    )
 
     def look(clip: Clip) -> Rows:
         name = f"{Path(clip.path).stem}.csv"
         if detect:
             boxes, fps, boxes_start = detect(clip.video), clip.fps, clip.start
         else:  # all of the file's, so that those just outside the window count for events at its edges
-            told = spatial_align.read_boxes(Path(config.boxes_dir, name), clip.file_fps, clip.file_seconds)
+            told = spatial_align.read_boxes(
+                Path(config.boxes_dir, name), clip.file_fps, clip.file_seconds
+            )
             boxes, fps, boxes_start = told, clip.file_fps, spatial_align.FILE_START
         if config.events_dir:
             heard = spatial_align.read_events(Path(config.events_dir, name), clip.file_seconds)
-            events = spatial_align.within(heard, clip.start, Fraction(len(clip.video)) / Fraction(clip.fps))
+            events = spatial_align.within(
+                heard, clip.start, Fraction(len(clip.video)) / Fraction(clip.fps)
+            )
             events_start = spatial_align.FILE_START
         else:
             events, events_start = spatial_align.localise(clip.audio, clip.sample_rate), clip.start
-        found, missed = spatial_align.hits(events, boxes, fps, config.match_categories, events_start, boxes_start)
+        found, missed = spatial_align.hits(
+            events, boxes, fps, config.match_categories, events_start, boxes_start
+        )
         return {"hits": th.tensor(float(found)), "misses": th.tensor(float(missed))}
 
     from_files = bool(config.boxes_dir or config.events_dir)
-    key = "" if from_files else f"{features.file_key(config.detector_path)} {config.detector} {device.type}"
+    key = (
+        ""
+        if from_files
+        else f"{features.file_key(config.detector_path)} {config.detector} {device.type}"
+    )
     return Measure(look, key, of_reference=not from_files)
 
 
@@ -136,7 +171,10 @@ def code_key() -> str:
 
     Those of what reads clips are among them: other pictures give other rows.
     """
-    sources = [*sorted(Path(__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in READERS)]
+    sources = [
+        *sorted(Path(__file__).parent.glob("*.py")),
+        *(Path(str(module.__file__)) for module in READERS),
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -171,16 +209,25 @@ class ClipFolder:
     """The clips of a folder, by number; DataError for a folder without, or with too many bad ones."""
 
     def __init__(self, folder: str, sizes: Sizes, flag: str) -> None:
-        index = clip_index.build_index(folder, sizes.max_bad_share, num_workers=sizes.num_workers, flag=flag)
+        index = clip_index.build_index(
+            folder, sizes.max_bad_share, num_workers=sizes.num_workers, flag=flag
+        )
         frames = numbers("video_size", sizes.video_size, 4)[0]
         rates = sizes.video_fps, sizes.audio_fps
         options = {"random_flip": False, "clip_stride": frames, "cache_bytes": 0}
         self.windows = ClipDataset(index, sizes.video_size, sizes.audio_size, *rates, **options)  # type: ignore[arg-type]
         self.folder, self.bad, self.flag, self.sizes = folder, index.bad, flag, sizes
-        self.short = sum(count_frames(info.duration_seconds, sizes.video_fps) < frames for _, info in index.clips)
+        self.short = sum(
+            count_frames(info.duration_seconds, sizes.video_fps) < frames for _, info in index.clips
+        )
         self.slow = sum(info.fps < SLOW * sizes.video_fps for _, info in index.clips)
-        used = [(info, frames * count_windows(info, frames, sizes.video_fps, frames)) for _, info in index.clips]
-        over = [count_frames(info.duration_seconds, sizes.video_fps) - count for info, count in used]
+        used = [
+            (info, frames * count_windows(info, frames, sizes.video_fps, frames))
+            for _, info in index.clips
+        ]
+        over = [
+            count_frames(info.duration_seconds, sizes.video_fps) - count for info, count in used
+        ]
         self.unused_seconds = [count / sizes.video_fps for count in over if count > 0]
 
     def __len__(self) -> int:
@@ -191,7 +238,9 @@ class ClipFolder:
         path, info, start = self.windows.place(number)
         sample, sizes = self.windows[number], self.sizes
         rates = sizes.video_fps, sizes.audio_fps
-        return Clip(sample["video"], sample["audio"], *rates, path, start, info.duration_seconds, info.fps)
+        return Clip(
+            sample["video"], sample["audio"], *rates, path, start, info.duration_seconds, info.fps
+        )
 
     def name(self, number: int) -> str:
         """What to call clip `number` in a report."""
@@ -206,13 +255,19 @@ class ClipFolder:
 
         with ThreadPoolExecutor(max(1, self.sizes.num_workers)) as pool:
             files = list(pool.map(known_by, [path for path, _ in self.windows.clips]))
-        read = {k: v for k, v in vars(self.sizes).items() if k not in ("num_workers", "max_bad_share")}
+        read = {
+            k: v for k, v in vars(self.sizes).items() if k not in ("num_workers", "max_bad_share")
+        }
         return json.dumps([code_key(), media.DECODER, read, files], sort_keys=True)
 
     def notes(self) -> list[str]:
         """What a reader of scores should know of these clips."""
         seconds = self.windows.num_frames / self.sizes.video_fps
-        found = [f"--{self.flag}: {len(self.bad)} files left out: {'; '.join(self.bad.values())}"] if self.bad else []
+        found = (
+            [f"--{self.flag}: {len(self.bad)} files left out: {'; '.join(self.bad.values())}"]
+            if self.bad
+            else []
+        )
         if self.short:
             found.append(
                 f"--{self.flag}: {self.short} files are shorter than {seconds:g} s: their last frame is repeated, and"
@@ -244,7 +299,9 @@ def look_at(folder: ClipFolder, measures: Mapping[str, Measure], world: World) -
     with ThreadPoolExecutor(max(1, folder.sizes.num_workers)) as pool:
         bar = {"total": len(mine), "unit": "clip", "leave": False, "disable": world.rank > 0}
         seen = list(tqdm(pool.map(look, mine), Path(folder.folder).name, **bar))
-    shapes = from_rank_0(lambda: {m: {row: x.shape for row, x in rows.items()} for m, rows in seen[0].items()})
+    shapes = from_rank_0(
+        lambda: {m: {row: x.shape for row, x in rows.items()} for m, rows in seen[0].items()}
+    )
     found: dict[str, Rows] = {}
     for measure, rows in shapes.items():
         found[measure] = {}
@@ -256,7 +313,9 @@ def look_at(folder: ClipFolder, measures: Mapping[str, Measure], world: World) -
     return found
 
 
-def look_at_reference(folder: ClipFolder, measures: Mapping[str, Measure], world: World) -> dict[str, Rows]:
+def look_at_reference(
+    folder: ClipFolder, measures: Mapping[str, Measure], world: World
+) -> dict[str, Rows]:
     """`look_at`, but what was seen of the same content before is taken from the cache."""
     content = from_rank_0(folder.content)
 
@@ -266,7 +325,9 @@ def look_at_reference(folder: ClipFolder, measures: Mapping[str, Measure], world
 
     wanted = {name: measure for name, measure in measures.items() if measure.of_reference}
     known = from_rank_0(lambda: {name: _read(place(name), len(folder)) for name in wanted})
-    fresh = look_at(folder, {name: wanted[name] for name, rows in known.items() if rows is None}, world)
+    fresh = look_at(
+        folder, {name: wanted[name] for name, rows in known.items() if rows is None}, world
+    )
     if world.rank == 0:
         for name, rows in fresh.items():
             _write(place(name), rows)
@@ -288,7 +349,9 @@ def _write(path: Path, rows: Rows) -> None:
     try:
         media.atomically(path, lambda temporary: np.savez(temporary, **arrays))
     except OSError as error:
-        logger.warn(f"{path.parent}: cannot be written ({error.strerror}); the reference is looked at every time")
+        logger.warn(
+            f"{path.parent}: cannot be written ({error.strerror}); the reference is looked at every time"
+        )
 
 
 # ---------------------------------------------------------------- all of it
@@ -307,7 +370,9 @@ class Report:
     def text(self) -> str:
         """The table, what to know when reading it, and what would need which flag."""
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([table(self.scores), *notes, *(f"left out: {line}" for line in self.left_out)])
+        return "\n".join(
+            [table(self.scores), *notes, *(f"left out: {line}" for line in self.left_out)]
+        )
 
     def save(self, folder: str) -> str:
         """Write metrics.json into the folder; another report that is there is kept, and this one numbered."""
@@ -325,7 +390,9 @@ class Report:
 
 def check_metrics_config(config: MetricsConfig) -> None:
     """ValueError for metrics flags without --ref_path, where nothing else asks for metrics."""
-    given = [f.name for f in dataclasses.fields(MetricsConfig) if getattr(config, f.name) != f.default]
+    given = [
+        f.name for f in dataclasses.fields(MetricsConfig) if getattr(config, f.name) != f.default
+    ]
     if given and not config.ref_path:
         raise ValueError(f"--{given[0]}: is for metrics, which --ref_path asks for")
 
@@ -343,7 +410,13 @@ def evaluate(
     scores, notes = rated(seen, known, ours.name, true.name if true else str)
     shown = {f.name: getattr(config, f.name) for f in dataclasses.fields(MetricsConfig)}
     counts = {"samples": len(ours), "reference": len(true) if true else 0}
-    settings = {"samples_path": samples, **shown, **vars(sizes), "clips": counts, "code": code_key()}
+    settings = {
+        "samples_path": samples,
+        **shown,
+        **vars(sizes),
+        "clips": counts,
+        "code": code_key(),
+    }
     settings |= {"measures": {name: measure.key for name, measure in measures.items()}}
     mismatch = [sizes.mismatch()] if sizes.mismatch() else []
     notes = [*mismatch, *ours.notes(), *(true.notes() if true else []), *notes]
@@ -376,7 +449,11 @@ def tell(report: Report, folder: str, world: World) -> None:
 
 
 def evaluate_drawn(
-    folder: str, config: MetricsConfig, sizes: Mapping[str, Sizes], measures: Mapping[str, Measure], world: World
+    folder: str,
+    config: MetricsConfig,
+    sizes: Mapping[str, Sizes],
+    measures: Mapping[str, Measure],
+    world: World,
 ) -> None:
     """Evaluate each of the folders below `folder` that `sizes` names, by itself."""
     for kind, read in sizes.items():
@@ -396,7 +473,9 @@ def report_folder(config: EvalConfig) -> str:
     """Where the report goes; ValueError where several folders of samples leave that open."""
     folders = clip_index.folders_in(config.samples_path)
     if config.output_dir in ("", config.samples_path) and len(folders) > 1:
-        raise ValueError(f"--samples_path {config.samples_path}: are several; give --output_dir for the report")
+        raise ValueError(
+            f"--samples_path {config.samples_path}: are several; give --output_dir for the report"
+        )
     return os.path.expanduser(config.output_dir or "".join(folders))
 
 
@@ -406,5 +485,7 @@ def sizes_of_samples(flags: Mapping[str, Any], upsampler: Mapping[str, Any]) -> 
     if upsampler:
         frames, channels, _, _ = numbers("video_size", flags["video_size"], 4)
         large = upsampler["sr_sizes"][1]
-        sizes["sr_mp4"] = dataclasses.replace(sizes["original"], video_size=f"{frames},{channels},{large},{large}")
+        sizes["sr_mp4"] = dataclasses.replace(
+            sizes["original"], video_size=f"{frames},{channels},{large},{large}"
+        )
     return sizes

@@ -22,12 +22,23 @@ EMBEDDING_SOURCE = (
 )
 # The log-mel front end of VGGish (arXiv 1609.09430): log(|mel| + 0.01) in patches of 0.96 s.
 EMBEDDING_HZ = 16000
-MEL = {"window": 400, "hop": 160, "size": 512, "bands": 64, "low": 125.0, "high": 7500.0, "offset": 0.01, "patch": 96}
+MEL = {
+    "window": 400,
+    "hop": 160,
+    "size": 512,
+    "bands": 64,
+    "low": 125.0,
+    "high": 7500.0,
+    "offset": 0.01,
+    "patch": 96,
+}
 VIEWS = ("left", "right", "mid", "side")
 THUMBNAIL_PIXELS = 8
 BRIEF_FRAMES = 8  # of a clip, evenly chosen
 BRIEF_GRID = (2, 2, 2)  # times, rows, columns
-_network_lock = threading.Lock()  # clips are looked at beside each other, a network does one at a time
+_network_lock = (
+    threading.Lock()
+)  # clips are looked at beside each other, a network does one at a time
 
 
 def load_script(flag: str, path: str, source: str, device: th.device) -> Any:
@@ -38,7 +49,9 @@ def load_script(flag: str, path: str, source: str, device: th.device) -> Any:
         return th.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--{flag} {path}: is no TorchScript file ({reason}); it takes {source}") from None
+        raise ValueError(
+            f"--{flag} {path}: is no TorchScript file ({reason}); it takes {source}"
+        ) from None
 
 
 def file_key(path: str) -> str:
@@ -55,9 +68,13 @@ def _run(flag: str, model: Callable, x: th.Tensor, **options: Any) -> th.Tensor:
             out = model(x, **options)
     except (RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [""])[-1]
-        raise ValueError(f"--{flag}: this module does not take {list(x.shape)} ({reason})") from error
+        raise ValueError(
+            f"--{flag}: this module does not take {list(x.shape)} ({reason})"
+        ) from error
     if not isinstance(out, th.Tensor) or out.ndim < 2 or len(out) != len(x):
-        raise ValueError(f"--{flag}: this module does not give a vector for each of {len(x)} inputs")
+        raise ValueError(
+            f"--{flag}: this module does not give a vector for each of {len(x)} inputs"
+        )
     out = out.flatten(1).float().cpu()
     if not out.isfinite().all():
         raise ValueError(f"--{flag}: this module gives numbers that are not finite")
@@ -73,7 +90,9 @@ def load_i3d(path: str, device: th.device) -> Callable[[th.Tensor], th.Tensor]:
     options = {name: value for name, value in usual.items() if name in known}
 
     def features(frames: th.Tensor) -> th.Tensor:
-        large = F.interpolate(frames.to(device), (I3D_PIXELS, I3D_PIXELS), mode="bilinear", align_corners=False)
+        large = F.interpolate(
+            frames.to(device), (I3D_PIXELS, I3D_PIXELS), mode="bilinear", align_corners=False
+        )
         return _run("i3d_path", model, large.transpose(0, 1)[None], **options)[0]
 
     return features
@@ -89,15 +108,21 @@ def log_mel_patches(sound: th.Tensor) -> th.Tensor:
     """[B, L] at 16 kHz -> [B, P, 96, 64]; what is left at the end is dropped, less than one patch padded by silence."""
     shortest = MEL["window"] + (MEL["patch"] - 1) * MEL["hop"]
     padded = F.pad(sound, (0, max(0, int(shortest) - sound.shape[-1])))
-    frames = padded.unfold(-1, int(MEL["window"]), int(MEL["hop"])) * th.hann_window(int(MEL["window"]))
+    frames = padded.unfold(-1, int(MEL["window"]), int(MEL["hop"])) * th.hann_window(
+        int(MEL["window"])
+    )
     spectrum = th.fft.rfft(frames, int(MEL["size"])).abs()
-    bank = AF.melscale_fbanks(int(MEL["size"]) // 2 + 1, MEL["low"], MEL["high"], int(MEL["bands"]), EMBEDDING_HZ)
+    bank = AF.melscale_fbanks(
+        int(MEL["size"]) // 2 + 1, MEL["low"], MEL["high"], int(MEL["bands"]), EMBEDDING_HZ
+    )
     log_mel = (spectrum @ bank + MEL["offset"]).log()
     count = log_mel.shape[1] // int(MEL["patch"])
     return log_mel[:, : count * int(MEL["patch"])].unflatten(1, (count, int(MEL["patch"])))
 
 
-def load_audio_embedding(path: str, takes: str, device: th.device) -> Callable[[th.Tensor, int], dict[str, th.Tensor]]:
+def load_audio_embedding(
+    path: str, takes: str, device: th.device
+) -> Callable[[th.Tensor, int], dict[str, th.Tensor]]:
     """-> a function of sound [2, L] and its rate to {view: embeddings [P, D]}, P patches (1 for waveforms)."""
     if takes not in ("logmel", "waveform"):
         raise ValueError(f"--audio_embedding_input {takes}: choose logmel or waveform")
@@ -133,4 +158,8 @@ def brief(videos: th.Tensor, audios: th.Tensor) -> dict[str, th.Tensor]:
     sounding = [x[:, chosen] for x in (level, heard.sqrt())]
     colours = F.adaptive_avg_pool3d(videos.double().transpose(1, 2), BRIEF_GRID).flatten(1)
     roughness = audios.double().diff(dim=-1).square().mean(dim=-1).sqrt()
-    return {"video": colours, "audio": th.cat([*sounding, roughness], 1), "joint": th.cat([*seen, *sounding], 1)}
+    return {
+        "video": colours,
+        "audio": th.cat([*sounding, roughness], 1),
+        "joint": th.cat([*seen, *sounding], 1),
+    }

@@ -11,7 +11,13 @@ from typing import Any
 import torch as th
 
 from . import stereo, temporal_align
-from .distances import TooFewError, earth_movers_distance, frechet_distance, kernel_distance, nearest
+from .distances import (
+    TooFewError,
+    earth_movers_distance,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+)
 from .features import VIEWS
 
 Seen = Mapping[str, dict[str, th.Tensor]]  # measure -> rows [N, ...]
@@ -19,7 +25,10 @@ FEW = 30  # scores of fewer clips mean little
 BLACK = -0.98  # the brightest spot of a black clip
 CLOSEST = 3  # pairs of a sample and its nearest true clip that are named
 MIRRORED = " (mirrored)"
-EDGES = {"levels": stereo.LEVEL_BINS_DB, "delays": 1e3 * stereo.DELAY_BINS_SECONDS}  # of the histograms: dB, ms
+EDGES = {
+    "levels": stereo.LEVEL_BINS_DB,
+    "delays": 1e3 * stereo.DELAY_BINS_SECONDS,
+}  # of the histograms: dB, ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +59,15 @@ def rated(
     if "spatial" in ours:
         scores.append(_compared("Spatial AV-Align", _hit_share, ours, true, "higher", "events"))
     scores += _stereo(ours["stereo"], true.get("stereo"))
-    notes = [note for which, seen in (("samples", ours), ("reference", true)) for note in _oddities(which, seen)]
+    notes = [
+        note
+        for which, seen in (("samples", ours), ("reference", true))
+        for note in _oddities(which, seen)
+    ]
     if true:
-        score, pairs = _memorisation(ours["thumbnail"]["seen"], true["thumbnail"]["seen"], name, true_name)
+        score, pairs = _memorisation(
+            ours["thumbnail"]["seen"], true["thumbnail"]["seen"], name, true_name
+        )
         return [*scores, score], notes + pairs
     return scores, notes
 
@@ -65,7 +80,10 @@ def _oddities(which: str, seen: Seen) -> list[str]:
         "silent": seen["stereo"]["heard"] == 0,
         "black": seen["thumbnail"]["seen"].flatten(1).amax(dim=1) < BLACK,
     }
-    notes = [f"{which}: {int(which_ones.sum())} of {count} clips {kind}" for kind, which_ones in odd.items()]
+    notes = [
+        f"{which}: {int(which_ones.sum())} of {count} clips {kind}"
+        for kind, which_ones in odd.items()
+    ]
     notes = [note for note, which_ones in zip(notes, odd.values(), strict=True) if which_ones.any()]
     if count < FEW:
         notes.append(f"{which}: {count} clips only; scores of fewer than {FEW} mean little")
@@ -79,7 +97,10 @@ def _distances(ours: Seen, true: Seen) -> list[Score]:
     made = []
     if "i3d" in ours and true:
         points = ours["i3d"]["features"], true["i3d"]["features"]
-        made += [_distance("FVD", frechet_distance, *points), _distance("KVD", kernel_distance, *points)]
+        made += [
+            _distance("FVD", frechet_distance, *points),
+            _distance("KVD", kernel_distance, *points),
+        ]
     if "embedding" in ours and true:
         for view in VIEWS:
             points = ours["embedding"][view].flatten(0, 1), true["embedding"][view].flatten(0, 1)
@@ -88,7 +109,11 @@ def _distances(ours: Seen, true: Seen) -> list[Score]:
 
 
 def _distance(
-    name: str, distance: Callable[[th.Tensor, th.Tensor], float], x: th.Tensor, y: th.Tensor, unit: str = "clips"
+    name: str,
+    distance: Callable[[th.Tensor, th.Tensor], float],
+    x: th.Tensor,
+    y: th.Tensor,
+    unit: str = "clips",
 ) -> Score:
     score = Score(name, None, better="lower", count=len(x), reference_count=len(y), unit=unit)
     try:
@@ -103,17 +128,26 @@ def _distance(
 # ---------------------------------------------------------------- picture and sound
 
 
-Figure = tuple[float | None, int, str]  # what it is, how many it is made from, and what to know of it
+Figure = tuple[
+    float | None, int, str
+]  # what it is, how many it is made from, and what to know of it
 
 
 def _compared(
-    name: str, figure: Callable[[Any], Figure], ours: Any, true: Any, better: str = "", unit: str = "clips"
+    name: str,
+    figure: Callable[[Any], Figure],
+    ours: Any,
+    true: Any,
+    better: str = "",
+    unit: str = "clips",
 ) -> Score:
     """The same figure of the samples and, where there are any, of the true clips, with what to know of either."""
     value, count, note = figure(ours)
     reference, reference_count, true_note = figure(true) if true else (None, 0, "")
     notes = [note, f"true clips: {true_note}" if true_note else ""]
-    return Score(name, value, reference, better, count, reference_count, unit, "; ".join(filter(None, notes)))
+    return Score(
+        name, value, reference, better, count, reference_count, unit, "; ".join(filter(None, notes))
+    )
 
 
 def _mean_overlap(seen: Seen) -> Figure:
@@ -174,11 +208,15 @@ def _histograms_apart(name: str, ours: dict, true: dict, row: str) -> Score:
     x, y = ours[row].double().sum(dim=0), true[row].double().sum(dim=0)
     score = Score(name, None, None, "lower", int(x.sum()), int(y.sum()), "tenths of a second")
     try:
-        return dataclasses.replace(score, value=earth_movers_distance(x, y, float(EDGES[row][1] - EDGES[row][0])))
+        return dataclasses.replace(
+            score, value=earth_movers_distance(x, y, float(EDGES[row][1] - EDGES[row][0]))
+        )
     except TooFewError:
         empty = {"samples": ours} if not x.any() else {}
         empty |= {"true clips": true} if not y.any() else {}
-        return dataclasses.replace(score, note="; ".join(f"{who}: {_why_none(seen)}" for who, seen in empty.items()))
+        return dataclasses.replace(
+            score, note="; ".join(f"{who}: {_why_none(seen)}" for who, seen in empty.items())
+        )
 
 
 def histograms(ours: Seen, true: Seen) -> dict[str, Any]:
@@ -193,7 +231,11 @@ def histograms(ours: Seen, true: Seen) -> dict[str, Any]:
 
     names = {"levels": "level difference, R - L (dB)", "delays": "delay, L - R (ms)"}
     return {
-        name: {"edges": EDGES[row].tolist(), "samples": shares(ours, row), "reference": shares(true, row)}
+        name: {
+            "edges": EDGES[row].tolist(),
+            "samples": shares(ours, row),
+            "reference": shares(true, row),
+        }
         for row, name in names.items()
     }
 
@@ -219,14 +261,22 @@ def _memorisation(
         for k in distance.argsort()[:CLOSEST].tolist()
     ]
     value = distance.median().item()
-    return Score("nearest true clip (RMS, median)", value, reference, "", len(x), len(y), note=note), pairs
+    return Score(
+        "nearest true clip (RMS, median)", value, reference, "", len(x), len(y), note=note
+    ), pairs
 
 
-def _nearest_of_either_side(x: th.Tensor, y: th.Tensor, **options: bool) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+def _nearest_of_either_side(
+    x: th.Tensor, y: th.Tensor, **options: bool
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """`nearest` for each of x [N, ...] as it is or mirrored -> (distance [N], number [N], whether mirrored [N])."""
     seen = [nearest(side.flatten(1), y.flatten(1), **options) for side in (x, x.flip(-1))]
     distance, side = th.stack([distances for distances, _ in seen]).min(dim=0)
-    return distance, th.stack([indices for _, indices in seen]).gather(0, side[None])[0], side.bool()
+    return (
+        distance,
+        th.stack([indices for _, indices in seen]).gather(0, side[None])[0],
+        side.bool(),
+    )
 
 
 # ---------------------------------------------------------------- telling
@@ -241,8 +291,15 @@ def table(scores: list[Score]) -> str:
 
     rows = [("metric", "samples", "true clips", "better", "from", "")]
     for s in scores:
-        counts = f"{s.count} / {s.reference_count} {s.unit}" if s.reference_count else f"{s.count} {s.unit}"
+        counts = (
+            f"{s.count} / {s.reference_count} {s.unit}"
+            if s.reference_count
+            else f"{s.count} {s.unit}"
+        )
         rows.append((s.name, figure(s.value), figure(s.reference), s.better, counts, s.note))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return "\n".join(lines)

@@ -7,7 +7,9 @@ import torch as th
 from .stereo import SILENT
 
 MAX_SHIFTS = 64  # pairings tried by `mismatched_alignment`
-STILL = 1e-3  # spread of a place (0..1) or a level difference (-1..1) below which it does not change
+STILL = (
+    1e-3  # spread of a place (0..1) or a level difference (-1..1) below which it does not change
+)
 
 
 def horizontal_place(videos: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -84,9 +86,13 @@ def _alignment(videos: th.Tensor, audios: th.Tensor, shifts) -> float:
     level, sound_energy = level_difference(audios, videos.shape[1])
     shown, heard = (e / e.mean().clamp(min=1e-12) for e in (object_energy, sound_energy))
     shown, heard = shown.clamp(max=1), heard.clamp(max=1)
-    rolled_level, rolled_heard = (th.cat([row.roll(shift, 0) for shift in shifts]) for row in (level, heard))
+    rolled_level, rolled_heard = (
+        th.cat([row.roll(shift, 0) for shift in shifts]) for row in (level, heard)
+    )
     repeats = (len(shifts), 1)
-    return weighted_correlation(place.repeat(repeats), rolled_level, shown.repeat(repeats) * rolled_heard)
+    return weighted_correlation(
+        place.repeat(repeats), rolled_level, shown.repeat(repeats) * rolled_heard
+    )
 
 
 def show_heard_place(videos: th.Tensor, audios: th.Tensor, share: float = 0.25) -> th.Tensor:

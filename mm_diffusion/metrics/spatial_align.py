@@ -69,7 +69,9 @@ def hits(
         seen.setdefault(box.frame, []).append(box)
     found = 0
     for event in events:
-        shown = math.floor((events_start + Fraction(event.frame, EVENT_HZ) - boxes_start) * Fraction(fps))
+        shown = math.floor(
+            (events_start + Fraction(event.frame, EVENT_HZ) - boxes_start) * Fraction(fps)
+        )
         found += any(
             box.x0 <= event.x + REACH_PIXELS
             and box.x1 >= event.x - REACH_PIXELS
@@ -87,9 +89,15 @@ def read_rows(path: Path, columns: int) -> list[list[float]]:
     """The first `columns` numbers of every row; ValueError, naming file and row, for anything else but a header."""
     try:
         with open(path, newline="") as file:
-            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(c.strip() for c in row)]
+            rows = [
+                (number, row)
+                for number, row in enumerate(csv.reader(file), 1)
+                if any(c.strip() for c in row)
+            ]
     except FileNotFoundError:
-        raise ValueError(f"{path}: is missing; every clip needs one, empty where nothing is found") from None
+        raise ValueError(
+            f"{path}: is missing; every clip needs one, empty where nothing is found"
+        ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as CSV ({error})") from None
     if rows and rows[0][1][0].strip().lower() == "frame":
@@ -126,7 +134,9 @@ def read_boxes(path: Path, fps: float, seconds: float) -> list[Box]:
         _check_time(path, number, int(frame), fps, seconds)
         x0, y0, x1, y1 = (min(max(corner, 0.0), float(PIXELS)) for corner in corners)
         left, top, right, bottom = corners
-        if not (left <= right and top <= bottom and max(left, top) <= PIXELS and min(right, bottom) >= 0):
+        if not (
+            left <= right and top <= bottom and max(left, top) <= PIXELS and min(right, bottom) >= 0
+        ):
             raise ValueError(
                 f"{path}, box {number}: x0,y0,x1,y1 {corners} is no box in a picture of {PIXELS} x {PIXELS} (x0 <= x1,"
                 " y0 <= y1)"
@@ -161,9 +171,15 @@ def localise(audio: th.Tensor, sample_rate: int) -> list[Event]:
     left, right = pieces.square().sum(dim=-1).sqrt().unbind(dim=1)
     by_level = th.atan2(right, left) * 2 / math.pi
     by_delay = (0.5 + stereo.time_difference(pieces, sample_rate) / (2 * EAR_SECONDS)).clamp(0, 1)
-    places = th.where(stereo.level_difference_db(pieces).abs() < LEVEL_DB, by_delay, by_level) * PIXELS
+    places = (
+        th.where(stereo.level_difference_db(pieces).abs() < LEVEL_DB, by_delay, by_level) * PIXELS
+    )
     heard = stereo.is_heard(pieces).tolist()
-    return [Event(t, NO_CATEGORY, x) for t, (x, loud) in enumerate(zip(places.tolist(), heard, strict=True)) if loud]
+    return [
+        Event(t, NO_CATEGORY, x)
+        for t, (x, loud) in enumerate(zip(places.tolist(), heard, strict=True))
+        if loud
+    ]
 
 
 def load_detector(name: str, path: str, device: th.device) -> Callable[[th.Tensor], list[Box]]:
@@ -177,12 +193,16 @@ def load_detector(name: str, path: str, device: th.device) -> Callable[[th.Tenso
         raise ValueError(f"--detector {name}: choose from {', '.join(known)}")
     if not Path(path).is_file():
         url = torchvision.models.get_model_weights(name).DEFAULT.url
-        raise ValueError(f"--detector_path {path}: no such file; the weights of {name} are at {url}")
+        raise ValueError(
+            f"--detector_path {path}: no such file; the weights of {name} are at {url}"
+        )
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
     try:
         model.load_state_dict(th.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # unpickling raises whatever the bytes suggest
-        raise ValueError(f"--detector_path {path}: does not hold the weights of {name} ({error})"[:300]) from None
+        raise ValueError(
+            f"--detector_path {path}: does not hold the weights of {name} ({error})"[:300]
+        ) from None
     model.eval().requires_grad_(False).to(device)
 
     @th.no_grad()
@@ -197,4 +217,6 @@ def _boxes(frame: int, told: dict[str, th.Tensor], shape: th.Size) -> list[Box]:
     height, width = shape[-2:]
     kept = (told["labels"] == PERSON) & (told["scores"] >= MIN_CONFIDENCE)
     scale = PIXELS / th.tensor([width, height, width, height])
-    return [Box(frame, PERSON, *corners) for corners in (told["boxes"][kept].cpu() * scale).tolist()]
+    return [
+        Box(frame, PERSON, *corners) for corners in (told["boxes"][kept].cpu() * scale).tolist()
+    ]

@@ -8,7 +8,9 @@ LEVEL_BINS_DB = th.linspace(
     -24.5, 24.5, 50, dtype=th.float64
 )  # edges, 0 dB in the middle of a bin; beyond: the outermost bins
 MAX_DELAY_SECONDS = 1e-3  # between two ears it is 0.7 ms
-DELAY_BINS_SECONDS = th.linspace(-MAX_DELAY_SECONDS, MAX_DELAY_SECONDS, 42, dtype=th.float64)  # likewise
+DELAY_BINS_SECONDS = th.linspace(
+    -MAX_DELAY_SECONDS, MAX_DELAY_SECONDS, 42, dtype=th.float64
+)  # likewise
 STRETCH_SECONDS = 0.1
 SILENT = 1e-4  # RMS, -80 dB: a sound below has neither direction nor onsets
 TINY = 1e-12
@@ -49,11 +51,15 @@ def time_difference(pieces: th.Tensor, sample_rate: int) -> th.Tensor:
     floor = 1e-3 * strength.amax(dim=-1, keepdim=True)  # bins without sound have no phase
     correlation = th.fft.irfft(cross / (strength + floor + TINY), 2 * size)
     reach = min(size - 1, max(1, round(MAX_DELAY_SECONDS * sample_rate)))
-    around = th.cat([correlation[:, -reach - 1 :], correlation[:, : reach + 2]], dim=-1)  # lags -reach-1 .. reach+1
+    around = th.cat(
+        [correlation[:, -reach - 1 :], correlation[:, : reach + 2]], dim=-1
+    )  # lags -reach-1 .. reach+1
     peak = around[:, 1:-1].argmax(dim=-1, keepdim=True) + 1
     before, here, after = (around.gather(1, peak + step).squeeze(1) for step in (-1, 0, 1))
     bend = before - 2 * here + after
-    shift = th.where(bend < -TINY, 0.5 * (before - after) / bend.clamp(max=-TINY), 0.0).clamp(-0.5, 0.5)
+    shift = th.where(bend < -TINY, 0.5 * (before - after) / bend.clamp(max=-TINY), 0.0).clamp(
+        -0.5, 0.5
+    )
     return (peak.squeeze(1) - reach - 1 + shift) / sample_rate
 
 

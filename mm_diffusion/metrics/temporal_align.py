@@ -39,7 +39,9 @@ def motion_peaks(frames: th.Tensor, fps: float) -> list[float]:
     """[F, 3, H, W] -> when, in seconds, motion is stronger than before and after; that into frame i is at i / fps."""
     strength = motion(frames).tolist()
     inner = zip(range(2, len(strength)), strength, strength[1:], strength[2:], strict=False)
-    return [i / fps for i, before, here, after in inner if before < here > after and here > STILL_PIXELS]
+    return [
+        i / fps for i, before, here, after in inner if before < here > after and here > STILL_PIXELS
+    ]
 
 
 def spectral_flux(audio: th.Tensor, sample_rate: int) -> th.Tensor:
@@ -52,7 +54,9 @@ def spectral_flux(audio: th.Tensor, sample_rate: int) -> th.Tensor:
     hop = max(1, round(HOP_SECONDS * sample_rate))
     size = 2 ** (window - 1).bit_length()
     bands = max(2, min(64, size // 16))
-    mel = MelSpectrogram(sample_rate, size, window, hop, n_mels=bands, pad_mode="constant")(audio).mean(dim=0)
+    mel = MelSpectrogram(sample_rate, size, window, hop, n_mels=bands, pad_mode="constant")(
+        audio
+    ).mean(dim=0)
     level = 10 * mel.clamp(min=1e-10).log10()
     level = level.clamp(min=(level.max() - 80).item())
     flux = th.nn.functional.pad(level.diff(dim=-1).clamp(min=0).mean(dim=0), (1, 0))
