@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mm_diffusion*"]),
-    package_data={"mm_diffusion": ["*.html"]},
+    package_data={"mm_diffusion.viewing": ["*.html"]},
     python_requires=">=3.11,<3.13",
     install_requires=(HERE / "requirements_training_joint.txt").read_text().splitlines(),
 )

@@ -16,8 +16,9 @@ from models import Size, train_loop
 from report import Figure
 
 from mm_diffusion.checkpoint import load_weights
-from mm_diffusion.states import states_in
-from mm_diffusion.train_util import TrainLoop, model_path
+from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.training.resume import model_path
+from mm_diffusion.training.states import states_in
 
 SAVES = 3
 STATES_ON_DISK = 4  # one by torch.save, one that stays, one that is written, and room

@@ -14,7 +14,8 @@ from models import SEED, UPSAMPLED_BY, Size, build, create, forward_of, sample_o
 from report import Figure
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mm_diffusion.drawing import SR_DDIM_STEPS, write_sample
+from mm_diffusion.generation.load import SR_DDIM_STEPS
+from mm_diffusion.generation.output import write_sample
 from mm_diffusion.sampling import Prepared, make_sampler, prepare, sample_joint, upscale_video
 from mm_diffusion.script_util import SR, DataConfig, SampleConfig
 from mm_diffusion.tree import Tree, tree_map

@@ -33,17 +33,20 @@ import numpy as np
 import torch as th
 from tqdm import tqdm
 
-from mm_diffusion import checkpoint, curves, logger, media, rng, tree
-from mm_diffusion.datasets import joint_data, read_clips
+from mm_diffusion import checkpoint, logger, rng, tree
+from mm_diffusion.data import encode, images
+from mm_diffusion.data.clips import joint_data, read_clips
+from mm_diffusion.data.toy import ToyConfig, write_toy_dataset
 from mm_diffusion.dist_util import World, friendly_errors, from_rank_0, setup_dist
-from mm_diffusion.metrics.distances import standard_frechet_distance
-from mm_diffusion.metrics.features import brief
-from mm_diffusion.metrics.spatial import (
+from mm_diffusion.evaluation.distances import standard_frechet_distance
+from mm_diffusion.evaluation.features import brief
+from mm_diffusion.evaluation.spatial import (
     mismatched_alignment,
     show_heard_place,
     spatial_alignment,
     temporal_alignment,
 )
+from mm_diffusion.files import atomically
 from mm_diffusion.respace import SpacedDiffusion
 from mm_diffusion.sampling import Sampler, bind, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import (
@@ -58,9 +61,10 @@ from mm_diffusion.script_util import (
     parse,
     pick,
 )
-from mm_diffusion.toy import ToyConfig, write_toy_dataset
-from mm_diffusion.train_util import TrainLoop, find_state, flags_to_start_with
+from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.training.resume import find_state, flags_to_start_with
 from mm_diffusion.unet import window_shift
+from mm_diffusion.viewing import curves
 
 Clips = dict[str, th.Tensor]
 
@@ -422,9 +426,7 @@ def conclude(
     found = {name: read_rows(root / name / "learning.csv") for name in VARIANTS}
     runs = {name: rows for name, rows in found.items() if rows}
     text = report(flags, data, runs)
-    media.atomically(
-        root / "learning.md", lambda temporary: Path(temporary).write_text(text + "\n")
-    )
+    atomically(root / "learning.md", lambda temporary: Path(temporary).write_text(text + "\n"))
     logger.log(f"\n{text}\n\nin {root}: learning.md")
     if drawn := {name: rows for name, rows in runs.items() if len(rows) > 1}:
         draw_curves(root, data["data"], drawn)
@@ -528,11 +530,11 @@ def write_samples(run: Path, folder: Path, flags: dict[str, Any], world: World) 
         prepare(model.to(world.device)), sampler, NUM_SAMPLES, flags["batch_size"], world.device
     )
     for k, (video, audio) in enumerate(zip(clips["video"], clips["audio"], strict=True)):
-        media.write_watchable(
+        encode.write_watchable(
             folder / f"sample_{k}.mp4", video, flags["video_fps"], audio, flags["audio_fps"]
         )
-    strips = show_heard_place(media.enlarged(clips["video"]), clips["audio"])
-    media.save_contact_sheet(folder / "samples.png", strips)
+    strips = show_heard_place(images.enlarged(clips["video"]), clips["audio"])
+    images.save_contact_sheet(folder / "samples.png", strips)
     logger.log(f"{NUM_SAMPLES} clips of {path} in {folder}: sample_0.mp4 ... and samples.png")
 
 

@@ -18,8 +18,10 @@ from bench import Bench
 from measure import device
 from report import Figure
 
-from mm_diffusion import media, rng
-from mm_diffusion.datasets import BATCHES_AHEAD, load_data, prefetch_to_device
+from mm_diffusion import rng
+from mm_diffusion.data import encode
+from mm_diffusion.data.clips import load_data
+from mm_diffusion.data.loader import BATCHES_AHEAD, prefetch_to_device
 from mm_diffusion.script_util import DataConfig
 
 FILE_FPS = 25
@@ -64,7 +66,7 @@ def measure_loader(bench: Bench) -> None:
 def write_clips(folder: Path, files: Files) -> None:
     for k in range(files.count):
         video, audio = make_clip(k, files)
-        media.write_clip(folder / f"{k:03d}.mp4", video, FILE_FPS, audio, DataConfig.audio_fps)
+        encode.write_clip(folder / f"{k:03d}.mp4", video, FILE_FPS, audio, DataConfig.audio_fps)
 
 
 def make_clip(number: int, files: Files) -> tuple[th.Tensor, th.Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch as th
 from measure import LeftOut, device, spread, tidy
 
-from mm_diffusion.states import write_file
+from mm_diffusion.training.states import write_file
 
 SCALES = {
     "s": ((1, "s"), (1e-3, "ms"), (1e-6, "us")),

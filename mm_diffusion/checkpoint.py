@@ -15,7 +15,7 @@ import blobfile as bf
 import torch as th
 from torch import nn
 
-from .states import CheckpointError, refuse_damaged, write_file
+from .training.states import CheckpointError, refuse_damaged, write_file
 
 # Ours -> published, applied in order to any name or end of a name, so that they serve one block as well as a network.
 NAME_TABLE = [

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from mm_diffusion.tree import (
+from .tree import (
     Tree,
     append_dims,
     checked_given,

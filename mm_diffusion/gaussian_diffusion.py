@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from mm_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from mm_diffusion.tree import (
+from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .tree import (
     Generators,
     Tree,
     append_dims,

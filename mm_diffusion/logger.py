@@ -19,7 +19,7 @@ import blobfile as bf
 import torch as th
 from tqdm import tqdm
 
-from . import trackers
+from .training import trackers
 
 
 class _Logger:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch as th
 
-from mm_diffusion.dist_util import all_gather
-from mm_diffusion.tree import Generators
+from .dist_util import all_gather
+from .tree import Generators
 
 
 class UniformSampler:

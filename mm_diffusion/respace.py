@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mm_diffusion.gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> list[int]:

@@ -4,7 +4,8 @@ import argparse
 
 import tqdm
 
-from mm_diffusion import clip_index, inspection
+from mm_diffusion.data import summary
+from mm_diffusion.data.index import probe_folders, refuse_if_bad
 from mm_diffusion.dist_util import friendly_errors
 
 
@@ -34,14 +35,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     data_dir = ",".join(args.data_dir)
-    index = clip_index.probe_folders(
-        data_dir, args.num_workers, args.video_stream, args.audio_stream
-    )
-    windows = inspection.windows_of(index, args.video_size, args.video_fps, args.clip_stride)
+    index = probe_folders(data_dir, args.num_workers, args.video_stream, args.audio_stream)
+    windows = summary.windows_of(index, args.video_size, args.video_fps, args.clip_stride)
     measured = tqdm.tqdm(index.clips[: args.limit], "sound", unit="file", leave=False)
-    rows = [inspection.measure(path, info) for path, info in measured]
-    print(inspection.describe(index, rows, windows) if index.clips else index.report())
-    clip_index.refuse_if_bad(data_dir, index, max_bad_share=1.0)
+    rows = [summary.measure(path, info) for path, info in measured]
+    print(summary.describe(index, rows, windows) if index.clips else index.report())
+    refuse_if_bad(data_dir, index, max_bad_share=1.0)
 
 
 if __name__ == "__main__":

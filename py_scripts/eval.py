@@ -2,7 +2,7 @@
 
 from mm_diffusion import logger
 from mm_diffusion.dist_util import friendly_errors, setup_dist
-from mm_diffusion.metrics.evaluation import (
+from mm_diffusion.evaluation.evaluation import (
     evaluate,
     make_measures,
     report_folder,

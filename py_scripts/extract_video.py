@@ -3,8 +3,8 @@
 import argparse
 import sys
 
+from mm_diffusion.data.extract import FORMATS, ExtractSettings, extract_videos
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.extraction import FORMATS, ExtractSettings, extract_videos
 
 
 def main() -> None:

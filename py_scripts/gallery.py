@@ -1,8 +1,8 @@
 """Write a page that shows the clips below a folder: players, frames, spectrograms, places seen and heard, scores."""
 
-from mm_diffusion import gallery
 from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.script_util import Parser
+from mm_diffusion.viewing import gallery
 
 
 def main() -> None:

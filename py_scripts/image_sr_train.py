@@ -2,9 +2,10 @@
 
 import torch as th
 
-from mm_diffusion import drawing, logger
+from mm_diffusion import logger
+from mm_diffusion.data.frames import FrameDataset, find_frames, load_frames
 from mm_diffusion.dist_util import friendly_errors, setup_dist
-from mm_diffusion.frames import FrameDataset, find_frames, load_frames
+from mm_diffusion.generation import previews
 from mm_diffusion.script_util import (
     SR_CARRIED_FLAGS,
     FilesConfig,
@@ -18,7 +19,8 @@ from mm_diffusion.script_util import (
     pick,
     sr_half,
 )
-from mm_diffusion.train_util import TrainLoop, check_train_config, flags_to_start_with
+from mm_diffusion.train_util import TrainLoop, check_train_config
+from mm_diffusion.training.resume import flags_to_start_with
 
 CONFIGS = (SRModelConfig, SRDiffusionConfig, FilesConfig, TrainConfig)
 DEFAULTS = {"lr": 1e-4, "batch_size": 6, "sample_fn": "ddim", "preview_clips": 4}
@@ -39,7 +41,7 @@ def main() -> None:
     model, diffusion = image_sr_create_model_and_diffusion(
         **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
     )
-    preview = drawing.make_sr_preview(
+    preview = previews.make_sr_preview(
         flags, config.sample_fn, lambda: pictures(), config.output_dir, world
     )
     index = find_frames(files.data_dir, files.num_workers, files.max_bad_share)
@@ -75,7 +77,7 @@ def main() -> None:
     logger.log(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}"
     )
-    previews = preview if config.preview_clips else None
+    made = preview if config.preview_clips else None
     TrainLoop(
         model,
         diffusion,
@@ -84,7 +86,7 @@ def main() -> None:
         world,
         use_fp16=sr_half(flags),
         flags=flags,
-        preview=previews,
+        preview=made,
     ).run_loop()
 
 

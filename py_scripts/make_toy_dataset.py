@@ -5,8 +5,8 @@ import dataclasses
 
 from tqdm import tqdm
 
+from mm_diffusion.data.toy import ToyConfig, write_toy_dataset
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.toy import ToyConfig, write_toy_dataset
 
 HELP = {
     "height": "picture height in pixels",

@@ -2,9 +2,10 @@
 
 import torch as th
 
-from mm_diffusion import drawing, logger
-from mm_diffusion.datasets import joint_data
+from mm_diffusion import logger
+from mm_diffusion.data.clips import joint_data
 from mm_diffusion.dist_util import friendly_errors, setup_dist
+from mm_diffusion.generation import previews
 from mm_diffusion.script_util import (
     DataConfig,
     DiffusionConfig,
@@ -16,7 +17,8 @@ from mm_diffusion.script_util import (
     parse,
     pick,
 )
-from mm_diffusion.train_util import TrainLoop, check_train_config, flags_to_start_with
+from mm_diffusion.train_util import TrainLoop, check_train_config
+from mm_diffusion.training.resume import flags_to_start_with
 
 CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
 
@@ -34,7 +36,7 @@ def main() -> None:
     model, diffusion = create_model_and_diffusion(
         **{name: flags[name] for name in model_and_diffusion_defaults()}
     )
-    preview = drawing.make_preview(
+    preview = previews.make_preview(
         diffusion,
         config.sample_fn,
         config.save_type,

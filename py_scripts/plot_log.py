@@ -1,8 +1,8 @@
 """Draw the curves of one or more training runs from their progress.csv into a picture."""
 
-from mm_diffusion import curves
 from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.script_util import Parser
+from mm_diffusion.viewing import curves
 
 
 def main() -> None:

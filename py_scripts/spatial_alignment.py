@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch as th
 
-from mm_diffusion import media
-from mm_diffusion.datasets import read_clips
+from mm_diffusion.data import encode, images
+from mm_diffusion.data.clips import read_clips
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.metrics.spatial import (
+from mm_diffusion.evaluation.spatial import (
     mismatched_alignment,
     show_heard_place,
     spatial_alignment,
@@ -40,11 +40,11 @@ def main() -> None:
     sizes = flags.video_size, flags.audio_size, flags.video_fps, flags.audio_fps
     videos, audios = read_clips(flags.samples, *sizes).values()
     if flags.contact_sheet:
-        media.save_contact_sheet(flags.contact_sheet, show_heard_place(videos, audios))
+        images.save_contact_sheet(flags.contact_sheet, show_heard_place(videos, audios))
     if flags.watch_dir:
         for k, (video, audio) in enumerate(zip(videos, audios, strict=True)):
             path = f"{flags.watch_dir}/clip_{k:02d}.mp4"
-            media.write_watchable(path, video, flags.video_fps, audio, flags.audio_fps)
+            encode.write_watchable(path, video, flags.video_fps, audio, flags.audio_fps)
     if flags.data_dir:
         tell(
             "spatial alignment",

@@ -10,6 +10,8 @@ import tiny
 import torch as th
 import torch.nn.functional as F
 
+from mm_diffusion import train_util
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import breakdown
 import changes
@@ -21,7 +23,6 @@ import rates
 import report
 import run
 
-from mm_diffusion import train_util
 from mm_diffusion.unet import window_shift
 
 MODELS = {

@@ -18,9 +18,10 @@ from test_launchers import REPO, assert_refused, recorded
 from test_launchers import run as run_launcher
 from test_upsampler import saved
 
-from mm_diffusion import drawing, unet
+from mm_diffusion import unet
+from mm_diffusion.data.decode import probe, read_wav, read_window
 from mm_diffusion.dpm_solver import METHODS, DPMSolver, NoiseSchedule
-from mm_diffusion.media import probe, read_wav, read_window
+from mm_diffusion.generation.run import draw_clips
 from mm_diffusion.sampling import SAMPLERS, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import notes_on
 from mm_diffusion.tree import tree_map
@@ -108,7 +109,7 @@ def test_ranks_draw_the_clips_of_one_process(name):
         found[k] = {"video": video, "audio": audio}
 
     for rank in range(2):
-        drawing.draw_clips(model, sampler, range(3)[rank::2], 2, 7, "cpu", save, given=given)
+        draw_clips(model, sampler, range(3)[rank::2], 2, 7, "cpu", save, given=given)
     together = sample_joint(model, sampler, range(3), 7, given={"video": tiny.clips(0, 3)["video"]})
     for k, clip in found.items():
         assert th.equal(clip["video"], given(k)["video"])
@@ -365,8 +366,8 @@ def test_the_clips_of_a_script_hold_the_very_tensor_given_and_do_not_depend_on_t
     def keep_truth(folder, name, truth, *rates):
         written.setdefault((folder, name), {}).update(truth=truth)
 
-    monkeypatch.setattr(drawing, "write_sample", keep)
-    monkeypatch.setattr(drawing, "write_truth", keep_truth)
+    monkeypatch.setattr("mm_diffusion.generation.output.write_sample", keep)
+    monkeypatch.setattr("mm_diffusion.generation.output.write_truth", keep_truth)
     for size in "13":
         world(known, tmp_path / size, "--batch_size", size)
     assert len(written) == 6

@@ -13,19 +13,14 @@ import pytest
 import torch as th
 from media_files import MEDIA, grey_frames, make_clip, noise, real_media
 
-from mm_diffusion import clip_index, datasets, media
-from mm_diffusion.clip_index import ClipIndex, DataError, build_index
-from mm_diffusion.datasets import (
-    ClipDataset,
-    DiskCache,
-    GlobalOrder,
-    load_data,
-    mirror,
-    prefetch_to_device,
-)
-from mm_diffusion.media import ClipInfo, MediaError
-from mm_diffusion.metrics.spatial import mismatched_alignment, spatial_alignment
-from mm_diffusion.toy import ToyConfig, write_toy_dataset
+from mm_diffusion.data import DataError, MediaError, decode
+from mm_diffusion.data.cache import DiskCache
+from mm_diffusion.data.clips import ClipDataset, load_data, mirror
+from mm_diffusion.data.decode import ClipInfo
+from mm_diffusion.data.index import ClipIndex, build_index, cache_path
+from mm_diffusion.data.loader import GlobalOrder, _one_ahead, prefetch_to_device
+from mm_diffusion.data.toy import ToyConfig, write_toy_dataset
+from mm_diffusion.evaluation.spatial import mismatched_alignment, spatial_alignment
 
 SMALL = {"video_size": "4,3,8,8", "audio_size": "2,512", "audio_fps": 512, "num_workers": 0}
 
@@ -147,9 +142,10 @@ def test_the_index_is_kept_outside_the_folder_as_json_and_unchanged_files_are_no
     (tmp_path / "a/bad.mov").write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     probed = []
-    probe = media.probe
+    probe = decode.probe
     monkeypatch.setattr(
-        media, "probe", lambda path, *streams: probed.append(path) or probe(path, *streams)
+        "mm_diffusion.data.decode.probe",
+        lambda path, *streams: probed.append(path) or probe(path, *streams),
     )
     folders = f"{tmp_path / 'a'},{tmp_path / 'b'}"
     first = build_index(folders, max_bad_share=0.5)
@@ -160,26 +156,28 @@ def test_the_index_is_kept_outside_the_folder_as_json_and_unchanged_files_are_no
     assert build_index(folders, max_bad_share=0.5) == first
     assert len(probed) == 3
     assert sorted(tmp_path.rglob("*")) == before
-    assert "entries" in json.loads(clip_index.cache_path(folders).read_text())
+    assert "entries" in json.loads(cache_path(folders).read_text())
 
 
 def test_rank_0_alone_looks_at_the_folder_and_the_others_are_told(toy, monkeypatch):
     """Fault: ranks that look for themselves, while a folder is being copied, train on different data."""
     told = build_index(str(toy))
-    monkeypatch.setattr(clip_index, "from_rank_0", lambda make: told)
-    monkeypatch.setattr(clip_index, "find_files", lambda *_: pytest.fail("another rank looked"))
+    monkeypatch.setattr("mm_diffusion.data.index.from_rank_0", lambda make: told)
+    monkeypatch.setattr(
+        "mm_diffusion.data.index.find_files", lambda *_: pytest.fail("another rank looked")
+    )
     assert build_index(str(toy)) is told
 
 
 def test_a_file_that_could_not_be_read_once_is_looked_at_again(toy, monkeypatch):
-    probe, fails = media.probe, [True]
+    probe, fails = decode.probe, [True]
 
     def sometimes(path, *streams):
         if fails.pop() if fails else False:
-            raise media.MediaError(f"{path}: cannot be decoded (Input/output error)")
+            raise MediaError(f"{path}: cannot be decoded (Input/output error)")
         return probe(path, *streams)
 
-    monkeypatch.setattr(media, "probe", sometimes)
+    monkeypatch.setattr("mm_diffusion.data.decode.probe", sometimes)
     assert len(build_index(str(toy)).bad) == 1
     assert not build_index(str(toy)).bad
 
@@ -188,7 +186,7 @@ def test_a_folder_has_one_index_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     paths = {
-        clip_index.cache_path(text)
+        cache_path(text)
         for text in ("~/clips,b", " clips , ~/b", f"{tmp_path}/clips,{tmp_path}/b,")
     }
     assert len(paths) == 1
@@ -198,7 +196,7 @@ def test_a_folder_has_one_index_however_it_is_written(tmp_path, monkeypatch):
     "held", [b'{"format": 1, "entr', b"\xff\xfe", b'{"format": 3, "entries": [1]}', b"[]"]
 )
 def test_a_damaged_index_is_built_anew(toy, held):
-    path = clip_index.cache_path(str(toy))
+    path = cache_path(str(toy))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(held)
     assert len(build_index(str(toy)).clips) == 24
@@ -358,10 +356,11 @@ def test_memory_for_decoded_clips_is_bounded_and_changes_nothing(toy):
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """(folder of the cache, paths decoded since), where disks may be nearly full."""
-    monkeypatch.setattr(datasets, "SPARED_BYTES", 0)
-    decoded, read = [], media.read_window
+    monkeypatch.setattr("mm_diffusion.data.cache.SPARED_BYTES", 0)
+    decoded, read = [], decode.read_window
     monkeypatch.setattr(
-        media, "read_window", lambda path, *rest: decoded.append(path) or read(path, *rest)
+        "mm_diffusion.data.decode.read_window",
+        lambda path, *rest: decoded.append(path) or read(path, *rest),
     )
     return tmp_path / "kept", decoded
 
@@ -399,7 +398,7 @@ def test_what_the_disk_holds_gives_the_same_bits_and_is_decoded_once(toy, kept):
 def test_another_file_or_another_way_to_decode_it_is_another_item(tmp_path, kept):
     folder, decoded = kept
     path = good(tmp_path / "clips/a.mp4")
-    index = ClipIndex([(str(path), media.probe(path))], {})
+    index = ClipIndex([(str(path), decode.probe(path))], {})
     for changes in [
         {},
         {"video_size": "5,3,8,8"},
@@ -459,7 +458,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(toy, kept, monkeypatch, c
     monkeypatch.setattr(os, "replace", replace)
     told = capsys.readouterr().out
     assert told.count("warning") == told.count("takes no more (No space left on device)") == 1
-    monkeypatch.setattr(datasets, "SPARED_BYTES", 2**80)
+    monkeypatch.setattr("mm_diffusion.data.cache.SPARED_BYTES", 2**80)
     assert equal(from_disk(index, folder), plain)
     assert capsys.readouterr().out.count("takes no more (less than") == 1
     assert not [path for path in folder.rglob("*") if path.is_file()]
@@ -534,14 +533,14 @@ def test_batches_reach_the_device_unchanged_and_errors_in_their_own_place(device
 
 def test_one_ahead_makes_each_item_before_the_one_ahead_of_it_is_given_out():
     made = []
-    ahead = datasets._one_ahead(batches_until(MediaError("broke"), made))
+    ahead = _one_ahead(batches_until(MediaError("broke"), made))
     for k in range(3):
         assert next(ahead)[0]["video"][0, 0] == k
         assert made == list(range(min(k + 2, 3)))
     with pytest.raises(MediaError, match="broke"):
         next(ahead)
-    assert list(datasets._one_ahead(iter("abc"))) == ["a", "b", "c"]
-    assert list(datasets._one_ahead(iter(""))) == []
+    assert list(_one_ahead(iter("abc"))) == ["a", "b", "c"]
+    assert list(_one_ahead(iter(""))) == []
 
 
 def test_loading_leaves_the_random_state_alone(toy):

@@ -13,12 +13,12 @@ import torch as th
 from media_files import MEDIA, grey_frames, make_clip, make_gif, noise, real_media
 from PIL import Image
 
-from mm_diffusion import clip_index, datasets, frames, media
-from mm_diffusion.clip_index import FINGERPRINT_BYTES, ClipIndex, DataError
-from mm_diffusion.datasets import DiskCache, GlobalOrder
-from mm_diffusion.extraction import RECORD, ExtractSettings, extract_videos
-from mm_diffusion.frames import FrameDataset, degrade, find_frames, find_images, load_frames
-from mm_diffusion.media import MediaError
+from mm_diffusion.data import DataError, MediaError, decode, images
+from mm_diffusion.data.cache import DiskCache
+from mm_diffusion.data.extract import RECORD, ExtractSettings, extract_videos
+from mm_diffusion.data.frames import FrameDataset, degrade, find_frames, find_images, load_frames
+from mm_diffusion.data.index import FINGERPRINT_BYTES, ClipIndex
+from mm_diffusion.data.loader import GlobalOrder
 
 SIZES = {"large_size": 32, "small_size": 8}
 LOADING = {**SIZES, "num_workers": 0}
@@ -32,14 +32,14 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def smooth(seed, height=40, width=40):
     """[3, h, w] uint8, soft enough to survive a JPEG."""
     coarse = np.random.default_rng(seed).integers(20, 236, (3, 5, 5), np.uint8)
-    return media.fit_picture(th.from_numpy(coarse), max(height, width), max(height, width))[
+    return images.fit_picture(th.from_numpy(coarse), max(height, width), max(height, width))[
         :, :height, :width
     ]
 
 
 def pictures(folder, count, suffix=".png"):
     for k in range(count):
-        media.write_image(folder / f"{k}{suffix}", smooth(k))
+        images.write_image(folder / f"{k}{suffix}", smooth(k))
     return folder
 
 
@@ -87,7 +87,7 @@ def save_grey(path, mode):
 )
 def test_every_picture_mode_gives_the_same_rgb(tmp_path, mode):
     path = save_grey(tmp_path / ("a.jpg" if mode == "CMYK" else "a.PNG"), mode)
-    image = media.read_image(path)
+    image = images.read_image(path)
     assert (image.shape, image.dtype) == ((3, 16, 24), th.uint8)
     error = (image.int() - th.from_numpy(grey_picture()).int()).abs().max()
     assert error <= (3 if path.suffix == ".jpg" else 0)
@@ -96,16 +96,16 @@ def test_every_picture_mode_gives_the_same_rgb(tmp_path, mode):
 def test_one_bit_pictures_are_black_and_white(tmp_path):
     bits = th.from_numpy(grey_picture() > 128)
     Image.fromarray(bits.numpy()).save(tmp_path / "a.png")
-    assert media.read_image(tmp_path / "a.png").equal(bits.to(th.uint8).expand(3, -1, -1) * 255)
+    assert images.read_image(tmp_path / "a.png").equal(bits.to(th.uint8).expand(3, -1, -1) * 255)
 
 
 def test_what_is_transparent_lies_over_black(tmp_path):
     layers = {"LA": (200, 51), "RGBA": (200, 200, 200, 51)}
     for mode, value in layers.items():
         Image.new(mode, (8, 8), value).save(tmp_path / "a.png")
-        assert (media.read_image(tmp_path / "a.png") == 40).all()
+        assert (images.read_image(tmp_path / "a.png") == 40).all()
     Image.new("P", (8, 8), 3).save(tmp_path / "a.png", transparency=3)
-    assert (media.read_image(tmp_path / "a.png") == 0).all()
+    assert (images.read_image(tmp_path / "a.png") == 0).all()
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -121,7 +121,7 @@ def test_images_are_upright_as_their_exif_asks(tmp_path, suffix):
         exif=exif,
         **({"quality": 98, "subsampling": 0} if suffix == ".jpg" else {}),
     )
-    image = media.read_image(tmp_path / f"a{suffix}")
+    image = images.read_image(tmp_path / f"a{suffix}")
     assert image.shape == upright.shape
     assert (image.int() - upright.int()).abs().max() <= (8 if suffix == ".jpg" else 0)
 
@@ -146,7 +146,7 @@ def test_exif_that_makes_no_sense_turns_nothing(tmp_path, suffix, exif):
         tmp_path / f"a{suffix}", exif=exif, quality=98
     )
     assert not find_images(str(tmp_path)).bad
-    assert (media.read_image(tmp_path / f"a{suffix}").int() - image.int()).abs().float().mean() < 3
+    assert (images.read_image(tmp_path / f"a{suffix}").int() - image.int()).abs().float().mean() < 3
 
 
 @quiet_exif
@@ -161,12 +161,12 @@ def test_pictures_are_upright_whatever_else_is_damaged_in_their_exif(tmp_path, s
             0, 256, 4
         )
         picture.save(tmp_path / f"a{suffix}", exif=damaged.tobytes())
-        assert media.read_image(tmp_path / f"a{suffix}").shape == (3, 16, 8)
+        assert images.read_image(tmp_path / f"a{suffix}").shape == (3, 16, 8)
 
 
 def test_odd_exif_makes_no_noise(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=ODD_EXIF["cut"])
-    read = "import sys; from mm_diffusion import media; media.check_image(sys.argv[1]); media.read_image(sys.argv[1])"
+    read = "import sys; from mm_diffusion import media; images.check_image(sys.argv[1]); images.read_image(sys.argv[1])"
     told = subprocess.run(
         [sys.executable, "-c", read, tmp_path / "a.jpg"], capture_output=True, text=True, check=True
     )
@@ -188,15 +188,15 @@ def test_png_is_lossless_and_jpeg_nearly_and_a_failed_write_leaves_nothing(tmp_p
     image = smooth(3)
     errors = {}
     for name, quality in {"a.png": 1, "a.jpg": 95, "b.jpg": 20}.items():
-        media.write_image(tmp_path / name, image, quality)
-        errors[name] = (media.read_image(tmp_path / name).int() - image.int()).abs().float().mean()
+        images.write_image(tmp_path / name, image, quality)
+        errors[name] = (images.read_image(tmp_path / name).int() - image.int()).abs().float().mean()
     assert errors["a.png"] == 0
     assert errors["a.jpg"] < 1.5 < errors["b.jpg"]
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        media.write_image(tmp_path / "c.png", image)
+        images.write_image(tmp_path / "c.png", image)
     with pytest.raises(ValueError, match=r"c\.bmp: need \.png or \.jpg"):
-        media.write_image(tmp_path / "c.bmp", image)
+        images.write_image(tmp_path / "c.bmp", image)
     assert names_in(tmp_path) == ["a.jpg", "a.png", "b.jpg"]
 
 
@@ -229,7 +229,7 @@ def test_bad_images_are_named_with_their_reason_and_left_out(tmp_path):
         assert told.startswith(path)
         assert "\n" not in told
         with pytest.raises(MediaError, match=os.path.basename(path)):
-            media.read_image(path)
+            images.read_image(path)
     with pytest.raises(DataError, match=r"5 of 7 files cannot be used .*--max_bad_share"):
         find_frames(str(tmp_path))
     assert find_frames(str(tmp_path), max_bad_share=0.8) == index
@@ -237,10 +237,10 @@ def test_bad_images_are_named_with_their_reason_and_left_out(tmp_path):
 
 def test_an_image_with_something_behind_its_end_is_still_good(tmp_path):
     path = pictures(tmp_path, 1, ".jpg") / "0.jpg"
-    before = media.read_image(path)
+    before = images.read_image(path)
     path.write_bytes(path.read_bytes() + b"a film that a camera appended" * 20)
     assert not find_images(str(tmp_path)).bad
-    assert media.read_image(path).equal(before)
+    assert images.read_image(path).equal(before)
 
 
 def test_an_image_that_breaks_during_training_is_named(tmp_path):
@@ -263,7 +263,9 @@ def test_a_folder_without_images_is_refused_with_the_remedy(tmp_path):
 
 def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
     first = find_images(str(pictures(tmp_path, 3)))
-    monkeypatch.setattr(media, "check_image", lambda _: pytest.fail("looked at again"))
+    monkeypatch.setattr(
+        "mm_diffusion.data.images.check_image", lambda _: pytest.fail("looked at again")
+    )
     assert find_images(str(tmp_path)) == first
 
 
@@ -296,8 +298,10 @@ def test_the_folder_is_looked_at_and_told_once_by_rank_0(tmp_path, monkeypatch, 
     assert len(told) == 2
     assert told[0].endswith(f"{tmp_path}: 3 images and 1 videos (1.5 s), 1 files left out:")
     assert "empty.png: is empty" in told[1]
-    monkeypatch.setattr(clip_index, "find_files", lambda *_: pytest.fail("looked at again"))
-    monkeypatch.setattr(frames, "from_rank_0", lambda make: index)
+    monkeypatch.setattr(
+        "mm_diffusion.data.frames.find_files", lambda *_: pytest.fail("looked at again")
+    )
+    monkeypatch.setattr("mm_diffusion.data.frames.from_rank_0", lambda make: index)
     assert find_frames(str(tmp_path), max_bad_share=0.5) == index
     assert capsys.readouterr().out.splitlines() == told
     batch = next(load_frames(index=index, batch_size=9, random_flip=False, **LOADING))
@@ -319,7 +323,7 @@ def test_pictures_are_not_kept_in_their_own_folder(tmp_path):
 
 
 def test_large_pictures_keep_their_aspect_on_centred_black(tmp_path):
-    media.write_image(tmp_path / "a.png", th.full((3, 27, 64), 255, dtype=th.uint8))
+    images.write_image(tmp_path / "a.png", th.full((3, 27, 64), 255, dtype=th.uint8))
     large = FrameDataset(find_images(str(tmp_path)), 64, 16)[0][0]
     assert (large.dtype, large.shape) == (th.float32, (3, 64, 64))
     assert (large[:, 18:45] == 1).all()  # 37 rows of black: 18 above, 19 below
@@ -330,7 +334,7 @@ def test_large_pictures_keep_their_aspect_on_centred_black(tmp_path):
 def degraded(count):
     """(plain small picture, its degraded versions) of a grey square, over as many seeds."""
     large = th.full((3, 64, 64), 128, dtype=th.uint8)
-    return media.fit_picture(large, 16, 16), [
+    return images.fit_picture(large, 16, 16), [
         degrade(large, 16, np.random.default_rng(seed)) for seed in range(count)
     ]
 
@@ -339,15 +343,16 @@ def test_without_noise_and_jpeg_the_small_picture_is_the_large_one_resized(tmp_p
     dataset = FrameDataset(find_images(str(pictures(tmp_path, 20))), 32, 8)
     plain = 0
     for large, cond in (dataset[epoch, k] for epoch in range(5) for k in range(20)):
-        resized = media.fit_picture(media.to_uint8(large), 8, 8)
-        plain += media.to_uint8(cond["low_res"]).equal(resized)
+        resized = images.fit_picture(images.to_uint8(large), 8, 8)
+        plain += images.to_uint8(cond["low_res"]).equal(resized)
     assert 10 < plain < 40  # a quarter of 100
 
 
 def test_noise_and_jpeg_come_in_half_of_the_cases_each(monkeypatch):
     qualities = []
     monkeypatch.setattr(
-        media, "jpeg_round_trip", lambda image, quality: qualities.append(quality) or image
+        "mm_diffusion.data.images.jpeg_round_trip",
+        lambda image, quality: qualities.append(quality) or image,
     )
     plain, small = degraded(1000)
     noisy = [(image.float() - plain).std().item() for image in small if not image.equal(plain)]
@@ -362,11 +367,11 @@ def test_noise_and_jpeg_come_in_half_of_the_cases_each(monkeypatch):
 def test_jpeg_comes_after_the_noise_and_loses_more_at_lower_quality(monkeypatch):
     image = smooth(2, 64, 64)
     errors = [
-        (media.jpeg_round_trip(image, q).int() - image.int()).abs().float().mean()
+        (images.jpeg_round_trip(image, q).int() - image.int()).abs().float().mean()
         for q in (20, 50, 80)
     ]
     assert errors == sorted(errors, reverse=True)
-    monkeypatch.setattr(media, "jpeg_round_trip", lambda image, _: image // 2)
+    monkeypatch.setattr("mm_diffusion.data.images.jpeg_round_trip", lambda image, _: image // 2)
     plain, small = degraded(100)
     assert all(image.float().mean() < 70 or image.float().mean() > 120 for image in small)
     assert any(image.float().std() > 5 and image.float().mean() < 70 for image in small)
@@ -397,7 +402,7 @@ def test_half_of_the_pairs_are_mirrored_both_pictures_together(tmp_path):
         is_mirrored = not large.equal(straight)
         assert large.equal(straight.flip(-1) if is_mirrored else straight)
         own, other = (
-            media.to_float(media.fit_picture(media.to_uint8(x), 8, 8))
+            images.to_float(images.fit_picture(images.to_uint8(x), 8, 8))
             for x in (large, large.flip(-1))
         )
         assert (cond["low_res"] - own).square().mean() < (cond["low_res"] - other).square().mean()
@@ -433,7 +438,7 @@ def test_worker_processes_give_the_same_batches(tmp_path):
 
 
 def test_pictures_on_disk_give_the_same_bits_and_are_decoded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "SPARED_BYTES", 0)
+    monkeypatch.setattr("mm_diffusion.data.cache.SPARED_BYTES", 0)
     pictures(tmp_path / "a", 3, ".jpg")
     film(tmp_path / "a/film.mp4", seconds=1)
     index = find_images(str(tmp_path / "a"))
@@ -465,7 +470,8 @@ def test_frames_of_films_equal_their_extraction_whatever_their_sound(tmp_path):
     )
     assert len(on_the_fly) == len(extracted) == 28
     read = {
-        name: media.read_image(tmp_path / "frames" / name) for name in names_in(tmp_path / "frames")
+        name: images.read_image(tmp_path / "frames" / name)
+        for name in names_in(tmp_path / "frames")
     }
     order = {"mono": 0, "silent": 8, "sparse": 16}  # films/deep comes first
     for name, image in read.items():
@@ -483,8 +489,8 @@ def test_images_and_films_mix(tmp_path):
 
 def test_a_gif_is_a_film_that_lasts_as_long_as_its_frames_say(tmp_path):
     make_gif(tmp_path / "a.gif", grey_frames([10, 200, 90]), [250, 500, 2250])
-    assert media.picture_seconds(tmp_path / "a.gif") == pytest.approx(3, abs=0.02)
-    images = list(media.read_frames(tmp_path / "a.gif", 0, 12, 4))
+    assert decode.picture_seconds(tmp_path / "a.gif") == pytest.approx(3, abs=0.02)
+    images = list(decode.read_frames(tmp_path / "a.gif", 0, 12, 4))
     dataset = FrameDataset(find_images(str(tmp_path)), **SIZES)
     assert all(dataset.picture(k).equal(image) for k, image in enumerate(images))
     shown = [image.float().mean().item() for image in images]
@@ -500,14 +506,16 @@ def test_extraction_writes_the_frames_shown_at_its_rate_and_a_rerun_nothing(tmp_
     assert names_in(target) == [f"image_a.b_{k:06d}.png" for k in range(8)] + [
         f"image_c_{k:06d}.png" for k in range(4)
     ]
-    read, _ = media.read_window(
+    read, _ = decode.read_window(
         film(tmp_path / "s.mp4", audio=noise(32000)), 0, 8, 4, 32, 48, 16000, 16
     )
     for k, name in enumerate(names_in(target)[:8]):
         assert (
-            media.read_image(target / name).int() - read[k].permute(2, 0, 1).int()
+            images.read_image(target / name).int() - read[k].permute(2, 0, 1).int()
         ).abs().float().mean() < 1
-    monkeypatch.setattr(media, "write_image", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(
+        "mm_diffusion.data.images.write_image", lambda *_: pytest.fail("written again")
+    )
     assert extract_videos(
         [str(tmp_path / "films/sub"), str(tmp_path / "films/a.b.mp4")],
         str(target),
@@ -521,7 +529,7 @@ def test_extraction_can_fit_frames_into_a_square_and_write_jpeg(tmp_path, size):
     settings = ExtractSettings(fps=2, format="jpg", quality=90, size=size)
     extract_videos([str(source)], str(tmp_path / "frames"), settings)
     assert names_in(tmp_path / "frames") == ["image_a_000000.jpg", "image_a_000001.jpg"]
-    image = media.read_image(tmp_path / "frames/image_a_000000.jpg")
+    image = images.read_image(tmp_path / "frames/image_a_000000.jpg")
     assert image.shape == ((3, size, size) if size else (3, 32, 48))
     with Image.open(tmp_path / "frames/image_a_000000.jpg") as picture:
         assert picture.layer[1][1:3] == picture.layer[0][1:3] == (1, 1)  # colour is not subsampled
@@ -531,7 +539,7 @@ def test_only_clips_that_are_incomplete_are_extracted_again(tmp_path, monkeypatc
     for k in range(3):
         film(tmp_path / f"films/{k}.mp4", seed=k)
     arguments = [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings(), 1
-    written, write = [], media.write_image
+    written, write = [], images.write_image
 
     def note(path, *rest, until=None):
         written.append(path.name.removeprefix("."))
@@ -539,10 +547,13 @@ def test_only_clips_that_are_incomplete_are_extracted_again(tmp_path, monkeypatc
             raise OSError("disk full")
         write(path, *rest)
 
-    monkeypatch.setattr(media, "write_image", lambda *rest: note(*rest, until="image_1_000005.png"))
+    monkeypatch.setattr(
+        "mm_diffusion.data.images.write_image",
+        lambda *rest: note(*rest, until="image_1_000005.png"),
+    )
     with pytest.raises(OSError, match="disk full"):
         extract_videos(*arguments)
-    monkeypatch.setattr(media, "write_image", note)
+    monkeypatch.setattr("mm_diffusion.data.images.write_image", note)
     for missing in ("image_1_*", "image_0_000003.png"):
         for path in (tmp_path / "frames").glob(missing):
             path.unlink()
@@ -587,7 +598,7 @@ def test_other_clips_are_extracted_beside_one_of_a_codec_that_nobody_knows(tmp_p
 def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, monkeypatch):
     for name in ("long", "bad"):
         film(tmp_path / f"films/{name}.mp4", seconds=20)
-    written, long_began, write = [], threading.Event(), media.write_image
+    written, long_began, write = [], threading.Event(), images.write_image
 
     def slowly(path, *rest):
         if "bad" in path.name:
@@ -598,7 +609,7 @@ def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, 
         long_began.set()
         time.sleep(0.05)
 
-    monkeypatch.setattr(media, "write_image", slowly)
+    monkeypatch.setattr("mm_diffusion.data.images.write_image", slowly)
     with pytest.raises(OSError, match="disk full"):
         extract_videos(
             [str(tmp_path / "films")],
@@ -611,7 +622,9 @@ def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, 
 
 
 def test_frames_of_a_clip_that_was_killed_are_no_pictures_and_go_with_the_rerun(tmp_path):
-    kill = "import os, sys; from mm_diffusion import extraction, media; write = media.write_image\n"
+    kill = (
+        "import os, sys; from mm_diffusion import extraction, media; write = images.write_image\n"
+    )
     kill += "media.write_image = lambda path, *rest: os._exit(9) if '005' in path.name else write(path, *rest)\n"
     kill += "extraction.extract_videos([sys.argv[1]], sys.argv[2], extraction.ExtractSettings())"
     source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
@@ -663,7 +676,9 @@ def test_a_film_copied_elsewhere_is_the_same_film_but_not_one_of_its_size(
     here.write_bytes(data)
     arguments = str(tmp_path / "frames"), ExtractSettings()
     extract_videos([str(here)], *arguments)
-    monkeypatch.setattr(media, "write_image", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(
+        "mm_diffusion.data.images.write_image", lambda *_: pytest.fail("written again")
+    )
     there.parent.mkdir()
     there.write_bytes(data)
     os.utime(there, (0, here.stat().st_mtime + 60 * minutes_later))

@@ -18,11 +18,11 @@ import pytest
 import torch as th
 from media_files import NO_FILMS, ODD_FILMS, damaged_clips, damaged_pictures
 
-from mm_diffusion import clip_index, logger, media
-from mm_diffusion.clip_index import build_index
-from mm_diffusion.datasets import ClipDataset
-from mm_diffusion.frames import FrameDataset, find_images
-from mm_diffusion.media import MediaError
+from mm_diffusion import logger
+from mm_diffusion.data import MediaError, decode, images, index
+from mm_diffusion.data.clips import ClipDataset
+from mm_diffusion.data.frames import FrameDataset, find_images
+from mm_diffusion.data.index import build_index
 
 FILE_SECONDS = 20  # a file may take; then the process ends with a traceback
 MAX_BYTES = 3 * 2**30  # that the process may need
@@ -46,7 +46,7 @@ def in_time(function: Callable) -> Callable:
 
 def read_clips(folder: str) -> Iterator[tuple[str, str]]:
     """(path, what is wrong) of every clip; "" where all is well."""
-    media.probe = in_time(media.probe)
+    decode.probe = in_time(decode.probe)
     index = build_index(folder, max_bad_share=1, num_workers=1)
     dataset = ClipDataset(index, "4,3,16,24", "2,16000", cache_bytes=0)
     return itertools.chain(index.bad.items(), try_all(dataset, index.clips, CLIP_SHAPES))
@@ -54,9 +54,9 @@ def read_clips(folder: str) -> Iterator[tuple[str, str]]:
 
 def read_pictures(folder: str) -> Iterator[tuple[str, str]]:
     """The same of every image, and of every film as pictures."""
-    media.check_image, media.picture_seconds = (
-        in_time(media.check_image),
-        in_time(media.picture_seconds),
+    images.check_image, decode.picture_seconds = (
+        in_time(images.check_image),
+        in_time(decode.picture_seconds),
     )
     index = find_images(folder, num_workers=1)
     return itertools.chain(
@@ -90,7 +90,7 @@ def main(*folders: str) -> None:
     """Print what is wrong with each file below "clips:folder" or "pictures:folder", and the peak of memory in bytes."""
     th.set_num_threads(1)
     logger.configure(enabled=False)
-    clip_index.tqdm = lambda items, *_, **__: items
+    index.tqdm = lambda items, *_, **__: items
     told: dict[str, str] = {}
     for what, folder in (argument.split(":", 1) for argument in folders):
         told |= dict({"clips": read_clips, "pictures": read_pictures}[what](folder))

@@ -20,10 +20,12 @@ import torch as th
 from chromium import chromium, find_chromium
 from media_files import MEDIA, make_clip, make_resized_film, noise, real_media
 
-from mm_diffusion import drawing, gallery, media
+from mm_diffusion.data import encode, images
 from mm_diffusion.dist_util import World
-from mm_diffusion.metrics import scores, stereo
+from mm_diffusion.evaluation import scores, stereo
+from mm_diffusion.generation import previews
 from mm_diffusion.script_util import DataConfig
+from mm_diffusion.viewing import gallery
 
 SCRIPT = Path(__file__).parents[1] / "py_scripts/gallery.py"
 RATE, FRAMES, FPS = 8000, 8, 4
@@ -58,7 +60,7 @@ def write(path: Path, video=None, audio=None) -> Path:
         moving(THERE) if video is None else video,
         panned(THERE) if audio is None else audio,
     )
-    media.write_clip(path, video, FPS, audio, RATE)
+    encode.write_clip(path, video, FPS, audio, RATE)
     return path
 
 
@@ -312,7 +314,7 @@ def test_the_curves_of_a_clip_are_where_its_object_is_and_where_its_sound_comes_
 def test_the_pictures_of_a_clip_are_its_frames_its_poster_and_its_spectrograms(mixed):
     clip = read_clips(mixed / "index.html")["sub/aligned"]
     sources = clip["strip"]["src"], clip["video"]["data-poster"], clip["sound"]["src"]
-    strip, poster, sound = (media.read_image(mixed / source) for source in sources)
+    strip, poster, sound = (images.read_image(mixed / source) for source in sources)
     assert len(set(sources)) == 3
     assert strip.shape == (3, 64, FRAMES * 64)
     for picture, place in zip(
@@ -393,7 +395,7 @@ def test_clips_of_one_name_stand_beside_each_other_and_numbers_count_by_value(tm
 
 
 def test_the_contact_sheet_has_a_row_for_every_clip(mixed):
-    sheet = media.read_image(mixed / "gallery" / gallery.SHEET)
+    sheet = images.read_image(mixed / "gallery" / gallery.SHEET)
     assert sheet.shape == (
         3,
         7 * (gallery.SHEET_SIDE + 2) + 2,
@@ -497,7 +499,7 @@ def test_a_film_whose_pictures_change_their_size_is_shown_at_that_of_the_first(t
     make_resized_film(path, [(64, 64)] * 10 + [(64, 32)] * 10, 10, noise(32000, 2), 16000)
     page = Reader(gallery.write_gallery(tmp_path))
     assert [row["data-name"] for row in page.data] == ["resized"]
-    first, *_, last = media.read_image(tmp_path / page.data[0]["strip"]["src"]).chunk(
+    first, *_, last = images.read_image(tmp_path / page.data[0]["strip"]["src"]).chunk(
         gallery.STRIP_FRAMES, dim=-1
     )
     assert first.shape == last.shape
@@ -531,7 +533,7 @@ def test_the_script_takes_scores_from_the_file_that_it_is_given(tmp_path, monkey
 @pytest.mark.parametrize("seconds", [60, 62])
 def test_of_a_long_clip_a_minute_is_shown_and_a_note_says_so(seconds, tmp_path):
     video = moving([k / seconds for k in range(seconds)])
-    media.write_clip(tmp_path / "a.mp4", video, 1, panned([0.5], seconds), RATE)
+    encode.write_clip(tmp_path / "a.mp4", video, 1, panned([0.5], seconds), RATE)
     page = Reader(gallery.write_gallery(tmp_path))
     assert ("only the first 60 s are shown" in " ".join(page.text)) == (seconds > 60)
     assert float(page.data[0]["data-seconds"]) == pytest.approx(60, abs=0.1)
@@ -609,7 +611,9 @@ def preview(folder: Path, step: int, broken: bool = False) -> None:
     if broken:
         th.nn.init.constant_(next(model.parameters()), math.nan)
     data = DataConfig(video_fps=FPS, audio_fps=RATE)
-    drawing.make_preview(diffusion, "dpm_solver", "mp4", 1, str(folder), data, World())(model, step)
+    previews.make_preview(diffusion, "dpm_solver", "mp4", 1, str(folder), data, World())(
+        model, step
+    )
 
 
 def test_previews_of_all_steps_are_on_one_page(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch as th
 
 from mm_diffusion import checkpoint
-from mm_diffusion.states import states_in
+from mm_diffusion.training.states import states_in
 
 KILLS = 20
 STEPS, SAVE_INTERVAL = 240, 4

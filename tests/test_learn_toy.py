@@ -7,10 +7,11 @@ import pytest
 import tiny
 import torch as th
 
+from mm_diffusion.data import decode, images, toy
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import learn_toy
 
-from mm_diffusion import media, toy
 from mm_diffusion.checkpoint import save_weights
 from mm_diffusion.dist_util import ALONE
 from mm_diffusion.script_util import model_and_diffusion_defaults
@@ -78,7 +79,7 @@ def toy_clips(seed, count):
     config = toy.ToyConfig(height=16, width=16, fps=8, seconds=1, sample_rate=1024, seed=seed)
     made = [toy.make_clip(config, k)[:2] for k in range(count)]
     videos, audios = map(th.stack, zip(*made, strict=True))
-    return {"video": media.to_float(videos), "audio": audios}
+    return {"video": images.to_float(videos), "audio": audios}
 
 
 SPOILT = {
@@ -153,7 +154,7 @@ def test_the_end_is_a_table_curves_and_the_clips_of_the_best_run(tmp_path):
     assert names == {"samples.png", *(f"sample_{k}.mp4" for k in range(4))}
     for k in range(4):
         path = tmp_path / "fig" / f"sample_{k}.mp4"
-        info = media.probe(path)
+        info = decode.probe(path)
         assert (info.width, info.sample_rate, info.duration_seconds) == (256, 16000, 1.0)
         assert path.stat().st_size < 200_000
 

@@ -10,7 +10,8 @@ import pytest
 import soundfile
 import torch as th
 
-from mm_diffusion import logger, media
+from mm_diffusion import logger
+from mm_diffusion.data import images
 
 
 class FakeWriter:
@@ -144,7 +145,7 @@ def test_tensorboard_shows_all_frames_and_plays_all_channels(tmp_path, tensorboa
         2 * 10 + 2,
         3 * 10 + 2,
     )  # 5 frames in 2 rows of 3, with 2 pixels between
-    assert th.equal(picture[:, 12:20, 12:20], media.to_uint8(video)[4])
+    assert th.equal(picture[:, 12:20, 12:20], images.to_uint8(video)[4])
     sound = tensorboard.latest.sounds["clip/sound"]
     samples, rate = soundfile.read(io.BytesIO(sound.encoded_audio_string), always_2d=True)
     assert (sound.num_channels, sound.length_frames, sound.sample_rate) == (

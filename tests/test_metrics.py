@@ -24,11 +24,17 @@ from test_dist import LAUNCHERS, REPOSITORY, untouched
 from test_launchers import assert_refused, recorded, run
 from test_upsampler import flags_for, sample, saved
 
-from mm_diffusion import datasets, media, toy
-from mm_diffusion.clip_index import DataError
+from mm_diffusion.data import DataError, decode, encode, images, toy
 from mm_diffusion.dist_util import ALONE
-from mm_diffusion.metrics import evaluation, features, scores, spatial_align, stereo, temporal_align
-from mm_diffusion.metrics.distances import (
+from mm_diffusion.evaluation import (
+    evaluation,
+    features,
+    scores,
+    spatial_align,
+    stereo,
+    temporal_align,
+)
+from mm_diffusion.evaluation.distances import (
     TooFewError,
     earth_movers_distance,
     frechet_distance,
@@ -36,8 +42,8 @@ from mm_diffusion.metrics.distances import (
     nearest,
     standard_frechet_distance,
 )
-from mm_diffusion.metrics.spatial import horizontal_place, why_unaligned
-from mm_diffusion.metrics.spatial_align import Box, Event, hits
+from mm_diffusion.evaluation.spatial import horizontal_place, why_unaligned
+from mm_diffusion.evaluation.spatial_align import Box, Event, hits
 from mm_diffusion.script_util import EvalConfig, MetricsConfig
 
 TOY = toy.ToyConfig(height=32, width=32, seconds=2, sample_rate=4000)
@@ -143,7 +149,7 @@ def test_kernel_distance_is_unbiased():
 def test_kernel_distance_does_not_depend_on_blocks(monkeypatch):
     x, y = noise(9, 4), noise(7, 4, seed=1)
     whole = kernel_distance(x, y), nearest(x, y)[0]
-    monkeypatch.setattr("mm_diffusion.metrics.distances.BLOCK", 2)
+    monkeypatch.setattr("mm_diffusion.evaluation.distances.BLOCK", 2)
     assert kernel_distance(x, y) == pytest.approx(whole[0], rel=1e-12)
     assert nearest(x, y)[0].equal(whole[1])
 
@@ -779,12 +785,12 @@ def test_scores_are_those_of_the_features_by_hand(clips, networks):
 
     def points(folder, count):
         windows = [
-            media.read_window(
+            decode.read_window(
                 clips / folder / f"video_dev/toy_{k:05d}.mp4", 0, 8, 4, 32, 32, 4000, 8000
             )
             for k in range(count)
         ]
-        video = th.stack([media.to_float(frames.permute(0, 3, 1, 2)) for frames, _ in windows])
+        video = th.stack([images.to_float(frames.permute(0, 3, 1, 2)) for frames, _ in windows])
         return video.mean(dim=(3, 4)).transpose(1, 2).flatten(1)[:, ::4]
 
     x, y = points("drawn", 3), points("true", 5)
@@ -849,7 +855,7 @@ def test_what_was_seen_of_the_reference_is_remembered_by_content(
     assert values(report_on(flags_of(clips, **networks))) == values(first)
 
 
-@pytest.mark.parametrize("module", [media, datasets, features, spatial_align])
+@pytest.mark.parametrize("module", [decode, images, features, spatial_align])
 def test_what_was_seen_by_other_code_is_not_taken_for_what_this_code_sees(
     module, tmp_path, monkeypatch
 ):
@@ -858,7 +864,7 @@ def test_what_was_seen_by_other_code_is_not_taken_for_what_this_code_sees(
     before, text = key(), Path(module.__file__).read_text()
     package = tmp_path / Path(module.__file__).parent.name
     shutil.copytree(Path(module.__file__).parent, package)
-    here = evaluation if package.name == "metrics" else module
+    here = evaluation if package.name == "evaluation" else module
     monkeypatch.setattr(here, "__file__", str(package / Path(here.__file__).name))
     assert key() == before
     (package / Path(module.__file__).name).write_text(text + "\n")
@@ -944,7 +950,7 @@ def test_metrics_without_weights_are_left_out_with_the_flag_that_adds_them(clips
 
 def written(folder, name, video, audio, fps=4, rate=4000):
     folder.mkdir(exist_ok=True)
-    media.write_clip(folder / f"{name}.mp4", video, fps, audio, rate)
+    encode.write_clip(folder / f"{name}.mp4", video, fps, audio, rate)
     return str(folder)
 
 
@@ -1329,7 +1335,7 @@ def test_why_clips_are_not_aligned_is_empty_for_those_that_are():
     videos, audios = (
         th.stack(x) for x in zip(*(toy.make_clip(TOY, k)[:2] for k in range(3)), strict=True)
     )
-    videos = media.to_float(videos)
+    videos = images.to_float(videos)
     assert why_unaligned(videos, audios) == ""
     assert why_unaligned(videos, audios * th.tensor([[0.0], [1]])) == "the sound stays where it is"
     halves = th.arange(8)[:, None, None, None] < 4

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm_diffusion import curves, logger
+from mm_diffusion import logger
+from mm_diffusion.files import short_names
+from mm_diffusion.viewing import curves
 
 SCRIPT = Path(__file__).parents[1] / "py_scripts/plot_log.py"
 LOSS = {"loss": 0.5, **{f"loss_q{q}": 0.1 * (q + 1) for q in range(4)}}
@@ -241,5 +243,5 @@ def test_a_curve_of_one_number_is_a_dot(tmp_path):
 
 
 def test_a_short_name_never_leads_out_of_the_folder_that_it_is_joined_to():
-    names = curves.short_names([Path("/ema"), Path("/data/ema")])
+    names = short_names([Path("/ema"), Path("/data/ema")])
     assert names == ["ema", "data/ema"]

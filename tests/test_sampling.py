@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch as th
 
-from mm_diffusion.drawing import check_sample_config, draw_clips, solver_settings
 from mm_diffusion.gaussian_diffusion import GaussianDiffusion
+from mm_diffusion.generation.load import check_sample_config, solver_settings
+from mm_diffusion.generation.run import draw_clips
 from mm_diffusion.sampling import SAMPLERS, bind, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import SampleConfig
 from mm_diffusion.tree import leaves, tree_map

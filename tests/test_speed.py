@@ -12,9 +12,11 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mm_diffusion import checkpoint, drawing, media, rng, train_util
+from mm_diffusion import checkpoint, rng, train_util
 from mm_diffusion.compiling import Compiled, compile_mode
-from mm_diffusion.drawing import background, draw_clips, write_sample
+from mm_diffusion.generation.load import check_sample_config
+from mm_diffusion.generation.output import missing_clips, write_sample
+from mm_diffusion.generation.run import background, draw_clips
 from mm_diffusion.sampling import make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import SampleConfig, TrainConfig
 from mm_diffusion.train_util import TrainLoop
@@ -104,7 +106,7 @@ def test_a_failing_encoder_leaves_no_half_file(tmp_path, monkeypatch):
     def half(container, stream, frames):
         raise OSError("no space left")
 
-    monkeypatch.setattr(media, "_encode_audio", half)
+    monkeypatch.setattr("mm_diffusion.data.encode._encode_audio", half)
     clip = tiny.clips(0, 1)
     with pytest.raises(OSError, match="no space left"):
         write_sample(tmp_path, "k", clip["video"][0], clip["audio"][0], 4, 16000)
@@ -119,7 +121,7 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
     os.utime(kept[1], (0, 0))
-    drawing.missing_clips(tmp_path, ["k"], {"given": []})
+    missing_clips(tmp_path, ["k"], {"given": []})
     assert sorted(old.parent.iterdir()) == sorted(kept)
 
 
@@ -232,7 +234,7 @@ def test_an_unknown_way_to_compile_is_refused():
     with pytest.raises(ValueError, match=told):
         train_util.check_train_config(TrainConfig(output_dir="x", compile="fast"))
     with pytest.raises(ValueError, match=told):
-        drawing.check_sample_config(SampleConfig(output_dir="x", compile="fast"))
+        check_sample_config(SampleConfig(output_dir="x", compile="fast"))
 
 
 def test_no_compiler_is_told_in_one_line(monkeypatch):

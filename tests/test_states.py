@@ -12,11 +12,12 @@ import pytest
 import torch as th
 from test_train import everything, loop, rows, save, trained
 
-from mm_diffusion import checkpoint, states
+from mm_diffusion import checkpoint
 from mm_diffusion.checkpoint import CheckpointError
 from mm_diffusion.script_util import TrainConfig
-from mm_diffusion.states import HostCopy, StateError, newest_intact, states_in
-from mm_diffusion.train_util import find_state
+from mm_diffusion.training import states
+from mm_diffusion.training.resume import find_state
+from mm_diffusion.training.states import HostCopy, StateError, newest_intact, states_in
 
 FLIP = {
     "schedule_sampler": "loss-second-moment",
@@ -165,7 +166,7 @@ def test_training_goes_on_while_a_state_is_written_and_what_is_written_is_of_its
         gate.wait(30)
         return whole(path, content)
 
-    monkeypatch.setattr(states, "write_file", slow)
+    monkeypatch.setattr("mm_diffusion.training.states.write_file", slow)
     trainer.run_step(*next(trainer.data))
     wanted = [p.detach().clone() for p in trainer.params]
     trainer.save()
@@ -273,7 +274,9 @@ def test_old_states_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch,
 
 def test_an_error_lets_the_state_in_hand_be_finished(tmp_path, monkeypatch):
     trainer, whole = loop(tmp_path, save_interval=1), states.write_file
-    monkeypatch.setattr(states, "write_file", lambda *args: (time.sleep(0.1), whole(*args))[1])
+    monkeypatch.setattr(
+        "mm_diffusion.training.states.write_file", lambda *args: (time.sleep(0.1), whole(*args))[1]
+    )
     poison_data = trainer.run_step
 
     def run_step(*batch):

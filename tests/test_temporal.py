@@ -5,8 +5,8 @@ import math
 import pytest
 import torch as th
 
-from mm_diffusion.metrics.spatial import temporal_alignment
-from mm_diffusion.toy import ToyConfig, make_clip
+from mm_diffusion.data.toy import ToyConfig, make_clip
+from mm_diffusion.evaluation.spatial import temporal_alignment
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch as th
 
-from mm_diffusion import media
-from mm_diffusion.metrics.spatial import level_difference, mismatched_alignment, spatial_alignment
-from mm_diffusion.toy import ToyConfig, make_clip, write_toy_dataset
+from mm_diffusion.data import decode
+from mm_diffusion.data.toy import ToyConfig, make_clip, write_toy_dataset
+from mm_diffusion.evaluation.spatial import (
+    level_difference,
+    mismatched_alignment,
+    spatial_alignment,
+)
 
 
 def batch(config, count):
@@ -83,7 +87,7 @@ def test_the_data_set_has_the_published_shape_and_can_be_completed(tmp_path):
     assert rows[:, 0].tolist() == list(range(10))
     assert set(rows[:, 1]) <= {0, 1}
     assert 0 <= rows[:, 2:].min() <= rows[:, 2:].max() <= 255
-    frames, _ = media.read_window(
+    frames, _ = decode.read_window(
         tmp_path / "video_dev/toy_00000.mp4", 0, 4, 4, 32, 64, 16000, 16000
     )
     brightness = frames.float().mean(dim=-1)

@@ -13,15 +13,18 @@ import tiny
 import torch as th
 from torchvision.io import read_image, write_png
 
-from mm_diffusion import checkpoint, drawing
+from mm_diffusion import checkpoint
 from mm_diffusion.checkpoint import (
     CheckpointError,
     load_weights,
     published_names,
     published_state_dict,
 )
+from mm_diffusion.data.decode import probe, read_window
 from mm_diffusion.dist_util import ALONE
-from mm_diffusion.media import probe, read_window
+from mm_diffusion.generation import previews
+from mm_diffusion.generation.load import load_noise, load_upsampler
+from mm_diffusion.generation.output import claim_folder
 from mm_diffusion.sampling import (
     SAMPLERS,
     SR_SETTINGS,
@@ -44,7 +47,8 @@ from mm_diffusion.script_util import (
     parse,
     sr_half,
 )
-from mm_diffusion.train_util import TrainLoop, flags_to_start_with, start_from
+from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.training.resume import flags_to_start_with, start_from
 
 SCRIPT = Path(__file__).resolve().parents[1] / "py_scripts/multimodal_sample_sr.py"
 INDEX = golden_data.index()
@@ -315,8 +319,7 @@ def test_the_chunk_is_that_of_the_precision_in_use(tmp_path, monkeypatch):
     base, sr = saved(tmp_path)
     seen = []
     monkeypatch.setattr(
-        drawing,
-        "frames_that_fit",
+        "mm_diffusion.generation.load.frames_that_fit",
         lambda network, *_: seen.append(next(network.parameters()).dtype) or 4,
     )
     out = tmp_path / "out"
@@ -443,7 +446,7 @@ def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_pat
     model, _ = tiny.build_upsampler()
     flags = image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS
     large, cond = next(pairs())
-    preview = drawing.make_sr_preview(
+    preview = previews.make_sr_preview(
         flags, "ddim", lambda: (large, cond["low_res"]), str(tmp_path), ALONE
     )
     preview(model, 12)
@@ -571,8 +574,7 @@ def test_large_clip_k_is_that_of_seed_and_k_or_of_the_given_noise_in_any_batch(
         more += ["--load_noise", str(tmp_path / "noise.npy")]
     written = {}
     monkeypatch.setattr(
-        drawing,
-        "write_sample",
+        "mm_diffusion.generation.output.write_sample",
         lambda folder, name, *clip: written.update({folder + name: clip[-1]}),
     )
     for size in "13":
@@ -604,13 +606,13 @@ def loaded_upsampler(tmp_path, monkeypatch, **options):
     def made(name, diffusion, clip_denoised, prefix, **settings):
         seen.update(clip_denoised=clip_denoised, settings=settings, steps=diffusion.num_timesteps)
 
-    monkeypatch.setattr(drawing, "_filled", filled)
-    monkeypatch.setattr(drawing, "make_sampler", made)
+    monkeypatch.setattr("mm_diffusion.generation.load._filled", filled)
+    monkeypatch.setattr("mm_diffusion.generation.load.make_sampler", made)
     flags = image_sr_model_and_diffusion_defaults() | {"use_fp16": False}
     fields = SampleConfig.__dataclass_fields__
     config = SampleConfig(sr_model_path=sr, **{k: v for k, v in options.items() if k in fields})
     others = {k: v for k, v in options.items() if k not in fields}
-    drawing.load_upsampler(config, flags | others, set(others), th.device("cpu"))
+    load_upsampler(config, flags | others, set(others), th.device("cpu"))
     return seen
 
 
@@ -648,7 +650,7 @@ def test_clips_of_another_process_are_refused_and_an_empty_folder_is_free(tmp_pa
     th.save(large, tmp_path / "published.pt")  # without flags
     sizes = [text for name, value in tiny.SR_FLAGS.items() for text in (f"--{name}", str(value))]
     line = flags_for(base, str(tmp_path / "published.pt"), tmp_path / "out", *sizes)
-    drawing.claim_folder(tmp_path / "out", {"upsampler": "of a run that drew nothing", "seed": 3})
+    claim_folder(tmp_path / "out", {"upsampler": "of a run that drew nothing", "seed": 3})
     sample(tmp_path / "out", monkeypatch, *line)
     with pytest.raises(ValueError, match="sr_process"):
         sample(tmp_path / "out", monkeypatch, *line, "--sr_noise_schedule", "cosine")
@@ -729,16 +731,14 @@ def test_a_noise_file_of_another_shape_is_refused(tmp_path, content):
     path = tmp_path / "noise.npy"
     path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
     with pytest.raises(ValueError, match=r"load_noise .*noise.npy") as caught:
-        drawing.load_noise(str(path), 32)
+        load_noise(str(path), 32)
     assert "\n" not in str(caught.value)
 
 
 def test_a_noise_file_is_used_for_all_clips(tmp_path):
     noise = np.random.default_rng(0).standard_normal((3, 32, 32))
     np.save(tmp_path / "noise.npy", noise)
-    assert th.equal(
-        drawing.load_noise(str(tmp_path / "noise.npy"), 32), th.from_numpy(noise).float()
-    )
+    assert th.equal(load_noise(str(tmp_path / "noise.npy"), 32), th.from_numpy(noise).float())
 
 
 def test_an_upsampler_of_another_size_is_refused(tmp_path, monkeypatch):
@@ -795,4 +795,4 @@ def test_the_note_of_a_folder_tells_which_upsampler_made_its_clips(tmp_path, mon
 
 def test_noise_without_an_upsampler_is_refused():
     with pytest.raises(ValueError, match="sr_model_path"):
-        drawing.load_upsampler(SampleConfig(load_noise="noise.npy"), {}, set(), th.device("cpu"))
+        load_upsampler(SampleConfig(load_noise="noise.npy"), {}, set(), th.device("cpu"))

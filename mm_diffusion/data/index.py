@@ -15,19 +15,16 @@ from typing import Any, Generic, TypeVar
 import blobfile
 from tqdm import tqdm
 
-from . import media
-from .dist_util import from_rank_0
-from .media import ClipInfo, MediaError
+from ..dist_util import from_rank_0
+from ..files import absolute, atomically
+from . import DataError, MediaError, decode
+from .decode import ClipInfo
 
-EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
 FORMAT = 3  # of the cached index; raised whenever what is told of a file changes
 FINGERPRINT_BYTES = 2**20  # at either end of a file
 MAX_EXAMPLES = 3  # bad files named in an error
 Info = TypeVar("Info")
-
-
-class DataError(ValueError):
-    """A data folder that cannot be used; one line, with the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +66,10 @@ def probe_folders(
     """
 
     def look(path: str) -> dict:
-        return dataclasses.asdict(media.probe(path, video_stream, audio_stream))
+        return dataclasses.asdict(decode.probe(path, video_stream, audio_stream))
 
     def find() -> ClipIndex[ClipInfo]:
-        paths = find_files(folders_in(data_dir), EXTENSIONS, "clips", f"check --{flag}")
+        paths = find_files(folders_in(data_dir), VIDEO_EXTENSIONS, "clips", f"check --{flag}")
         index = look_up(paths, look, cache_path(data_dir, video_stream, audio_stream), num_workers)
         return ClipIndex(
             [(path, ClipInfo(**info)) for path, info in index.clips], index.bad, data_dir
@@ -155,12 +152,7 @@ def _read_cache(path: Path) -> dict[str, dict]:
 
 def _write_cache(path: Path, entries: dict[str, dict]) -> None:
     text = json.dumps({"format": FORMAT, "entries": entries})
-    media.atomically(path, lambda temporary: Path(temporary).write_text(text))
-
-
-def absolute(path: str) -> str:
-    """The path from the root; a remote one as it is."""
-    return path if "://" in path else os.path.abspath(path)
+    atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 def identity(path: str) -> dict[str, float]:

@@ -27,10 +27,12 @@ import torch.nn.functional as F
 import torchaudio.functional as AF
 from matplotlib import colormaps
 
-from . import clip_index, media
-from .metrics import stereo
-from .metrics.scores import BLACK
-from .metrics.spatial import STILL, horizontal_place, level_difference, spatial_alignment
+from ..data import MediaError, decode, images
+from ..data.index import VIDEO_EXTENSIONS, find_files, look_up, refuse_if_bad
+from ..evaluation import stereo
+from ..evaluation.scores import BLACK
+from ..evaluation.spatial import STILL, horizontal_place, level_difference, spatial_alignment
+from ..files import absolute, atomically, remove_leftovers
 
 PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
 MEASURED = "measured_2.json"  # below PICTURES: what is known of clips that have not changed; 2 is its format
@@ -104,9 +106,6 @@ class Clip:
     seen: list[float | None]  # the object's place in each frame, -1 left to 1 right
     heard: list[float | None]  # the level difference meanwhile
     notes: list[str]
-
-
-# ---------------------------------------------------------------- numbers
 
 
 def measure(video: th.Tensor, audio: th.Tensor) -> dict[str, float | str]:
@@ -184,9 +183,6 @@ def _kept(values: th.Tensor, keep: th.Tensor) -> list[float | None]:
     return [round(v, 4) if k else None for v, k in zip(values.tolist(), keep.tolist(), strict=True)]
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def spectrogram(audio: th.Tensor, sample_rate: int) -> th.Tensor:
     """[2, L] -> [3, rows, columns] uint8: left above right, 0 Hz to half the rate upwards, RANGE_DB from black on.
 
@@ -230,7 +226,7 @@ def strip(frames: th.Tensor) -> th.Tensor:
     """[F, 3, h, w] uint8 -> [3, H, n W]: n <= STRIP_FRAMES of them side by side, those in the middle of equal spans."""
     n = min(STRIP_FRAMES, len(frames))
     chosen = frames[((th.arange(n) + 0.5) * len(frames) / n).long()]
-    return th.cat(list(media.enlarged(chosen)), dim=-1)
+    return th.cat(list(images.enlarged(chosen)), dim=-1)
 
 
 def curve(values: Sequence[float | None]) -> str:
@@ -249,33 +245,30 @@ def write_sheet(path: Path, strips: Iterable[tuple[Path, int]]) -> None:
     """A contact sheet of the first SHEET_CLIPS of (picture, its number of frames): SHEET_FRAMES of each."""
     rows = []
     for picture, count in strips:
-        frames = media.read_image(picture).chunk(count, dim=-1)
+        frames = images.read_image(picture).chunk(count, dim=-1)
         chosen = th.linspace(0, count - 1, SHEET_FRAMES).round().long().tolist()
         rows.append(
-            th.stack([media.fit_picture(frames[k], SHEET_SIDE, SHEET_SIDE) for k in chosen])
+            th.stack([images.fit_picture(frames[k], SHEET_SIDE, SHEET_SIDE) for k in chosen])
         )
-    media.save_contact_sheet(path, rows)
-
-
-# ---------------------------------------------------------------- a clip
+    images.save_contact_sheet(path, rows)
 
 
 def examine(path: str, pictures: Path) -> Clip:
     """Measure a clip and write its pictures; MediaError where it cannot be decoded."""
-    info = media.probe(path)
+    info = decode.probe(path)
     seconds = max(min(info.duration_seconds, MAX_SECONDS), 1 / info.fps)
     fps = min(info.fps, MAX_FRAMES / seconds)
     rate = min(info.sample_rate, MAX_RATE)
-    images = media.read_frames(path, 0, max(1, round(seconds * fps)), fps)
-    first = _small(next(images))
-    frames = th.stack([first, *(media.fit_picture(image, *first.shape[-2:]) for image in images)])
-    _, audio = media.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
-    video = media.to_float(frames)
+    stream = decode.read_frames(path, 0, max(1, round(seconds * fps)), fps)
+    first = _small(next(stream))
+    frames = th.stack([first, *(images.fit_picture(image, *first.shape[-2:]) for image in stream)])
+    _, audio = decode.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
+    video = images.to_float(frames)
     name = hashlib.sha256(os.fsencode(os.path.relpath(path, pictures))).hexdigest()[:16]
     files = {kind: f"{name}_{kind}.jpg" for kind in KINDS}
-    drawn = media.enlarged(frames[len(frames) // 2]), strip(frames), spectrogram(audio, rate)
+    drawn = images.enlarged(frames[len(frames) // 2]), strip(frames), spectrogram(audio, rate)
     for file, picture in zip(files.values(), drawn, strict=True):
-        media.write_image(pictures / file, picture, JPEG_QUALITY)
+        images.write_image(pictures / file, picture, JPEG_QUALITY)
     seen, heard = places(video, audio)
     return Clip(
         seconds=info.duration_seconds,
@@ -296,10 +289,10 @@ def examine(path: str, pictures: Path) -> Clip:
 def _small(image: th.Tensor) -> th.Tensor:
     """[3, h, w] uint8, shrunk to MAX_SIDE if it is larger."""
     scale = min(1, MAX_SIDE / max(image.shape[-2:]))
-    return media.fit_picture(image, *(max(1, round(side * scale)) for side in image.shape[-2:]))
+    return images.fit_picture(image, *(max(1, round(side * scale)) for side in image.shape[-2:]))
 
 
-def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) -> list[str]:
+def _notes(path: str, info: decode.ClipInfo, video: th.Tensor, audio: th.Tensor) -> list[str]:
     """What one should know of a clip before reading its numbers."""
     unseen = _why_unseen(video)
     found = {
@@ -313,9 +306,6 @@ def _notes(path: str, info: media.ClipInfo, video: th.Tensor, audio: th.Tensor) 
     return [note for note, holds in found.items() if holds]
 
 
-# ---------------------------------------------------------------- the page
-
-
 def write_gallery(
     folder: str | os.PathLike, scores_file: str | os.PathLike = "", num_workers: int = 4
 ) -> Path:
@@ -326,10 +316,8 @@ def write_gallery(
     DataError where no clip can be read, ValueError where the folder holds a page of someone else's or the scores make
     no sense.
     """
-    root = Path(clip_index.absolute(os.path.expanduser(os.fspath(folder))))
-    paths = clip_index.find_files(
-        [os.fspath(root)], clip_index.EXTENSIONS, "clips", "give a folder of clips"
-    )
+    root = Path(absolute(os.path.expanduser(os.fspath(folder))))
+    paths = find_files([os.fspath(root)], VIDEO_EXTENSIONS, "clips", "give a folder of clips")
     names = {path: os.path.relpath(path, root) for path in paths}
     given = Path(scores_file) if scores_file else root / "scores.json"
     more = read_scores(given, names.values()) if scores_file or given.exists() else {}
@@ -339,8 +327,8 @@ def write_gallery(
     def look(path: str) -> dict[str, Any]:
         return dataclasses.asdict(examine(path, pictures))
 
-    index = clip_index.look_up(paths, look, cache, num_workers)
-    clip_index.refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
+    index = look_up(paths, look, cache, num_workers)
+    refuse_if_bad(os.fspath(root), index, max_bad_share=1.0)
     found = [(path, Clip(**info)) for path, info in index.clips]
     _redraw_lost(found, pictures, num_workers)
     clips = {
@@ -353,9 +341,7 @@ def write_gallery(
     )
     bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
     text = render(root.name, clips, more, bad)
-    media.atomically(
-        root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
-    )
+    atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     _sweep(pictures, clips.values())
     return root / PAGE
 
@@ -404,8 +390,8 @@ def _redraw_lost(clips: Iterable[tuple[str, Clip]], pictures: Path, num_workers:
 
 def _is_whole(picture: Path) -> bool:
     try:
-        media.check_image(picture)
-    except media.MediaError:
+        images.check_image(picture)
+    except MediaError:
         return False
     return True
 
@@ -416,7 +402,7 @@ def _sweep(pictures: Path, clips: Iterable[Clip]) -> None:
     for path in pictures.iterdir():
         if path.is_file() and OURS.fullmatch(path.name) and path.name not in used:
             path.unlink(missing_ok=True)
-    media.remove_leftovers(pictures)
+    remove_leftovers(pictures)
 
 
 def read_scores(path: Path, names: Collection[str]) -> dict[str, dict[str, float]]:

@@ -13,15 +13,9 @@ import functools
 import itertools
 import math
 import os
-import re
-import tempfile
-import time
-import uuid
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -34,21 +28,14 @@ import soundfile
 import torch as th
 import torchaudio
 import torchvision.io
-from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as picture_functional
-from torchvision.utils import make_grid, save_image
+
+from . import MediaError
+from .images import fit_picture
 
 av.logging.set_level(av.logging.PANIC)
-warnings.filterwarnings(
-    "ignore", module=r"PIL\."
-)  # of odd EXIF and large pictures, once for each file
-
-SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
 PREROLL_SECONDS = (
     0.5  # decoding starts at least this long before a window, for codecs whose frames overlap
 )
-WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
 SOUND_FRAMES_TO_SETTLE = 2  # after a seek the first sound frames may be damaged or misplaced
 MAX_MISSING_SECONDS = (
     1.0  # a file whose streams all end earlier than it announces by more than this is truncated
@@ -65,20 +52,6 @@ RESAMPLING_CONTEXT = (
 DECODER = {
     module.__name__: module.__version__ for module in (av, PIL, th, torchaudio, torchvision)
 }  # may decide bits
-LEFTOVER, LEFTOVER_SECONDS = (
-    re.compile(r"\.[0-9a-f]{32}\.\w+"),
-    3600,
-)  # names of unfinished files, and their least age
-END_OF_JPEG = b"\xff\xd9"
-EXIF_ORIENTATION = 0x0112
-FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-TRANSPOSITIONS = dict(
-    enumerate((Image.Transpose[name] for name in FLIPS.split()), 2)
-)  # by the orientation they mend
-
-
-class MediaError(ValueError):
-    """A file that cannot be used; one line, naming the file and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +68,6 @@ class ClipInfo:
     audio_stream: int
     video_codec: str
     audio_codec: str
-
-
-# ---------------------------------------------------------------- reading
 
 
 @contextmanager
@@ -338,93 +308,6 @@ def _to_rgb(frame, converter) -> th.Tensor:
     return th.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
-def fit_picture(image: th.Tensor, height: int, width: int) -> th.Tensor:
-    """[C, h, w] uint8 -> [C, height, width]: bicubic, aspect ratio kept, centred on black (pad // 2 first)."""
-    h, w = image.shape[-2:]
-    scale = min(height / h, width / w)
-    size = [min(height, max(1, round(h * scale))), min(width, max(1, round(w * scale)))]
-    if size != [h, w]:
-        image = picture_functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
-    down, across = height - size[0], width - size[1]
-    return picture_functional.pad(
-        image, [across // 2, down // 2, across - across // 2, down - down // 2]
-    )
-
-
-@contextmanager
-def _opened_image(path: str | os.PathLike) -> Iterator[tuple[Any, Image.Image]]:
-    """(file, image whose header is read) of a JPEG or PNG, local or remote; what is wrong with it as MediaError."""
-    try:
-        with (
-            blobfile.BlobFile(os.fspath(path), "rb") as file,
-            Image.open(file, formats=("JPEG", "PNG")) as image,
-        ):
-            yield file, image
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{path}: is neither a JPEG nor a PNG image") from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        blobfile.Error,
-    ) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise MediaError(f"{path}: cannot be read as an image ({reason})") from error
-
-
-def check_image(path: str | os.PathLike) -> None:
-    """MediaError for a PNG with a wrong checksum, or a JPEG without its header or end: damage between stays unseen.
-
-    Decodes only a JPEG that ends in something else.
-    """
-    with _opened_image(path) as (file, image):
-        if image.format == "PNG":
-            image.verify()
-            return
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 64))
-        whole = file.read().rstrip(b"\0").endswith(END_OF_JPEG)
-        file.seek(0)
-        if not whole:
-            image.load()
-
-
-def read_image(path: str | os.PathLike) -> th.Tensor:
-    """A JPEG or PNG of any kind -> [3, h, w] uint8 RGB, upright as its EXIF asks, transparency over black.
-
-    MediaError where it cannot be read to its end.
-    """
-    with _opened_image(path) as (_, image):
-        image.load()
-        upright = TRANSPOSITIONS.get(_orientation(image))
-        flat = _flat_rgb(image)
-        return picture_functional.pil_to_tensor(
-            flat if upright is None else flat.transpose(upright)
-        )
-
-
-def _orientation(image: Image.Image) -> Any:
-    """What the EXIF of a loaded image says of it; None where there is none, or it cannot be read."""
-    try:
-        return image.getexif().get(EXIF_ORIENTATION)
-    except (
-        Exception
-    ):  # PIL's parser raises whatever it stumbles over; the picture is good all the same
-        return None
-
-
-def _flat_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
-        return Image.fromarray(
-            ((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8)
-        ).convert("RGB")
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
 def _resampled(
     cut: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int, first: int, count: int
 ) -> th.Tensor:
@@ -560,170 +443,6 @@ def _stereo_converter() -> Callable[[Any], th.Tensor]:
     return convert
 
 
-# ---------------------------------------------------------------- writing
-
-
-def atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Run `write` on a temporary file and rename it (or, to a remote path, copy it): a file that exists is complete."""
-    remote = "://" in os.fspath(path)
-    folder = Path(tempfile.gettempdir()) if remote else Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{uuid.uuid4().hex}{Path(path).suffix}"
-    try:
-        write(str(temporary))
-        if remote:
-            blobfile.copy(str(temporary), os.fspath(path), overwrite=True)
-        else:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove what `atomically` left in a local folder when it was killed, once nobody can be writing it any more."""
-    for path in Path(folder).glob(".*"):
-        if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: str | os.PathLike) -> Iterator[None]:
-    """What stands in an encoder's way becomes an OSError of one line that names the file."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        av.error.FFmpegError,
-        soundfile.LibsndfileError,
-        blobfile.Error,
-    ) as error:
-        _, _, told = getattr(error, "log", None) or ("", "", "")  # FFmpeg's own words
-        reason = told or getattr(error, "strerror", None) or error
-        raise OSError(f"{path}: cannot be written ({reason})") from error
-
-
-def to_uint8(images: th.Tensor) -> th.Tensor:
-    """[-1, 1] floats -> 0..255, the inverse of `uint8 / 127.5 - 1`; uint8 passes through."""
-    return (
-        images
-        if images.dtype == th.uint8
-        else ((images.float() + 1) * 127.5).round().clamp(0, 255).to(th.uint8)
-    )
-
-
-def to_float(images: th.Tensor) -> th.Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return (
-        images.to(th.float32, copy=True).div_(127.5).sub_(1)
-    )  # in place: fresh memory costs more than the sums
-
-
-def _to_int16(audio: th.Tensor) -> np.ndarray:
-    """[C, L] floats in [-1, 1] -> [C, L] int16."""
-    scaled = (audio.detach().cpu().float() * SAMPLE_STEPS).round()
-    return scaled.clamp(-SAMPLE_STEPS, SAMPLE_STEPS - 1).to(th.int16).numpy()
-
-
-def write_clip(
-    path: str | os.PathLike,
-    video: th.Tensor,
-    fps: float | Fraction,
-    audio: th.Tensor,
-    sample_rate: int,
-) -> None:
-    """Write an mp4: H.264 picture (near transparent) and FLAC sound (16 bit, exactly L samples).
-
-    video: [F, 3, H, W] in [-1, 1], or uint8; audio: [2, L] in [-1, 1]; fps in frames per second, sample_rate in Hz.
-    ValueError for other shapes.
-    """
-    if (
-        video.ndim != 4
-        or video.shape[1] != 3
-        or audio.ndim != 2
-        or audio.shape[0] != 2
-        or not audio.shape[1]
-    ):
-        raise ValueError(
-            f"{path}: need video [F, 3, H, W] and audio [2, L], got {[*video.shape]}, {[*audio.shape]}"
-        )
-    frames = np.ascontiguousarray(to_uint8(video.detach()).permute(0, 2, 3, 1).cpu().numpy())
-    samples = _to_int16(audio)
-
-    def encode(temporary: str) -> None:
-        with av.open(temporary, "w", format="mp4") as container:
-            picture = _add_video_stream(container, frames.shape[1:3], fps)
-            sound = container.add_stream("flac", rate=sample_rate, layout="stereo", format="s16")
-            _encode_video(container, picture, frames)
-            _encode_audio(container, sound, samples)
-
-    with _writing(path):
-        atomically(path, encode)
-
-
-def _add_video_stream(container, size: tuple[int, int], fps: float | Fraction):
-    """An H.264 stream of (height, width); odd sides need unsubsampled colour."""
-    rate = Fraction(fps).limit_denominator(60_000)
-    stream = container.add_stream("libx264", rate=rate, options={"crf": "10", "preset": "medium"})
-    stream.height, stream.width = size
-    stream.pix_fmt = "yuv444p" if any(side % 2 for side in size) else "yuv420p"
-    stream.codec_context.thread_count = 1
-    stream.time_base = stream.codec_context.time_base = 1 / rate
-    return stream
-
-
-def _encode_video(container, stream, frames: np.ndarray) -> None:
-    for index, array in enumerate(frames):
-        frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(format=stream.pix_fmt)
-        frame.pts, frame.time_base = index, stream.codec_context.time_base
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def _encode_audio(container, stream, samples: np.ndarray) -> None:
-    """Encode [2, L] int16 whole; the encoder cuts it into its own frames."""
-    interleaved = np.ascontiguousarray(samples.T).reshape(1, -1)
-    frame = av.AudioFrame.from_ndarray(interleaved, format="s16", layout="stereo")
-    frame.sample_rate, frame.pts, frame.time_base = stream.rate, 0, Fraction(1, stream.rate)
-    container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def write_image(path: str | os.PathLike, image: th.Tensor, jpeg_quality: int = 95) -> None:
-    """Write [3, H, W] uint8, as its suffix says: a lossless .png, or a .jpg of that quality and unsubsampled colour."""
-    kinds: dict[str, dict[str, Any]] = {
-        ".png": {
-            "format": "PNG",
-            "compress_level": 1,
-        },  # twice as fast as the usual 6, and 3 % larger
-        ".jpg": {"format": "JPEG", "quality": jpeg_quality, "subsampling": 0},
-    }
-    kind = kinds.get(Path(path).suffix.lower())
-    if kind is None or image.ndim != 3 or len(image) != 3 or image.dtype != th.uint8:
-        raise ValueError(
-            f"{path}: need .png or .jpg and [3, H, W] uint8, got {[*image.shape]} {image.dtype}"
-        )
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    atomically(path, lambda temporary: picture.save(temporary, **kind))
-
-
-def jpeg_round_trip(image: th.Tensor, quality: int) -> th.Tensor:
-    """[3, h, w] uint8 -> the same as a JPEG of that quality (1..100) shows it."""
-    return torchvision.io.decode_jpeg(torchvision.io.encode_jpeg(image.contiguous(), quality))
-
-
-def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> None:
-    """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
-    samples = _to_int16(audio).T
-    with _writing(path):
-        atomically(
-            path,
-            lambda temporary: soundfile.write(
-                temporary, samples, sample_rate, "PCM_16", format="WAV"
-            ),
-        )
-
-
 def read_wav(path: str | os.PathLike) -> tuple[th.Tensor, int]:
     """-> ([C, L] float32 in [-1, 1], sample rate in Hz); MediaError if it is no readable sound file."""
     try:
@@ -731,31 +450,3 @@ def read_wav(path: str | os.PathLike) -> tuple[th.Tensor, int]:
     except (soundfile.LibsndfileError, OSError) as error:
         raise MediaError(f"{path}: cannot be read as sound ({error})") from error
     return th.from_numpy(samples.T.copy()), sample_rate
-
-
-def enlarged(images: th.Tensor, min_side: int = 64) -> th.Tensor:
-    """[..., H, W] smaller than `min_side` pixels, larger by a whole number, so that pixels stay square and sharp."""
-    factor = max(1, -(-min_side // min(images.shape[-2:])))
-    return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-
-
-def write_watchable(
-    path: str | os.PathLike, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int
-) -> None:
-    """As `write_clip`, frames and sample rate raised to what any player takes."""
-    loud = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
-    write_clip(path, enlarged(video, WATCH_PIXELS), fps, loud, WATCH_HZ)
-
-
-def save_contact_sheet(
-    path: str | os.PathLike, videos: th.Tensor | Sequence[th.Tensor], min_side: int = 64
-) -> None:
-    """Write a PNG of [N, F, 3, H, W] in [-1, 1] (or uint8): a clip's frames in a row, clips below each other.
-
-    Small frames are `enlarged`.
-    """
-    images = enlarged(th.stack([to_uint8(video.detach().cpu()) for video in videos]), min_side)
-    grid = make_grid(
-        images.flatten(0, 1).float() / 255, nrow=images.shape[1], padding=2, pad_value=1.0
-    )
-    atomically(path, lambda temporary: save_image(grid, temporary, format="png"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-from . import media
+from . import encode
 
 METADATA_HZ = 10
 METADATA_PIXELS = 256  # SAVGBench gives places as if every picture were this wide and high
@@ -242,7 +242,7 @@ def write_toy_dataset(
             continue
         video, audio, rows = make_clip(config, index)
         rows_path.write_text("\n".join(rows) + "\n")
-        media.write_clip(video_path, video, config.fps, audio, config.sample_rate)
+        encode.write_clip(video_path, video, config.fps, audio, config.sample_rate)
 
 
 def _claim_folder(root: Path, targets: set[Path], description: str) -> None:

@@ -11,21 +11,24 @@ import numpy as np
 import torch as th
 from torch.utils.data import Dataset
 
-from . import clip_index, logger, media, rng
-from .clip_index import ClipIndex
-from .datasets import (
-    DiskCache,
-    Parts,
-    count_frames,
-    endless_batches,
-    is_mirrored,
-    locate,
-    require_positive,
+from .. import logger, rng
+from ..dist_util import from_rank_0
+from ..unet import check_factor
+from . import decode, images
+from .cache import DiskCache, Parts
+from .clips import count_frames, is_mirrored, locate, require_positive
+from .index import (
+    VIDEO_EXTENSIONS,
+    ClipIndex,
+    cache_path,
+    find_files,
+    folders_in,
+    look_up,
+    refuse_if_bad,
 )
-from .dist_util import from_rank_0
-from .unet import check_factor
+from .loader import endless_batches
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 NOISE_SHARE, MAX_NOISE_SIGMA = 0.5, 20.0  # of the small pictures; on the scale 0..255
 JPEG_SHARE, JPEG_QUALITIES = 0.5, (20, 80)
 
@@ -38,7 +41,7 @@ def find_frames(
     """`find_images`, told in the log; DataError where none, or too few, can be used: more than that share is bad."""
     index = find_images(data_dir, num_workers)
     logger.log(f"{data_dir}: {index.report(_count(index))}")
-    clip_index.refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
+    refuse_if_bad(data_dir, index, max_bad_share, told_by="the log above")
     return index
 
 
@@ -49,24 +52,20 @@ def find_images(data_dir: str, num_workers: int = 4) -> ClipIndex[float | None]:
     neither.
     """
     remedy = "check --data_dir, or extract frames of videos with py_scripts/extract_video.py"
-    kinds = EXTENSIONS + clip_index.EXTENSIONS
+    kinds = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
 
     def find() -> ClipIndex[float | None]:
-        paths = clip_index.find_files(
-            clip_index.folders_in(data_dir), kinds, "images or videos", remedy
-        )
-        found = clip_index.look_up(
-            paths, _seconds, clip_index.cache_path(data_dir, kind="frames"), num_workers
-        )
+        paths = find_files(folders_in(data_dir), kinds, "images or videos", remedy)
+        found = look_up(paths, _seconds, cache_path(data_dir, kind="frames"), num_workers)
         return dataclasses.replace(found, data_dir=data_dir)
 
     return from_rank_0(find)
 
 
 def _seconds(path: str) -> float | None:
-    if not path.lower().endswith(EXTENSIONS):
-        return media.picture_seconds(path)
-    media.check_image(path)
+    if not path.lower().endswith(IMAGE_EXTENSIONS):
+        return decode.picture_seconds(path)
+    images.check_image(path)
     return None
 
 
@@ -80,14 +79,14 @@ def _count(index: ClipIndex[float | None]) -> str:
 
 def degrade(large: th.Tensor, small_size: int, generator: np.random.Generator) -> th.Tensor:
     """[3, H, W] uint8 -> [3, s, s] uint8: bicubic; half of them with Gaussian noise; then half of them through JPEG."""
-    small = media.fit_picture(large, small_size, small_size)
+    small = images.fit_picture(large, small_size, small_size)
     if generator.random() < NOISE_SHARE:
         sigma = generator.uniform(0, MAX_NOISE_SIGMA)
         noise = th.from_numpy(generator.standard_normal(small.shape, dtype=np.float32))
         small = (small + sigma * noise).round_().clamp_(0, 255).to(th.uint8)
     if generator.random() < JPEG_SHARE:
         lowest, highest = JPEG_QUALITIES
-        small = media.jpeg_round_trip(
+        small = images.jpeg_round_trip(
             small, int(generator.integers(lowest, highest, endpoint=True))
         )
     return small
@@ -138,7 +137,7 @@ class FrameDataset(Dataset):
             large = large.flip(-1)
         generator = np.random.default_rng(rng.derive_seed(self.seed, "degrade", epoch, index))
         small = degrade(large, self.small_size, generator)
-        return media.to_float(large.contiguous()), {"low_res": media.to_float(small.contiguous())}
+        return images.to_float(large.contiguous()), {"low_res": images.to_float(small.contiguous())}
 
     def place(self, index: int) -> tuple[str, int | None]:
         """Index -> (path, frame at `video_fps`; None in an image)."""
@@ -150,9 +149,9 @@ class FrameDataset(Dataset):
         """[3, h, w] uint8 as the file has it."""
         path, number = self.place(index)
         return (
-            media.read_image(path)
+            images.read_image(path)
             if number is None
-            else next(media.read_frames(path, number, 1, self.video_fps))
+            else next(decode.read_frames(path, number, 1, self.video_fps))
         )
 
     def _large(self, index: int) -> th.Tensor:
@@ -160,7 +159,7 @@ class FrameDataset(Dataset):
 
         def decode() -> tuple[th.Tensor]:
             return (
-                media.fit_picture(
+                images.fit_picture(
                     self.picture(index), self.large_size, self.large_size
                 ).contiguous(),
             )

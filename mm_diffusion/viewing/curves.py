@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+from ..files import short_names
+
 AXES = {"step": "steps", "samples": "samples", "hours": "hours of training"}
 PICTURES = (".png", ".svg", ".pdf")
 EXACT = ("lr", "log2_loss_scale")  # set, not measured: never smoothed
@@ -70,9 +72,6 @@ class Panel:
     is_log: bool  # where all numbers are positive
 
 
-# ---------------------------------------------------------------- reading
-
-
 def read_runs(paths: Sequence[str | os.PathLike]) -> list[Run]:
     """Runs from output folders, or from csv files; the names are as short as tells them apart."""
     tables = [_table_of(path) for path in paths]
@@ -94,16 +93,6 @@ def _table_of(path: str | os.PathLike) -> Path:
 def _run_name(table: Path) -> Path:
     """The folder of a progress.csv, or another file without its suffix."""
     return table.parent if table.name == "progress.csv" else table.with_suffix("")
-
-
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many folders above it as tell all apart."""
-    parts = [path.parts[1:] for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
 
 
 def read_columns(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -155,9 +144,6 @@ def _hours(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"hours": np.cumsum(np.nan_to_num(seconds, posinf=0.0)) / 3600}
 
 
-# ---------------------------------------------------------------- choosing
-
-
 def choose_panels(runs: Sequence[Run], keys: Iterable[str] = ()) -> list[Panel]:
     """A panel per key: a column, or LOSS_q for the quartiles of a loss. Without keys: those worth a look.
 
@@ -203,9 +189,6 @@ def smoothed(values: np.ndarray, share: float) -> np.ndarray:
         total, weight = share * total + value, share * weight + 1
         result[row] = total / weight
     return result
-
-
-# ---------------------------------------------------------------- drawing
 
 
 def draw(

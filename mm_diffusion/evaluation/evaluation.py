@@ -24,18 +24,30 @@ import numpy as np
 import torch as th
 from tqdm import tqdm
 
-from .. import clip_index, datasets, logger, media, toy
-from ..datasets import ClipDataset, count_frames, count_windows, require_positive
+from .. import logger
+from ..data import clips, decode, images, index, toy
+from ..data.clips import ClipDataset, count_frames, count_windows, require_positive
+from ..data.index import (
+    VIDEO_EXTENSIONS,
+    build_index,
+    cache_folder,
+    find_files,
+    fingerprint,
+    folders_in,
+    identity,
+)
 from ..dist_util import World, all_sum, from_rank_0
+from ..files import atomically
 from ..script_util import EvalConfig, MetricsConfig, numbers, pick
 from . import features, spatial_align, stereo, temporal_align
 from .scores import Score, histograms, rated, table
 
 SLOW = 0.9  # of the frames per second asked for: a file below has not enough
 READERS = (
-    clip_index,
-    datasets,
-    media,
+    index,
+    clips,
+    decode,
+    images,
     toy,
 )  # whose code and constants decide what is seen of a clip
 Rows = dict[str, th.Tensor]
@@ -84,9 +96,9 @@ def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure
         config, **{name: os.path.expanduser(path) for name, path in paths.items()}
     )
     if config.ref_path:
-        clip_index.find_files(
-            clip_index.folders_in(config.ref_path),
-            clip_index.EXTENSIONS,
+        find_files(
+            folders_in(config.ref_path),
+            VIDEO_EXTENSIONS,
             "clips",
             "check --ref_path",
         )
@@ -209,9 +221,7 @@ class ClipFolder:
     """The clips of a folder, by number; DataError for a folder without, or with too many bad ones."""
 
     def __init__(self, folder: str, sizes: Sizes, flag: str) -> None:
-        index = clip_index.build_index(
-            folder, sizes.max_bad_share, num_workers=sizes.num_workers, flag=flag
-        )
+        index = build_index(folder, sizes.max_bad_share, num_workers=sizes.num_workers, flag=flag)
         frames = numbers("video_size", sizes.video_size, 4)[0]
         rates = sizes.video_fps, sizes.audio_fps
         options = {"random_flip": False, "clip_stride": frames, "cache_bytes": 0}
@@ -251,14 +261,14 @@ class ClipFolder:
         """What tells these clips from others, wherever they lie."""
 
         def known_by(path: str) -> list[Any]:
-            return [clip_index.identity(path)["size"], clip_index.fingerprint(path)]
+            return [identity(path)["size"], fingerprint(path)]
 
         with ThreadPoolExecutor(max(1, self.sizes.num_workers)) as pool:
             files = list(pool.map(known_by, [path for path, _ in self.windows.clips]))
         read = {
             k: v for k, v in vars(self.sizes).items() if k not in ("num_workers", "max_bad_share")
         }
-        return json.dumps([code_key(), media.DECODER, read, files], sort_keys=True)
+        return json.dumps([code_key(), decode.DECODER, read, files], sort_keys=True)
 
     def notes(self) -> list[str]:
         """What a reader of scores should know of these clips."""
@@ -321,7 +331,7 @@ def look_at_reference(
 
     def place(name: str) -> Path:
         key = hashlib.sha256(f"{name} {measures[name].key} {content}".encode()).hexdigest()[:24]
-        return clip_index.cache_folder() / f"metrics_{key}.npz"
+        return cache_folder() / f"metrics_{key}.npz"
 
     wanted = {name: measure for name, measure in measures.items() if measure.of_reference}
     known = from_rank_0(lambda: {name: _read(place(name), len(folder)) for name in wanted})
@@ -347,7 +357,7 @@ def _read(path: Path, count: int) -> Rows | None:
 def _write(path: Path, rows: Rows) -> None:
     arrays: dict[str, Any] = {name: x.numpy() for name, x in rows.items()}
     try:
-        media.atomically(path, lambda temporary: np.savez(temporary, **arrays))
+        atomically(path, lambda temporary: np.savez(temporary, **arrays))
     except OSError as error:
         logger.warn(
             f"{path.parent}: cannot be written ({error.strerror}); the reference is looked at every time"
@@ -380,7 +390,7 @@ class Report:
         for number in range(1, 10**6):
             path = bf.join(folder, f"metrics_{number}.json" if number > 1 else "metrics.json")
             if not bf.exists(path):
-                media.atomically(path, lambda temporary: Path(temporary).write_text(text))
+                atomically(path, lambda temporary: Path(temporary).write_text(text))
                 return path
             with bf.BlobFile(path, "r") as file:
                 if file.read() == text:
@@ -471,7 +481,7 @@ def sizes_asked(flags: Mapping[str, Any]) -> Sizes:
 
 def report_folder(config: EvalConfig) -> str:
     """Where the report goes; ValueError where several folders of samples leave that open."""
-    folders = clip_index.folders_in(config.samples_path)
+    folders = folders_in(config.samples_path)
     if config.output_dir in ("", config.samples_path) and len(folders) > 1:
         raise ValueError(
             f"--samples_path {config.samples_path}: are several; give --output_dir for the report"

@@ -8,10 +8,11 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from . import datasets, media
-from .clip_index import ClipIndex
-from .media import ClipInfo, MediaError
-from .script_util import numbers
+from ..script_util import numbers
+from . import MediaError, decode
+from .clips import count_windows, require_positive
+from .decode import ClipInfo
+from .index import ClipIndex
 
 QUIETEST_DB = -120.0
 MAX_MEASURED_SECONDS = 60  # of a file's sound, from its middle
@@ -39,7 +40,7 @@ def measure(path: str, info: ClipInfo) -> Measured:
     samples = max(1, int(seconds * info.sample_rate))
     try:
         streams = (info.video_stream, info.audio_stream)
-        _, audio = media.read_window(path, start, 1, 1, 8, 8, info.sample_rate, samples, *streams)
+        _, audio = decode.read_window(path, start, 1, 1, 8, 8, info.sample_rate, samples, *streams)
     except MediaError:
         return Measured(path, info, math.nan, math.nan)
     left, right = audio.double().square().mean(dim=1).tolist()
@@ -51,10 +52,8 @@ def windows_of(
 ) -> int:
     """How many training windows the clips hold; ValueError for impossible sizes."""
     num_frames = numbers("video_size", video_size, 4)[0]
-    datasets.require_positive(video_fps=video_fps, clip_stride=clip_stride)
-    return sum(
-        datasets.count_windows(info, num_frames, video_fps, clip_stride) for _, info in index.clips
-    )
+    require_positive(video_fps=video_fps, clip_stride=clip_stride)
+    return sum(count_windows(info, num_frames, video_fps, clip_stride) for _, info in index.clips)
 
 
 def describe(index: ClipIndex, rows: list[Measured], windows: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch as th
 from torchvision.utils import make_grid
 
-from . import media
+from ..data import encode, images
 
 PROJECT = "mm-diffusion-stereo"  # in Weights & Biases, unless WANDB_PROJECT names another
 RUN_NOTE = "wandb_run.txt"  # in the output folder: the id by which a resumed run is found again
@@ -34,10 +34,10 @@ def _clip_files(
     """Paths of an mp4 with sound (written if there is a video) and of a wav, gone afterwards."""
     with TemporaryDirectory() as folder:
         mp4, wav = Path(folder, "clip.mp4"), Path(folder, "clip.wav")
-        media.write_wav(wav, audio, sample_rate)
+        encode.write_wav(wav, audio, sample_rate)
         if video is not None:
             stereo = audio.expand(2, -1) if len(audio) == 1 else audio
-            media.write_clip(mp4, video, fps, stereo, sample_rate)
+            encode.write_clip(mp4, video, fps, stereo, sample_rate)
         yield mp4, wav
 
 
@@ -69,7 +69,7 @@ class TensorBoard:
         self.writer.flush()  # raises what has failed in its thread since
 
     def image(self, name: str, image: th.Tensor, step: int) -> None:
-        self.writer.add_image(name, media.to_uint8(image.detach().cpu()), step)
+        self.writer.add_image(name, images.to_uint8(image.detach().cpu()), step)
         self.writer.flush()
 
     def clip(
@@ -82,7 +82,7 @@ class TensorBoard:
         step: int,
     ) -> None:
         """All frames in one picture, and the sound with all its channels, which `add_audio` would refuse."""
-        frames = media.to_uint8(video.detach().cpu())
+        frames = images.to_uint8(video.detach().cpu())
         self.writer.add_image(
             f"{name}/frames",
             make_grid(frames, math.isqrt(len(frames) - 1) + 1, pad_value=255),
@@ -155,7 +155,7 @@ class WeightsAndBiases:
             self.run.log(dict(values), step=step)
 
     def image(self, name: str, image: th.Tensor, step: int) -> None:
-        pixels = media.to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy()
+        pixels = images.to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy()
         self.numbers({name: self.wandb.Image(pixels)}, step)
 
     def clip(

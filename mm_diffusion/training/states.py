@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import blobfile as bf
 import torch as th
 
-from . import logger
+from .. import logger
 
 MANIFEST, MODEL = re.compile(r"state(\d+)\.json"), re.compile(r"model(\d+)\.pt")
 NUMBERED = re.compile(r"(?:model|opt|ema_[\d.]+_|state)(\d+)\.(?:pt|json)")
@@ -154,9 +154,6 @@ def _checksum(path: str, size: int, mtime: float) -> dict[str, Any]:
             digest.update(chunk)
             length += len(chunk)
     return {"bytes": length, "sha256": digest.hexdigest()}
-
-
-# ---------------------------------------------------------------- writing
 
 
 class _Hashing:

@@ -17,10 +17,10 @@ from typing import Any
 import blobfile
 from tqdm import tqdm
 
-from . import clip_index, media
-from .clip_index import DataError
-from .datasets import count_frames, require_positive
-from .media import MediaError
+from ..files import absolute
+from . import DataError, MediaError, decode, images
+from .clips import count_frames, require_positive
+from .index import VIDEO_EXTENSIONS, find_files, fingerprint, identity
 
 FORMATS = ("png", "jpg")
 RECORD = "extracted.jsonl"  # first line: the settings; then one for each clip that is complete
@@ -96,8 +96,8 @@ def films_by_name(sources: Sequence[str]) -> dict[str, str]:
     if folders := [source for source in sources if not os.path.isfile(source)]:
         if missing := [folder for folder in folders if not blobfile.isdir(folder)]:
             raise DataError(f"{missing[0]}: no such file or folder; check -s")
-        found = clip_index.find_files(folders, clip_index.EXTENSIONS, "videos", "check -s")
-        paths |= {clip_index.absolute(path) for path in found}
+        found = find_files(folders, VIDEO_EXTENSIONS, "videos", "check -s")
+        paths |= {absolute(path) for path in found}
     films: dict[str, str] = {}
     for path in sorted(paths):
         _refuse_two(films.setdefault(Path(path).stem, path), path)
@@ -158,10 +158,10 @@ def _is_complete(path: str, entry: dict | None, names: list[str]) -> bool:
 
 def _is_same(path: str, entry: dict) -> bool:
     """Whether a film is the one recorded, be it elsewhere or copied."""
-    now = clip_index.identity(path)
+    now = identity(path)
     if entry.items() >= now.items():
         return True
-    return entry["size"] == now["size"] and entry.get("fingerprint") == clip_index.fingerprint(path)
+    return entry["size"] == now["size"] and entry.get("fingerprint") == fingerprint(path)
 
 
 def _extract(
@@ -176,21 +176,21 @@ def _extract(
     entry = {
         "clip": clip,
         "path": path,
-        **clip_index.identity(path),
-        "fingerprint": clip_index.fingerprint(path),
+        **identity(path),
+        "fingerprint": fingerprint(path),
     }
     _remove([folder / name for name in leftovers])
     hidden: list[Path] = []
     try:
-        count = count_frames(media.picture_seconds(path), settings.fps)
-        for number, frame in enumerate(media.read_frames(path, 0, count, settings.fps)):
+        count = count_frames(decode.picture_seconds(path), settings.fps)
+        for number, frame in enumerate(decode.read_frames(path, 0, count, settings.fps)):
             if stop.is_set():
                 raise InterruptedError(path)
             hidden.append(folder / f".image_{clip}_{number:06d}.{settings.format}")
             frame = (
-                media.fit_picture(frame, settings.size, settings.size) if settings.size else frame
+                images.fit_picture(frame, settings.size, settings.size) if settings.size else frame
             )
-            media.write_image(hidden[-1], frame, settings.quality)
+            images.write_image(hidden[-1], frame, settings.quality)
         for place in hidden:
             place.rename(place.with_name(place.name[1:]))
     except BaseException:

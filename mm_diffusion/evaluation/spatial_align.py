@@ -16,8 +16,8 @@ from pathlib import Path
 import torch as th
 import torchvision
 
-from .. import toy
-from ..datasets import ROUNDING_FRAMES
+from ..data import toy
+from ..data.clips import ROUNDING_FRAMES
 from . import stereo
 
 PIXELS, EVENT_HZ, EAR_SECONDS = toy.METADATA_PIXELS, toy.METADATA_HZ, toy.MAX_EAR_DELAY_SECONDS

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from torchaudio.transforms import MelSpectrogram
 
-from .. import media
+from ..data import images
 from .stereo import SILENT
 
 cv2.setNumThreads(1)  # clips go through beside each other
@@ -26,7 +26,7 @@ ONSET_PAUSE_SECONDS = 0.03  # and which may not follow each other faster
 
 def motion(frames: th.Tensor) -> th.Tensor:
     """[F, 3, H, W] in [-1, 1] -> [F - 1] mean length, in pixels, of the optical flow from each frame to the next."""
-    rgb = media.to_uint8(frames).permute(0, 2, 3, 1).contiguous().numpy()
+    rgb = images.to_uint8(frames).permute(0, 2, 3, 1).contiguous().numpy()
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb]
     flows = [
         cv2.calcOpticalFlowFarneback(a, b, None, *FARNEBACK)  # type: ignore[call-overload]

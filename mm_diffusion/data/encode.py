@@ -1,0 +1,130 @@
+"""Clips and waveforms -> files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+import av.logging
+import av.video.reformatter
+import blobfile
+import numpy as np
+import soundfile
+import torch as th
+import torchaudio
+
+from ..files import atomically
+from .images import enlarged, to_uint8
+
+SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
+WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
+
+
+@contextmanager
+def _writing(path: str | os.PathLike) -> Iterator[None]:
+    """What stands in an encoder's way becomes an OSError of one line that names the file."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        av.error.FFmpegError,
+        soundfile.LibsndfileError,
+        blobfile.Error,
+    ) as error:
+        _, _, told = getattr(error, "log", None) or ("", "", "")  # FFmpeg's own words
+        reason = told or getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: cannot be written ({reason})") from error
+
+
+def _to_int16(audio: th.Tensor) -> np.ndarray:
+    """[C, L] floats in [-1, 1] -> [C, L] int16."""
+    scaled = (audio.detach().cpu().float() * SAMPLE_STEPS).round()
+    return scaled.clamp(-SAMPLE_STEPS, SAMPLE_STEPS - 1).to(th.int16).numpy()
+
+
+def write_clip(
+    path: str | os.PathLike,
+    video: th.Tensor,
+    fps: float | Fraction,
+    audio: th.Tensor,
+    sample_rate: int,
+) -> None:
+    """Write an mp4: H.264 picture (near transparent) and FLAC sound (16 bit, exactly L samples).
+
+    video: [F, 3, H, W] in [-1, 1], or uint8; audio: [2, L] in [-1, 1]; fps in frames per second, sample_rate in Hz.
+    ValueError for other shapes.
+    """
+    if (
+        video.ndim != 4
+        or video.shape[1] != 3
+        or audio.ndim != 2
+        or audio.shape[0] != 2
+        or not audio.shape[1]
+    ):
+        raise ValueError(
+            f"{path}: need video [F, 3, H, W] and audio [2, L], got {[*video.shape]}, {[*audio.shape]}"
+        )
+    frames = np.ascontiguousarray(to_uint8(video.detach()).permute(0, 2, 3, 1).cpu().numpy())
+    samples = _to_int16(audio)
+
+    def encode(temporary: str) -> None:
+        with av.open(temporary, "w", format="mp4") as container:
+            picture = _add_video_stream(container, frames.shape[1:3], fps)
+            sound = container.add_stream("flac", rate=sample_rate, layout="stereo", format="s16")
+            _encode_video(container, picture, frames)
+            _encode_audio(container, sound, samples)
+
+    with _writing(path):
+        atomically(path, encode)
+
+
+def _add_video_stream(container, size: tuple[int, int], fps: float | Fraction):
+    """An H.264 stream of (height, width); odd sides need unsubsampled colour."""
+    rate = Fraction(fps).limit_denominator(60_000)
+    stream = container.add_stream("libx264", rate=rate, options={"crf": "10", "preset": "medium"})
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv444p" if any(side % 2 for side in size) else "yuv420p"
+    stream.codec_context.thread_count = 1
+    stream.time_base = stream.codec_context.time_base = 1 / rate
+    return stream
+
+
+def _encode_video(container, stream, frames: np.ndarray) -> None:
+    for index, array in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(format=stream.pix_fmt)
+        frame.pts, frame.time_base = index, stream.codec_context.time_base
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def _encode_audio(container, stream, samples: np.ndarray) -> None:
+    """Encode [2, L] int16 whole; the encoder cuts it into its own frames."""
+    interleaved = np.ascontiguousarray(samples.T).reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(interleaved, format="s16", layout="stereo")
+    frame.sample_rate, frame.pts, frame.time_base = stream.rate, 0, Fraction(1, stream.rate)
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> None:
+    """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
+    samples = _to_int16(audio).T
+    with _writing(path):
+        atomically(
+            path,
+            lambda temporary: soundfile.write(
+                temporary, samples, sample_rate, "PCM_16", format="WAV"
+            ),
+        )
+
+
+def write_watchable(
+    path: str | os.PathLike, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int
+) -> None:
+    """As `write_clip`, frames and sample rate raised to what any player takes."""
+    loud = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
+    write_clip(path, enlarged(video, WATCH_PIXELS), fps, loud, WATCH_HZ)

@@ -1,0 +1,1 @@
+"""From checkpoints to files of generated clips."""
