@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm_diffusion.generation.load import SR_DDIM_STEPS
 from mm_diffusion.generation.output import write_sample
-from mm_diffusion.sampling import Prepared, make_sampler, prepare, sample_joint, upscale_video
+from mm_diffusion.sampling import InferenceModel, make_sampler, prepare, sample_joint, upscale_video
 from mm_diffusion.script_util import SR, DataConfig, SampleConfig
 from mm_diffusion.tree import Tree, tree_map
 
@@ -51,7 +51,7 @@ def watch(longest: float) -> Callable[[float], None]:
     return report
 
 
-def timed(bench: Bench, model: Prepared, draw: Callable[..., Tree]) -> Drawn:
+def timed(bench: Bench, model: InferenceModel, draw: Callable[..., Tree]) -> Drawn:
     """`draw(progress)`, watched."""
     count = 0
 

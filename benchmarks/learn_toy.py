@@ -46,7 +46,7 @@ from mm_diffusion.evaluation.spatial import (
     spatial_alignment,
     temporal_alignment,
 )
-from mm_diffusion.files import atomically
+from mm_diffusion.files import write_atomically
 from mm_diffusion.respace import SpacedDiffusion
 from mm_diffusion.sampling import Sampler, bind, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import (
@@ -426,7 +426,9 @@ def conclude(
     found = {name: read_rows(root / name / "learning.csv") for name in VARIANTS}
     runs = {name: rows for name, rows in found.items() if rows}
     text = report(flags, data, runs)
-    atomically(root / "learning.md", lambda temporary: Path(temporary).write_text(text + "\n"))
+    write_atomically(
+        root / "learning.md", lambda temporary: Path(temporary).write_text(text + "\n")
+    )
     logger.log(f"\n{text}\n\nin {root}: learning.md")
     if drawn := {name: rows for name, rows in runs.items() if len(rows) > 1}:
         draw_curves(root, data["data"], drawn)
@@ -533,7 +535,7 @@ def write_samples(run: Path, folder: Path, flags: dict[str, Any], world: World) 
         encode.write_watchable(
             folder / f"sample_{k}.mp4", video, flags["video_fps"], audio, flags["audio_fps"]
         )
-    strips = show_heard_place(images.enlarged(clips["video"]), clips["audio"])
+    strips = show_heard_place(images.enlarge(clips["video"]), clips["audio"])
     images.save_contact_sheet(folder / "samples.png", strips)
     logger.log(f"{NUM_SAMPLES} clips of {path} in {folder}: sample_0.mp4 ... and samples.png")
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mm_diffusion import checkpoint
 from mm_diffusion.dist_util import World
 from mm_diffusion.respace import SpacedDiffusion
-from mm_diffusion.sampling import Prepared, bind
+from mm_diffusion.sampling import InferenceModel, bind
 from mm_diffusion.script_util import (
     SR,
     TrainConfig,
@@ -115,7 +115,7 @@ def sample_of(model: nn.Module, batch: int = 1) -> tuple[Tree, dict[str, Any]]:
 
 def forward_of(model: nn.Module, batch: int = 1) -> Callable[[], Tree]:
     """A pass through the model, or its prepared copy, without gradients."""
-    network: Any = model.model if isinstance(model, Prepared) else model
+    network: Any = model.model if isinstance(model, InferenceModel) else model
     x, cond = sample_of(network, batch)
     t = th.full((batch,), MIDDLE_STEP, device=next(model.parameters()).device)
     return th.no_grad()(lambda: bind(model, cond)(x, t))

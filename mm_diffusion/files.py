@@ -1,7 +1,8 @@
-"""Files, local or remote: atomic writes, paths."""
+"""Files, local or remote (gs://, az://, https:// through blobfile): paths, atomic writing, checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -9,42 +10,23 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import blobfile
+
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.\w+")  # names of files that are being written
+ABANDONED_SECONDS = 3600  # after which nobody can still be writing one
+CHUNK_BYTES = 2**24
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether the path is a URL."""
+    return "://" in os.fspath(path)
 
 
 def absolute(path: str) -> str:
     """The path from the root; a remote one as it is."""
-    return path if "://" in path else os.path.abspath(path)
-
-
-LEFTOVER, LEFTOVER_SECONDS = (
-    re.compile(r"\.[0-9a-f]{32}\.\w+"),
-    3600,
-)  # names of unfinished files, and their least age
-
-
-def atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Run `write` on a temporary file and rename it (or, to a remote path, copy it): a file that exists is complete."""
-    remote = "://" in os.fspath(path)
-    folder = Path(tempfile.gettempdir()) if remote else Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{uuid.uuid4().hex}{Path(path).suffix}"
-    try:
-        write(str(temporary))
-        if remote:
-            blobfile.copy(str(temporary), os.fspath(path), overwrite=True)
-        else:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove what `atomically` left in a local folder when it was killed, once nobody can be writing it any more."""
-    for path in Path(folder).glob(".*"):
-        if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-            path.unlink(missing_ok=True)
+    return path if is_remote(path) else os.path.abspath(path)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -55,3 +37,65 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(set(parts)):
             break
     return names
+
+
+def checksum(path: str | os.PathLike) -> dict[str, Any]:
+    """{"bytes": length, "sha256": hexadecimal digest} of a file."""
+    digest = hashlib.sha256()
+    length = 0
+    with blobfile.BlobFile(os.fspath(path), "rb", streaming=is_remote(path)) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            length += len(chunk)
+    return {"bytes": length, "sha256": digest.hexdigest()}
+
+
+def write_atomically(
+    path: str | os.PathLike, write: Callable[[str], object], durable: bool = False
+) -> None:
+    """Run `write(temporary path)` and rename the result: a file at `path` is always complete.
+
+    To a remote path it is copied. `durable`: return only once file and name are on the disk.
+    """
+    folder = Path(tempfile.gettempdir()) if is_remote(path) else Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{uuid.uuid4().hex}{Path(path).suffix}"
+    try:
+        write(str(temporary))
+        if is_remote(path):
+            blobfile.copy(str(temporary), os.fspath(path), overwrite=True)
+            return
+        if durable:
+            _flush(temporary)
+        os.replace(temporary, path)
+        if durable:
+            _flush(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str, durable: bool = False) -> None:
+    """Write a UTF-8 text file atomically."""
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+    write_atomically(path, write, durable)
+
+
+def _flush(path: Path) -> None:
+    """Wait until what was written to this file, or renamed in this folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: str | os.PathLike, least_age: float = ABANDONED_SECONDS) -> None:
+    """Remove what a killed `write_atomically` left in a local folder at least `least_age` s ago."""
+    for path in Path(folder).glob(".*"):
+        if not UNFINISHED.fullmatch(path.name):
+            continue
+        if time.time() - path.stat().st_mtime >= least_age:
+            path.unlink(missing_ok=True)

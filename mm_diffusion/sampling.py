@@ -92,7 +92,7 @@ def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
     return precision or (half_precision(device) if use_fp16 else "fp32")
 
 
-class Prepared(nn.Module):
+class InferenceModel(nn.Module):
     """A model as the samplers run it: evaluation mode, weights in the working precision, float32 in and out."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Prepared(nn.Module):
 
 def prepare(
     model: nn.Module, precision: str = "fp32", compile_mode: str = "", **options: Any
-) -> Prepared:
+) -> InferenceModel:
     """A copy of the model as the samplers run it (same call, float32 in and out).
 
     `precision`: "fp32", "bf16" or "fp16", of weights and maps; norms, softmax and the schedule stay in float32.
@@ -125,7 +125,7 @@ def prepare(
     """
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
-    return Prepared(model, precision, compile_mode, **options)
+    return InferenceModel(model, precision, compile_mode, **options)
 
 
 def make_sampler(
@@ -213,7 +213,7 @@ def sample_joint(
     Noise is drawn per clip and on the CPU, window shifts per evaluation: a clip depends on its number and the seed, not
     on the batch, the ranks or the device. `given`: {modality: [B, ...]} that is known and comes back as it is.
     """
-    network: Any = model.model if isinstance(model, Prepared) else model
+    network: Any = model.model if isinstance(model, InferenceModel) else model
     generators = rng.per_sample(seed, "sample", indices=indices)
     shapes = {"video": network.video_size, "audio": network.audio_size}
     x_T = {
@@ -244,7 +244,7 @@ def upscale_video(
     share the noise of every step, so that a still scene stays still, and a frame does not depend on how many go
     through the model at a time (`frames_at_once`; 0: what fits in memory).
     """
-    network: Any = model.model if isinstance(model, Prepared) else model
+    network: Any = model.model if isinstance(model, InferenceModel) else model
     size, num_frames = network.large_size, len(video)
     if tuple(video.shape[1:]) != (3, network.small_size, network.small_size):
         raise ValueError(

@@ -173,7 +173,7 @@ class TrainLoop:
                 bar.update()
                 if self.step % self.config.log_interval == 0 or self.step == total:
                     self._log()
-                    self._give_up_if_lost()
+                    self.abort_if_diverged()
                     bar.set_postfix_str(f"{self.samples_per_second:.2f} samples/s", refresh=False)
                 if self.step % self.config.save_interval == 0:
                     self.save()
@@ -341,7 +341,7 @@ class TrainLoop:
         logger.logkv("skipped_steps", in_all)
         logger.dumpkvs()
 
-    def _give_up_if_lost(self) -> None:
+    def abort_if_diverged(self) -> None:
         """ValueError, once the weights are saved, after too many gradients in a row that were not finite."""
         if self.longest_streak > self.config.max_skipped_steps:
             self.save(preview=False)

@@ -21,7 +21,7 @@ from test_upsampler import saved
 from mm_diffusion import unet
 from mm_diffusion.data.decode import probe, read_wav, read_window
 from mm_diffusion.dpm_solver import METHODS, DPMSolver, NoiseSchedule
-from mm_diffusion.generation.run import draw_clips
+from mm_diffusion.generation.run import generate_clips
 from mm_diffusion.sampling import SAMPLERS, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import notes_on
 from mm_diffusion.tree import tree_map
@@ -109,7 +109,7 @@ def test_ranks_draw_the_clips_of_one_process(name):
         found[k] = {"video": video, "audio": audio}
 
     for rank in range(2):
-        draw_clips(model, sampler, range(3)[rank::2], 2, 7, "cpu", save, given=given)
+        generate_clips(model, sampler, range(3)[rank::2], 2, 7, "cpu", save, given=given)
     together = sample_joint(model, sampler, range(3), 7, given={"video": tiny.clips(0, 3)["video"]})
     for k, clip in found.items():
         assert th.equal(clip["video"], given(k)["video"])

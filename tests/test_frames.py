@@ -32,7 +32,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def smooth(seed, height=40, width=40):
     """[3, h, w] uint8, soft enough to survive a JPEG."""
     coarse = np.random.default_rng(seed).integers(20, 236, (3, 5, 5), np.uint8)
-    return images.fit_picture(th.from_numpy(coarse), max(height, width), max(height, width))[
+    return images.fit_image(th.from_numpy(coarse), max(height, width), max(height, width))[
         :, :height, :width
     ]
 
@@ -334,7 +334,7 @@ def test_large_pictures_keep_their_aspect_on_centred_black(tmp_path):
 def degraded(count):
     """(plain small picture, its degraded versions) of a grey square, over as many seeds."""
     large = th.full((3, 64, 64), 128, dtype=th.uint8)
-    return images.fit_picture(large, 16, 16), [
+    return images.fit_image(large, 16, 16), [
         degrade(large, 16, np.random.default_rng(seed)) for seed in range(count)
     ]
 
@@ -343,7 +343,7 @@ def test_without_noise_and_jpeg_the_small_picture_is_the_large_one_resized(tmp_p
     dataset = FrameDataset(find_images(str(pictures(tmp_path, 20))), 32, 8)
     plain = 0
     for large, cond in (dataset[epoch, k] for epoch in range(5) for k in range(20)):
-        resized = images.fit_picture(images.to_uint8(large), 8, 8)
+        resized = images.fit_image(images.to_uint8(large), 8, 8)
         plain += images.to_uint8(cond["low_res"]).equal(resized)
     assert 10 < plain < 40  # a quarter of 100
 
@@ -402,7 +402,7 @@ def test_half_of_the_pairs_are_mirrored_both_pictures_together(tmp_path):
         is_mirrored = not large.equal(straight)
         assert large.equal(straight.flip(-1) if is_mirrored else straight)
         own, other = (
-            images.to_float(images.fit_picture(images.to_uint8(x), 8, 8))
+            images.to_float(images.fit_image(images.to_uint8(x), 8, 8))
             for x in (large, large.flip(-1))
         )
         assert (cond["low_res"] - own).square().mean() < (cond["low_res"] - other).square().mean()
@@ -489,7 +489,7 @@ def test_images_and_films_mix(tmp_path):
 
 def test_a_gif_is_a_film_that_lasts_as_long_as_its_frames_say(tmp_path):
     make_gif(tmp_path / "a.gif", grey_frames([10, 200, 90]), [250, 500, 2250])
-    assert decode.picture_seconds(tmp_path / "a.gif") == pytest.approx(3, abs=0.02)
+    assert decode.video_duration(tmp_path / "a.gif") == pytest.approx(3, abs=0.02)
     images = list(decode.read_frames(tmp_path / "a.gif", 0, 12, 4))
     dataset = FrameDataset(find_images(str(tmp_path)), **SIZES)
     assert all(dataset.picture(k).equal(image) for k, image in enumerate(images))

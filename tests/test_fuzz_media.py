@@ -54,9 +54,9 @@ def read_clips(folder: str) -> Iterator[tuple[str, str]]:
 
 def read_pictures(folder: str) -> Iterator[tuple[str, str]]:
     """The same of every image, and of every film as pictures."""
-    images.check_image, decode.picture_seconds = (
+    images.check_image, decode.video_duration = (
         in_time(images.check_image),
-        in_time(decode.picture_seconds),
+        in_time(decode.video_duration),
     )
     index = find_images(folder, num_workers=1)
     return itertools.chain(

@@ -129,7 +129,7 @@ def test_a_film_of_few_bytes_that_would_last_for_days_is_told(tmp_path):
     with pytest.raises(
         MediaError, match=r"a\.mp4: has damaged times \(its \d+ bytes would last 86400 s\)"
     ):
-        decode.picture_seconds(path)
+        decode.video_duration(path)
 
 
 def test_short_clips_repeat_their_last_frame(tmp_path):
@@ -155,9 +155,9 @@ def test_pictures_keep_their_aspect_on_centred_black(tmp_path):
     frames, _ = decode.read_window(path, 0, 1, 4, 64, 64, 16000, 4000)
     rows = frames[0].float().mean(dim=(1, 2))
     assert np.flatnonzero(rows > 100).tolist() == list(range(16, 48))  # 32 rows: 16 above, 16 below
-    assert images.fit_picture(th.full((3, 4, 8), 255, dtype=th.uint8), 7, 8)[:, :, 0].tolist()[
+    assert images.fit_image(th.full((3, 4, 8), 255, dtype=th.uint8), 7, 8)[:, :, 0].tolist()[0] == [
         0
-    ] == [0] + 4 * [255] + 2 * [0]
+    ] + 4 * [255] + 2 * [0]
 
 
 def test_only_the_window_is_decoded(tmp_path, monkeypatch):
@@ -269,12 +269,12 @@ def test_a_codec_that_nobody_knows_is_told(tmp_path, suffix, known, kind):
     path = make_clip(tmp_path / f"a{suffix}", grey_frames(RAMP[:10]), audio=noise(16000))
     path.write_bytes(path.read_bytes().replace(known, known[:-4] + b"ZZZZ"))
     reads = [decode.probe, lambda path: decode.read_window(path, 0, 1, 4, 8, 8, 16000, 16)]
-    seen = [decode.picture_seconds, lambda path: next(decode.read_frames(path, 0, 1, 4))]
+    seen = [decode.video_duration, lambda path: next(decode.read_frames(path, 0, 1, 4))]
     for read in reads + seen if kind == "video stream" else reads:
         with pytest.raises(MediaError, match=rf"a\{suffix}: its {kind} has an unknown codec$"):
             read(path)
     if kind == "sound track":  # which the picture alone does not need
-        assert decode.picture_seconds(path) == pytest.approx(1, abs=0.01)
+        assert decode.video_duration(path) == pytest.approx(1, abs=0.01)
 
 
 @real_media

@@ -334,7 +334,7 @@ def scores_of(audios, true_audios):
     seen, true = (
         seen_in(th.zeros(len(sounds), 3, 3, 16, 16), sounds) for sounds in (audios, true_audios)
     )
-    return {score.name: score for score in scores.rated(seen, true, str, str)[0]}
+    return {score.name: score for score in scores.compute_scores(seen, true, str, str)[0]}
 
 
 def test_differences_are_told_in_decibels_and_milliseconds():
@@ -394,7 +394,7 @@ def lit(places):
 def memorisation(videos, true_videos):
     quiet = [th.zeros(2, HZ)]
     seen, true = (seen_in(clips, quiet * len(clips)) for clips in (videos, true_videos))
-    found, notes = scores.rated(seen, true, "sample {}".format, "true {}".format)
+    found, notes = scores.compute_scores(seen, true, "sample {}".format, "true {}".format)
     return found[-1], notes
 
 

@@ -6,7 +6,7 @@ import torch as th
 
 from mm_diffusion.gaussian_diffusion import GaussianDiffusion
 from mm_diffusion.generation.load import check_sample_config, solver_settings
-from mm_diffusion.generation.run import draw_clips
+from mm_diffusion.generation.run import generate_clips
 from mm_diffusion.sampling import SAMPLERS, bind, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import SampleConfig
 from mm_diffusion.tree import leaves, tree_map
@@ -61,7 +61,7 @@ def test_ranks_draw_different_clips_which_together_are_those_of_one_process(name
     model, sampler = setup(name)
     found = {}
     for rank in range(2):
-        draw_clips(
+        generate_clips(
             model,
             sampler,
             range(5)[rank::2],
@@ -158,7 +158,7 @@ def test_sampling_leaves_the_trained_model_untouched(name):
 def test_progress_rises_to_one_per_clip():
     seen = []
     model, sampler = setup("ddim")
-    draw_clips(model, sampler, [4, 5, 6], 2, 1, "cpu", lambda *args: None, seen.append)
+    generate_clips(model, sampler, [4, 5, 6], 2, 1, "cpu", lambda *args: None, seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 3
 
@@ -169,7 +169,7 @@ def test_an_error_while_saving_a_clip_is_not_lost():
 
     model, sampler = setup("ddim")
     with pytest.raises(OSError, match="disk full"):
-        draw_clips(model, sampler, [0], 1, 1, "cpu", fail)
+        generate_clips(model, sampler, [0], 1, 1, "cpu", fail)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -179,7 +179,7 @@ def test_a_clip_that_is_not_finite_is_an_error_instead_of_a_black_and_silent_fil
         next(model.parameters()).fill_(th.nan)
     saved = []
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw_clips(model, sampler, [0], 1, 1, "cpu", lambda *args: saved.append(args))
+        generate_clips(model, sampler, [0], 1, 1, "cpu", lambda *args: saved.append(args))
     assert not saved
 
 

@@ -16,7 +16,7 @@ from mm_diffusion import checkpoint, rng, train_util
 from mm_diffusion.compiling import Compiled, compile_mode
 from mm_diffusion.generation.load import check_sample_config
 from mm_diffusion.generation.output import missing_clips, write_sample
-from mm_diffusion.generation.run import background, draw_clips
+from mm_diffusion.generation.run import background, generate_clips
 from mm_diffusion.sampling import make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import SampleConfig, TrainConfig
 from mm_diffusion.train_util import TrainLoop
@@ -46,8 +46,8 @@ def test_the_model_does_not_wait_for_the_encoder():
         saved.append(index)
 
     model.register_forward_pre_hook(note)
-    draw_clips(model, sampler, [4, 2, 9], 1, 1, "cpu", slow)
-    assert saved == [4, 2, 9]  # in order, and all of them before draw_clips returns
+    generate_clips(model, sampler, [4, 2, 9], 1, 1, "cpu", slow)
+    assert saved == [4, 2, 9]  # in order, and all of them before generate_clips returns
 
 
 def test_only_so_many_clips_wait_for_the_encoder():

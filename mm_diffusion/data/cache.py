@@ -17,7 +17,7 @@ import numpy as np
 import torch as th
 
 from .. import logger
-from ..files import absolute, atomically
+from ..files import absolute, write_atomically
 from . import decode
 from .index import folders_in, identity
 
@@ -108,7 +108,7 @@ class DiskCache:
         try:
             if shutil.disk_usage(self.folder).free < SPARED_BYTES:
                 raise OSError(errno.ENOSPC, f"less than {SPARED_BYTES / 1e9:.1f} GB are free")
-            atomically(place, write)
+            write_atomically(place, write)
         except OSError as error:
             self.writes = False
             logger.warn(

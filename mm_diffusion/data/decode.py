@@ -30,7 +30,7 @@ import torchaudio
 import torchvision.io
 
 from . import MediaError
-from .images import fit_picture
+from .images import fit_image
 
 av.logging.set_level(av.logging.PANIC)
 PREROLL_SECONDS = (
@@ -173,7 +173,7 @@ def probe(
         )
 
 
-def picture_seconds(path: str | os.PathLike) -> float:
+def video_duration(path: str | os.PathLike) -> float:
     """How long the picture of a film lasts, which may be silent; MediaError as in `probe`."""
     path = os.fspath(path)
     with _opened(path) as container:
@@ -252,7 +252,7 @@ def read_window(
     converter = (
         av.video.reformatter.VideoReformatter()
     )  # one for all: setting it up costs more than a small frame
-    fitted = {id(frame): fit_picture(_to_rgb(frame, converter), height, width) for frame in frames}
+    fitted = {id(frame): fit_image(_to_rgb(frame, converter), height, width) for frame in frames}
     return th.stack([fitted[id(frame)] for frame in frames]).permute(0, 2, 3, 1).contiguous(), audio
 
 

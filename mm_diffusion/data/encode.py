@@ -16,8 +16,8 @@ import soundfile
 import torch as th
 import torchaudio
 
-from ..files import atomically
-from .images import enlarged, to_uint8
+from ..files import write_atomically
+from .images import enlarge, to_uint8
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
 WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
@@ -79,7 +79,7 @@ def write_clip(
             _encode_audio(container, sound, samples)
 
     with _writing(path):
-        atomically(path, encode)
+        write_atomically(path, encode)
 
 
 def _add_video_stream(container, size: tuple[int, int], fps: float | Fraction):
@@ -114,7 +114,7 @@ def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> No
     """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
     samples = _to_int16(audio).T
     with _writing(path):
-        atomically(
+        write_atomically(
             path,
             lambda temporary: soundfile.write(
                 temporary, samples, sample_rate, "PCM_16", format="WAV"
@@ -127,4 +127,4 @@ def write_watchable(
 ) -> None:
     """As `write_clip`, frames and sample rate raised to what any player takes."""
     loud = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
-    write_clip(path, enlarged(video, WATCH_PIXELS), fps, loud, WATCH_HZ)
+    write_clip(path, enlarge(video, WATCH_PIXELS), fps, loud, WATCH_HZ)

@@ -182,13 +182,13 @@ def _extract(
     _remove([folder / name for name in leftovers])
     hidden: list[Path] = []
     try:
-        count = count_frames(decode.picture_seconds(path), settings.fps)
+        count = count_frames(decode.video_duration(path), settings.fps)
         for number, frame in enumerate(decode.read_frames(path, 0, count, settings.fps)):
             if stop.is_set():
                 raise InterruptedError(path)
             hidden.append(folder / f".image_{clip}_{number:06d}.{settings.format}")
             frame = (
-                images.fit_picture(frame, settings.size, settings.size) if settings.size else frame
+                images.fit_image(frame, settings.size, settings.size) if settings.size else frame
             )
             images.write_image(hidden[-1], frame, settings.quality)
         for place in hidden:

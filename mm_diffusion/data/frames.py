@@ -64,7 +64,7 @@ def find_images(data_dir: str, num_workers: int = 4) -> ClipIndex[float | None]:
 
 def _seconds(path: str) -> float | None:
     if not path.lower().endswith(IMAGE_EXTENSIONS):
-        return decode.picture_seconds(path)
+        return decode.video_duration(path)
     images.check_image(path)
     return None
 
@@ -79,7 +79,7 @@ def _count(index: ClipIndex[float | None]) -> str:
 
 def degrade(large: th.Tensor, small_size: int, generator: np.random.Generator) -> th.Tensor:
     """[3, H, W] uint8 -> [3, s, s] uint8: bicubic; half of them with Gaussian noise; then half of them through JPEG."""
-    small = images.fit_picture(large, small_size, small_size)
+    small = images.fit_image(large, small_size, small_size)
     if generator.random() < NOISE_SHARE:
         sigma = generator.uniform(0, MAX_NOISE_SIGMA)
         noise = th.from_numpy(generator.standard_normal(small.shape, dtype=np.float32))
@@ -159,7 +159,7 @@ class FrameDataset(Dataset):
 
         def decode() -> tuple[th.Tensor]:
             return (
-                images.fit_picture(
+                images.fit_image(
                     self.picture(index), self.large_size, self.large_size
                 ).contiguous(),
             )

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as picture_functional
 from torchvision.utils import make_grid, save_image
 
-from ..files import atomically
+from ..files import write_atomically
 from . import MediaError
 
 warnings.filterwarnings(
@@ -32,7 +32,7 @@ TRANSPOSITIONS = dict(
 )  # by the orientation they mend
 
 
-def fit_picture(image: th.Tensor, height: int, width: int) -> th.Tensor:
+def fit_image(image: th.Tensor, height: int, width: int) -> th.Tensor:
     """[C, h, w] uint8 -> [C, height, width]: bicubic, aspect ratio kept, centred on black (pad // 2 first)."""
     h, w = image.shape[-2:]
     scale = min(height / h, width / w)
@@ -150,7 +150,7 @@ def write_image(path: str | os.PathLike, image: th.Tensor, jpeg_quality: int = 9
             f"{path}: need .png or .jpg and [3, H, W] uint8, got {[*image.shape]} {image.dtype}"
         )
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    atomically(path, lambda temporary: picture.save(temporary, **kind))
+    write_atomically(path, lambda temporary: picture.save(temporary, **kind))
 
 
 def jpeg_round_trip(image: th.Tensor, quality: int) -> th.Tensor:
@@ -158,7 +158,7 @@ def jpeg_round_trip(image: th.Tensor, quality: int) -> th.Tensor:
     return torchvision.io.decode_jpeg(torchvision.io.encode_jpeg(image.contiguous(), quality))
 
 
-def enlarged(images: th.Tensor, min_side: int = 64) -> th.Tensor:
+def enlarge(images: th.Tensor, min_side: int = 64) -> th.Tensor:
     """[..., H, W] smaller than `min_side` pixels, larger by a whole number, so that pixels stay square and sharp."""
     factor = max(1, -(-min_side // min(images.shape[-2:])))
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
@@ -169,10 +169,10 @@ def save_contact_sheet(
 ) -> None:
     """Write a PNG of [N, F, 3, H, W] in [-1, 1] (or uint8): a clip's frames in a row, clips below each other.
 
-    Small frames are `enlarged`.
+    Small frames are `enlarge`.
     """
-    images = enlarged(th.stack([to_uint8(video.detach().cpu()) for video in videos]), min_side)
+    images = enlarge(th.stack([to_uint8(video.detach().cpu()) for video in videos]), min_side)
     grid = make_grid(
         images.flatten(0, 1).float() / 255, nrow=images.shape[1], padding=2, pad_value=1.0
     )
-    atomically(path, lambda temporary: save_image(grid, temporary, format="png"))
+    write_atomically(path, lambda temporary: save_image(grid, temporary, format="png"))

@@ -16,7 +16,7 @@ import blobfile
 from tqdm import tqdm
 
 from ..dist_util import from_rank_0
-from ..files import absolute, atomically
+from ..files import absolute, write_text
 from . import DataError, MediaError, decode
 from .decode import ClipInfo
 
@@ -152,7 +152,7 @@ def _read_cache(path: Path) -> dict[str, dict]:
 
 def _write_cache(path: Path, entries: dict[str, dict]) -> None:
     text = json.dumps({"format": FORMAT, "entries": entries})
-    atomically(path, lambda temporary: Path(temporary).write_text(text))
+    write_text(path, text)
 
 
 def identity(path: str) -> dict[str, float]:

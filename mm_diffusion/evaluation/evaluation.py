@@ -37,10 +37,10 @@ from ..data.index import (
     identity,
 )
 from ..dist_util import World, all_sum, from_rank_0
-from ..files import atomically
+from ..files import write_atomically, write_text
 from ..script_util import EvalConfig, MetricsConfig, numbers, pick
 from . import features, spatial_align, stereo, temporal_align
-from .scores import Score, histograms, rated, table
+from .scores import Score, compute_scores, histograms, table
 
 SLOW = 0.9  # of the frames per second asked for: a file below has not enough
 READERS = (
@@ -357,7 +357,7 @@ def _read(path: Path, count: int) -> Rows | None:
 def _write(path: Path, rows: Rows) -> None:
     arrays: dict[str, Any] = {name: x.numpy() for name, x in rows.items()}
     try:
-        atomically(path, lambda temporary: np.savez(temporary, **arrays))
+        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
     except OSError as error:
         logger.warn(
             f"{path.parent}: cannot be written ({error.strerror}); the reference is looked at every time"
@@ -390,7 +390,7 @@ class Report:
         for number in range(1, 10**6):
             path = bf.join(folder, f"metrics_{number}.json" if number > 1 else "metrics.json")
             if not bf.exists(path):
-                atomically(path, lambda temporary: Path(temporary).write_text(text))
+                write_text(path, text)
                 return path
             with bf.BlobFile(path, "r") as file:
                 if file.read() == text:
@@ -417,7 +417,7 @@ def evaluate(
     true = ClipFolder(config.ref_path, sizes, "ref_path") if config.ref_path else None
     seen = look_at(ours, measures, world)
     known = look_at_reference(true, measures, world) if true else {}
-    scores, notes = rated(seen, known, ours.name, true.name if true else str)
+    scores, notes = compute_scores(seen, known, ours.name, true.name if true else str)
     shown = {f.name: getattr(config, f.name) for f in dataclasses.fields(MetricsConfig)}
     counts = {"samples": len(ours), "reference": len(true) if true else 0}
     settings = {

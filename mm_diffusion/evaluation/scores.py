@@ -48,7 +48,7 @@ class Score:
     note: str = ""
 
 
-def rated(
+def compute_scores(
     ours: Seen, true: Seen, name: Callable[[int], str], true_name: Callable[[int], str]
 ) -> tuple[list[Score], list[str]]:
     """All scores of what was seen, and notes on it; `name` and `true_name` tell what a clip is called."""

@@ -15,7 +15,7 @@ import torch as th
 from ..data.clips import ClipDataset, count_frames, locate, require_positive
 from ..data.decode import ClipInfo
 from ..data.index import ClipIndex, identity, probe_folders, refuse_if_bad
-from ..files import atomically
+from ..files import write_atomically
 from ..script_util import (
     DataConfig,
     numbers,
@@ -25,7 +25,7 @@ from ..script_util import (
 SOURCES = "sources.csv"
 
 
-class GivenClips:
+class ConditioningClips:
     """The clips of a data folder, numbered, with one modality (`known`) to be given to a model.
 
     Number k is the first window of file k, then come the second windows of those files that have one, and so on, so
@@ -79,7 +79,7 @@ class GivenClips:
                     path, _, start = self.windows.place(window)
                     rows.writerow([clip_name(stem, k), path, float(start)])
 
-        atomically(Path(folder, SOURCES), write)
+        write_atomically(Path(folder, SOURCES), write)
 
 
 def long_enough(

@@ -15,7 +15,7 @@ from ..respace import SpacedDiffusion
 from ..sampling import (
     SAMPLERS,
     SR_SETTINGS,
-    Prepared,
+    InferenceModel,
     choose_precision,
     frames_that_fit,
     make_sampler,
@@ -59,7 +59,7 @@ def load_model(
     flags: Mapping[str, Any],
     config: SampleConfig,
     device: th.device,
-) -> tuple[Prepared, SpacedDiffusion]:
+) -> tuple[InferenceModel, SpacedDiffusion]:
     """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
     model, diffusion = create_model_and_diffusion(
         **{name: flags[name] for name in model_and_diffusion_defaults()}
@@ -75,7 +75,7 @@ def _filled(
     config: SampleConfig,
     precision: str,
     device: th.device,
-) -> Prepared:
+) -> InferenceModel:
     mode = compile_mode(config.compile)
     misfits = checkpoint.load_weights(model, weights, config.is_strict, name=path)
     if misfits:

@@ -12,7 +12,7 @@ import torch as th
 
 from .. import logger
 from ..data import encode
-from ..files import atomically, remove_leftovers
+from ..files import remove_unfinished, write_text
 from ..script_util import (
     SR,
 )
@@ -101,7 +101,7 @@ def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None
             f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
         )
     text = json.dumps(known | wanted, indent=1, sort_keys=True)
-    atomically(note, lambda temporary: Path(temporary).write_text(text))
+    write_text(note, text)
 
 
 def missing_clips(
@@ -111,7 +111,7 @@ def missing_clips(
     claim_folder(folder, description)
     more = [LARGE] * ("upsampler" in description) + [TRUTH] * bool(description["given"])
     for path in clip_paths(folder, "", *more):
-        remove_leftovers(path.parent)
+        remove_unfinished(path.parent)
     return [
         k
         for k, name in enumerate(names)

@@ -43,7 +43,7 @@ from ..script_util import (
     parse,
     pick,
 )
-from .conditioning import GivenClips, clip_name, find_given
+from .conditioning import ConditioningClips, clip_name, find_given
 from .load import (
     Upscale,
     check_frames_fit,
@@ -85,7 +85,7 @@ def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
             future.result()
 
 
-def draw_clips(
+def generate_clips(
     model: nn.Module,
     sampler: Sampler,
     indices: Sequence[int],
@@ -187,7 +187,7 @@ def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation
     sampler = make_sampler(
         config.sample_fn, diffusion, config.clip_denoised, classifier_scale=scale, **settings
     )
-    clips = GivenClips(this.known, this.index, flags) if this.index else None
+    clips = ConditioningClips(this.known, this.index, flags) if this.index else None
     count = min(config.all_save_num, len(clips)) if clips else config.all_save_num
     stem = f"{config.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
     names = [clip_name(stem, k) for k in range(count)]
@@ -216,7 +216,7 @@ def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation
 
     with tqdm(total=len(mine), disable=world.rank > 0, bar_format=BAR) as bar:
         options = (model, sampler, mine, config.batch_size, config.seed, world.device, save)
-        draw_clips(
+        generate_clips(
             *options, lambda done: bar.update(done - bar.n), upscale, clips.given if clips else None
         )
     barrier()

@@ -32,7 +32,7 @@ from ..data.index import VIDEO_EXTENSIONS, find_files, look_up, refuse_if_bad
 from ..evaluation import stereo
 from ..evaluation.scores import BLACK
 from ..evaluation.spatial import STILL, horizontal_place, level_difference, spatial_alignment
-from ..files import absolute, atomically, remove_leftovers
+from ..files import absolute, remove_unfinished, write_text
 
 PAGE, PICTURES, SHEET = "index.html", "gallery", "contact_sheet.png"
 MEASURED = "measured_2.json"  # below PICTURES: what is known of clips that have not changed; 2 is its format
@@ -226,7 +226,7 @@ def strip(frames: th.Tensor) -> th.Tensor:
     """[F, 3, h, w] uint8 -> [3, H, n W]: n <= STRIP_FRAMES of them side by side, those in the middle of equal spans."""
     n = min(STRIP_FRAMES, len(frames))
     chosen = frames[((th.arange(n) + 0.5) * len(frames) / n).long()]
-    return th.cat(list(images.enlarged(chosen)), dim=-1)
+    return th.cat(list(images.enlarge(chosen)), dim=-1)
 
 
 def curve(values: Sequence[float | None]) -> str:
@@ -247,9 +247,7 @@ def write_sheet(path: Path, strips: Iterable[tuple[Path, int]]) -> None:
     for picture, count in strips:
         frames = images.read_image(picture).chunk(count, dim=-1)
         chosen = th.linspace(0, count - 1, SHEET_FRAMES).round().long().tolist()
-        rows.append(
-            th.stack([images.fit_picture(frames[k], SHEET_SIDE, SHEET_SIDE) for k in chosen])
-        )
+        rows.append(th.stack([images.fit_image(frames[k], SHEET_SIDE, SHEET_SIDE) for k in chosen]))
     images.save_contact_sheet(path, rows)
 
 
@@ -261,12 +259,12 @@ def examine(path: str, pictures: Path) -> Clip:
     rate = min(info.sample_rate, MAX_RATE)
     stream = decode.read_frames(path, 0, max(1, round(seconds * fps)), fps)
     first = _small(next(stream))
-    frames = th.stack([first, *(images.fit_picture(image, *first.shape[-2:]) for image in stream)])
+    frames = th.stack([first, *(images.fit_image(image, *first.shape[-2:]) for image in stream)])
     _, audio = decode.read_window(path, 0, 1, fps, 1, 1, rate, max(1, round(seconds * rate)))
     video = images.to_float(frames)
     name = hashlib.sha256(os.fsencode(os.path.relpath(path, pictures))).hexdigest()[:16]
     files = {kind: f"{name}_{kind}.jpg" for kind in KINDS}
-    drawn = images.enlarged(frames[len(frames) // 2]), strip(frames), spectrogram(audio, rate)
+    drawn = images.enlarge(frames[len(frames) // 2]), strip(frames), spectrogram(audio, rate)
     for file, picture in zip(files.values(), drawn, strict=True):
         images.write_image(pictures / file, picture, JPEG_QUALITY)
     seen, heard = places(video, audio)
@@ -289,7 +287,7 @@ def examine(path: str, pictures: Path) -> Clip:
 def _small(image: th.Tensor) -> th.Tensor:
     """[3, h, w] uint8, shrunk to MAX_SIDE if it is larger."""
     scale = min(1, MAX_SIDE / max(image.shape[-2:]))
-    return images.fit_picture(image, *(max(1, round(side * scale)) for side in image.shape[-2:]))
+    return images.fit_image(image, *(max(1, round(side * scale)) for side in image.shape[-2:]))
 
 
 def _notes(path: str, info: decode.ClipInfo, video: th.Tensor, audio: th.Tensor) -> list[str]:
@@ -341,7 +339,7 @@ def write_gallery(
     )
     bad = {names[path]: reason.removeprefix(f"{path}: ") for path, reason in index.bad.items()}
     text = render(root.name, clips, more, bad)
-    atomically(root / PAGE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(root / PAGE, text)
     _sweep(pictures, clips.values())
     return root / PAGE
 
@@ -402,7 +400,7 @@ def _sweep(pictures: Path, clips: Iterable[Clip]) -> None:
     for path in pictures.iterdir():
         if path.is_file() and OURS.fullmatch(path.name) and path.name not in used:
             path.unlink(missing_ok=True)
-    remove_leftovers(pictures)
+    remove_unfinished(pictures)
 
 
 def read_scores(path: Path, names: Collection[str]) -> dict[str, dict[str, float]]:
