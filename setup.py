@@ -7,7 +7,7 @@ HERE = Path(__file__).parent
 setup(
     name="mm-diffusion-stereo",
     version="0.1.0",
-    description="Stereo MM-Diffusion: joint diffusion of video and stereo sound",
+    description="Stereo MM-Diffusion: joint diffusion of video and stereo audio",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -15,4 +15,5 @@ setup(
     package_data={"mm_diffusion.viewing": ["*.html"]},
     python_requires=">=3.11,<3.13",
     install_requires=(HERE / "requirements_training_joint.txt").read_text().splitlines(),
+    extras_require={"eval": ["librosa==0.11.0"]},  # onsets of Temporal AV-Align
 )

@@ -1,4 +1,4 @@
-"""What the sections of a run share: what to measure, for how long, and what was measured already."""
+"""What the sections of a run share: what to measure, for how long, and what is measured already."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ CALLS = ("pass", "step")
 
 @dataclass
 class Bench:
-    """`seconds` is the time for the repeats of a figure, `longest` what a single run may take for one."""
+    """`seconds`: for the repeats of a figure; `longest`: the most that a single sample may take."""
 
     report: Report
     sizes: dict[str, Size]
@@ -26,14 +26,12 @@ class Bench:
     batch_size: int = 1
     calls: tuple[str, ...] = CALLS
     quick: bool = False
-    drawn: dict[tuple[str, ...], Any] = field(
-        default_factory=dict
-    )  # what clips.py has sampled already
+    samples: dict[tuple[str, ...], Any] = field(default_factory=dict)  # the cache of clips.py
     _rates: dict[tuple[str, str], float] = field(default_factory=dict)
     _flop: dict[str, int] = field(default_factory=dict)
 
     def each(self) -> Iterator[tuple[str, Size, str]]:
-        """Model by model, the precisions."""
+        """Every model in every precision: (name, size, precision)."""
         for name, size in self.sizes.items():
             for precision in self.precisions:
                 yield name, size, precision
@@ -47,28 +45,20 @@ class Bench:
         return self._rates[kind, precision]
 
     def flop(self, name: str) -> int:
-        """FLOPs of one sample's way through the model."""
+        """FLOPs of a pass of one sample through the model."""
         if name not in self._flop:
             self._flop[name] = forward_flop(self.sizes[name])
         return self._flop[name]
 
-    def add_passes(
-        self,
-        section: str,
-        name: str,
-        what: str,
-        seconds: list[float],
-        precision: str,
-        variant: str,
-        passes: int,
-        **facts: Any,
-    ) -> None:
-        """A figure of a call that takes as much work as this many passes of the batch through the model."""
-        flop = passes * self.batch_size * self.flop(name)
-        reached = flop / median(seconds)
-        shares = {f"of_{kind}_rate": reached / self.rate(kind, precision) for kind in rates.KINDS}
-        facts = {"flop_per_second": reached, **shares, "flop": flop, **facts}
-        self.report.add(Figure(section, name, what, seconds, "s", precision, variant, facts))
+    def add_passes(self, figure: Figure, passes: int) -> None:
+        """Add a figure of a call that takes as much work as so many passes of the batch."""
+        flop = passes * self.batch_size * self.flop(figure.model)
+        reached = flop / median(figure.repeats)
+        facts = {"flop_per_second": reached}
+        for kind in rates.KINDS:
+            facts[f"of_{kind}_rate"] = reached / self.rate(kind, figure.precision)
+        figure.facts = {**facts, "flop": flop, **figure.facts}
+        self.report.add(figure)
 
 
 def measure_rates(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: times of a call within a budget, their middle and spread, FLOPs, memory."""
+"""How the benchmarks measure: times of a call within a budget, their spread, FLOPs, memory."""
 
 import gc
 import resource
@@ -15,25 +15,29 @@ from typing import Any
 import torch as th
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-MOST_REPEATS = 30
-LONG_CALL = 20.0  # seconds, of which what warming up adds is little
+MAX_REPEATS = 30
+LONG_CALL = 20.0  # seconds, beside which the first call's extra work is little
+
+
+def _attention_flop(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
 # What torch does not count by itself: attention on a CPU.
-MORE_FLOP = {
-    th.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: (
-        sdpa_flop_count(q, k, v)
-    )
-}
+MORE_FLOP = {th.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop}
 
 
 class LeftOut(Exception):
-    """Why a figure is not there."""
+    """Why a figure is missing."""
 
 
 def device() -> th.device:
+    """The GPU if there is one, else the CPU."""
     return th.device("cuda" if th.cuda.is_available() else "cpu")
 
 
 def synchronise() -> None:
+    """Wait until the GPU has done its work."""
     if th.cuda.is_available():
         th.cuda.synchronize()
 
@@ -48,9 +52,9 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def repeat(function: Callable[[], object], budget: float) -> list[float]:
-    """Seconds of each call: as many as fit in `budget` seconds after one or two to warm up, and at least one.
+    """Seconds of each call: at least one, and as many as fit in `budget` seconds.
 
-    A long call that outlasts the budget is made only once.
+    One or two calls to warm up come first, but a long call that exceeds the budget is made once.
     """
     start = time.perf_counter()
     first = seconds_of(function)
@@ -59,13 +63,13 @@ def repeat(function: Callable[[], object], budget: float) -> list[float]:
     if first < budget / 8:
         seconds_of(function)
     times = [seconds_of(function)]
-    while len(times) < MOST_REPEATS and time.perf_counter() - start + times[-1] < budget:
+    while len(times) < MAX_REPEATS and time.perf_counter() - start + times[-1] < budget:
         times.append(seconds_of(function))
     return times
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The range of the middle half of the values, as a share of their median; None for a single value."""
+    """The interquartile range as a share of the median; None for a single value."""
     if len(values) < 2:
         return None
     low, _, high = statistics.quantiles(values, method="inclusive")
@@ -73,22 +77,22 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def flop_of(function: Callable[[], object]) -> int:
-    """FLOPs of the matrix products, convolutions and attention of a call, a multiply-add being two."""
+    """FLOPs of the matrix products, convolutions and attention of a call; a multiply-add is two."""
     with th.no_grad(), FlopCounterMode(display=False, custom_mapping=MORE_FLOP) as counter:
         function()
     return counter.get_total_flops()
 
 
 def tidy() -> None:
-    """Forget compiled networks, of which torch keeps few, and give the memory of models that are gone to the GPU."""
+    """Drop compiled networks, of which torch keeps few, and free the memory of deleted models."""
     th.compiler.reset()
     gc.collect()
     if th.cuda.is_available():
         th.cuda.empty_cache()
 
 
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, on a CPU in a process of its own, whose memory is that of the call alone.
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`; on a CPU in a new process, so that its memory is that of the call alone.
 
     LeftOut where that process is killed, as happens when memory runs out.
     """
@@ -96,15 +100,13 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
         tidy()
         th.cuda.reset_peak_memory_stats()
         return function(*args)
-    with ProcessPoolExecutor(
-        1, get_context("spawn"), initializer=th.set_num_threads, initargs=(th.get_num_threads(),)
-    ) as alone:
+    threads = {"initializer": th.set_num_threads, "initargs": (th.get_num_threads(),)}
+    with ProcessPoolExecutor(1, get_context("spawn"), **threads) as pool:
         try:
-            return alone.submit(function, *args).result()
+            return pool.submit(function, *args).result()
         except BrokenProcessPool:
-            raise LeftOut(
-                "its process was killed; mostly the machine has too little memory"
-            ) from None
+            reason = "its process was killed; most likely the machine has too little memory"
+            raise LeftOut(reason) from None
 
 
 def memory() -> int:
@@ -119,12 +121,8 @@ def peak_memory() -> int:
     if th.cuda.is_available():
         return th.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage also knows what the process that started this one had taken
-        return next(
-            1024 * int(line.split()[1])
-            for line in status.read_text().splitlines()
-            if "VmHWM" in line
-        )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    if status.exists():  # getrusage includes the peak of the parent process
+        lines = status.read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if "VmHWM" in line)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

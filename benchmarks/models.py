@@ -1,4 +1,4 @@
-"""The models that are measured, and what they are measured on."""
+"""The models that are measured, and their inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,19 +10,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm_diffusion import checkpoint
+from mm_diffusion.config import SR, TrainConfig
 from mm_diffusion.dist_util import World
 from mm_diffusion.respace import SpacedDiffusion
 from mm_diffusion.sampling import InferenceModel, bind
 from mm_diffusion.script_util import (
-    SR,
-    TrainConfig,
     create_model_and_diffusion,
     image_sr_create_model_and_diffusion,
     image_sr_model_and_diffusion_defaults,
     model_and_diffusion_defaults,
 )
 from mm_diffusion.train_util import TrainLoop
-from mm_diffusion.tree import Tree, tree_map
+from mm_diffusion.tree import Tree
 from mm_diffusion.unet import window_shift
 
 SEED = 0
@@ -43,7 +42,7 @@ SMALL_SR_FLAGS = {
 
 @dataclass(frozen=True)
 class Size:
-    """A model by its flags, with weights drawn at random or from a checkpoint, whose flags count."""
+    """A model by its flags, with random weights or those of a checkpoint, whose flags count."""
 
     flags: dict[str, Any] = field(default_factory=dict)
     upsampler: bool = False
@@ -60,9 +59,9 @@ UPSAMPLED_BY = {"base": "upsampler", "small_base": "small_upsampler"}
 
 
 def build(size: Size, **flags: Any) -> tuple[nn.Module, SpacedDiffusion]:
-    """Model and diffusion, `flags` before all others.
+    """Model and diffusion; `flags` override those of the size.
 
-    Random weights predict the clip: noise that they predict would drive every sample to the ends of its range.
+    Random weights predict x_0: samples of a random noise prediction would saturate.
     """
     th.manual_seed(SEED)
     prefix = SR if size.upsampler else ""
@@ -71,25 +70,22 @@ def build(size: Size, **flags: Any) -> tuple[nn.Module, SpacedDiffusion]:
     if size.weights:
         checkpoint.load_weights(model, size.weights)
     else:
-        stir(model)
+        fill_zeros(model)
     return model.to(device()), diffusion
 
 
 def create(size: Size, **flags: Any) -> tuple[nn.Module, SpacedDiffusion]:
-    """As built, of the flags of this size, those that its checkpoint carries, and `flags`, the last counting most."""
-    known = (
-        image_sr_model_and_diffusion_defaults()
-        if size.upsampler
-        else model_and_diffusion_defaults()
-    )
+    """Model and diffusion, untrained; `flags` override the checkpoint's, those the size's."""
+    make, defaults = create_model_and_diffusion, model_and_diffusion_defaults
+    if size.upsampler:
+        make, defaults = image_sr_create_model_and_diffusion, image_sr_model_and_diffusion_defaults
     carried = checkpoint.load_state(size.weights)[1] if size.weights else {}
-    kept = {name: value for name, value in carried.items() if name in known}
-    make = image_sr_create_model_and_diffusion if size.upsampler else create_model_and_diffusion
-    return make(**size.flags | kept | flags)
+    known = {name: carried[name] for name in carried.keys() & defaults().keys()}
+    return make(**size.flags | known | flags)
 
 
 @th.no_grad()
-def stir(model: nn.Module) -> None:
+def fill_zeros(model: nn.Module) -> None:
     """Noise, scaled by the inputs of each layer, for the weights that start at zero."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
@@ -97,24 +93,22 @@ def stir(model: nn.Module) -> None:
 
 
 def sample_of(model: nn.Module, batch: int = 1) -> tuple[Tree, dict[str, Any]]:
-    """What the model is trained on, `(x_start, cond)`: noise within [-1, 1], on the model's device."""
+    """A training batch `(x_start, cond)` for the model: noise in [-1, 1], on its device."""
     network: Any = model
-    if hasattr(network, "large_size"):
-        large, small = ((3, n, n) for n in (network.large_size, network.small_size))
-        shapes: Any = (large, {"low_res": small})
-    else:
-        shapes = ({"video": network.video_size, "audio": network.audio_size}, {})
-    th.manual_seed(SEED)
     where = next(model.parameters()).device
-    x, cond = (
-        tree_map(lambda shape: th.randn(batch, *shape, device=where).clamp(-1, 1), tree)
-        for tree in shapes
-    )
-    return x, cond
+
+    def noise(shape: tuple[int, ...]) -> th.Tensor:
+        return th.randn(batch, *shape, device=where).clamp(-1, 1)
+
+    th.manual_seed(SEED)
+    if hasattr(network, "large_size"):
+        large, small = ((3, side, side) for side in (network.large_size, network.small_size))
+        return noise(large), {"low_res": noise(small)}
+    return {"video": noise(network.video_size), "audio": noise(network.audio_size)}, {}
 
 
 def forward_of(model: nn.Module, batch: int = 1) -> Callable[[], Tree]:
-    """A pass through the model, or its prepared copy, without gradients."""
+    """A pass through the model, or through a prepared one, without gradients."""
     network: Any = model.model if isinstance(model, InferenceModel) else model
     x, cond = sample_of(network, batch)
     t = th.full((batch,), MIDDLE_STEP, device=next(model.parameters()).device)
@@ -122,11 +116,8 @@ def forward_of(model: nn.Module, batch: int = 1) -> Callable[[], Tree]:
 
 
 def forward_flop(size: Size) -> int:
-    """FLOPs of a sample's way through the model, counted without computing it."""
-    with (
-        FakeTensorMode(),
-        window_shift("max"),
-    ):  # nothing that is drawn, which would have to be computed
+    """FLOPs of a pass of one sample through the model, counted without computing it."""
+    with FakeTensorMode(), window_shift("max"):  # a random shift would have to be computed
         model, _ = create(size)
         return flop_of(forward_of(model))
 
@@ -134,11 +125,8 @@ def forward_flop(size: Size) -> int:
 def train_loop(
     size: Size, precision: str, folder: str, compiled: bool = False, **flags: Any
 ) -> TrainLoop:
-    """The trainer as the scripts use it, but for its data: call `run_step` with a batch of `sample_of`."""
+    """The trainer without data: call `run_step` with a batch of `sample_of`."""
     model, diffusion = build(size, **flags)
-    config = TrainConfig(
-        output_dir=folder, precision=precision, preview_clips=0, keep_last=1, compile=str(compiled)
-    )
-    return TrainLoop(
-        model, diffusion, lambda start_sample: iter(()), config, World(device=device())
-    )
+    options: dict[str, Any] = {"precision": precision, "compile": str(compiled)}
+    config = TrainConfig(output_dir=folder, preview_clips=0, keep_last=1, **options)
+    return TrainLoop(model, diffusion, lambda start: iter(()), config, World(device=device()))

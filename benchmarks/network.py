@@ -4,7 +4,7 @@ import tempfile
 from typing import Any
 
 from bench import Bench
-from measure import apart, memory, peak_memory, repeat, seconds_of, synchronise
+from measure import in_own_process, memory, peak_memory, repeat, seconds_of, synchronise
 from models import Size, build, forward_of, sample_of, train_loop
 from report import Figure
 
@@ -18,69 +18,71 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
     "finest": {"use_checkpoint": True, "checkpoint_resolutions": "1"},
 }
 VARIANTS = (*RECOMPUTED, "compiled")
+INFERENCE_VARIANTS = ("plain", "compiled")  # checkpointing makes no difference
 
 
 def measure_forward(bench: Bench) -> None:
-    """The section "forward": models as the samplers run them. Checkpointing makes no difference to them."""
+    """The section "forward": passes of models as the samplers run them."""
     for name, size, precision in bench.each():
-        for variant in bench.variants:
-            if variant in ("plain", "compiled"):
-                with bench.report.trying("forward", name, precision, variant):
-                    forward(bench, name, size, precision, variant)
+        for variant in filter(INFERENCE_VARIANTS.__contains__, bench.variants):
+            with bench.report.trying("forward", name, precision, variant):
+                forward(bench, name, size, precision, variant)
 
 
 def forward(bench: Bench, name: str, size: Size, precision: str, variant: str) -> None:
-    model = prepare(build(size)[0], precision, "default" if variant == "compiled" else "")
+    """Add the figure of a pass."""
+    is_compiled = variant == "compiled"
+    model = prepare(build(size)[0], precision, "default" if is_compiled else "")
     call = forward_of(model, bench.batch_size)
-    facts = {"seconds_to_compile": seconds_of(call)} if variant == "compiled" else {}
-    bench.add_passes(
-        "forward", name, "pass", repeat(call, bench.seconds), precision, variant, 1, **facts
-    )
+    facts = {"seconds_to_compile": seconds_of(call)} if is_compiled else {}
+    seconds = repeat(call, bench.seconds)
+    bench.add_passes(Figure("forward", name, "pass", seconds, "s", precision, variant, facts), 1)
 
 
 def measure_training(bench: Bench) -> None:
     """The section "training": whole steps of the trainer, optimizer and moving average included."""
     for name, size, precision in bench.each():
         for variant in bench.variants:
-            with (
-                bench.report.trying("training", name, precision, variant),
-                tempfile.TemporaryDirectory() as folder,
-            ):
-                training(bench, name, size, precision, variant, folder)
+            with bench.report.trying("training", name, precision, variant):
+                training(bench, name, size, precision, variant)
 
 
-def training(
-    bench: Bench, name: str, size: Size, precision: str, variant: str, folder: str
-) -> None:
-    compiled = variant == "compiled"
-    loop = train_loop(size, precision, folder, compiled, **RECOMPUTED.get(variant, {}))
-    batch = sample_of(loop.model, bench.batch_size)
-    facts = {"seconds_to_compile": seconds_of(lambda: loop.run_step(*batch))} if compiled else {}
-    seconds = repeat(lambda: loop.run_step(*batch), bench.seconds)
-    bench.add_passes("training", name, "step", seconds, precision, variant, STEP_PASSES, **facts)
+def training(bench: Bench, name: str, size: Size, precision: str, variant: str) -> None:
+    """Add the figure of a training step."""
+    is_compiled = variant == "compiled"
+    with tempfile.TemporaryDirectory() as folder:
+        loop = train_loop(size, precision, folder, is_compiled, **RECOMPUTED.get(variant, {}))
+        batch = sample_of(loop.model, bench.batch_size)
+
+        def step() -> None:
+            loop.run_step(*batch)
+
+        facts = {"seconds_to_compile": seconds_of(step)} if is_compiled else {}
+        seconds = repeat(step, bench.seconds)
+    figure = Figure("training", name, "step", seconds, "s", precision, variant, facts)
+    bench.add_passes(figure, STEP_PASSES)
 
 
 def measure_memory(bench: Bench) -> None:
-    """The section "memory": the most that a pass, and a training step, take with all they need."""
+    """The section "memory": the peak of a pass, and of a training step."""
+    steps = [("step", variant, memory_of_step) for variant in RECOMPUTED]
     for name, size, precision in bench.each():
-        for what, variant in (("pass", "plain"), *(("step", variant) for variant in RECOMPUTED)):
-            if variant in bench.variants:
-                with bench.report.trying("memory", name, what, precision, variant):
-                    taken = {"pass": memory_of_pass, "step": memory_of_step}[what]
-                    before, peak = apart(
-                        taken, size, precision, bench.batch_size, RECOMPUTED[variant]
-                    )
-                    facts = {"above_model_gib": (peak - before) / 2**30}
-                    bench.report.add(
-                        Figure("memory", name, what, [peak], "B", precision, variant, facts)
-                    )
+        for what, variant, function in [("pass", "plain", memory_of_pass), *steps]:
+            if variant not in bench.variants:
+                continue
+            with bench.report.trying("memory", name, what, precision, variant):
+                arguments = (size, precision, bench.batch_size, RECOMPUTED[variant])
+                before, peak = in_own_process(function, *arguments)
+                facts = {"above_model_gib": (peak - before) / 2**30}
+                label = (name, what, [peak], "B", precision, variant, facts)
+                bench.report.add(Figure("memory", *label))
 
 
 def memory_of_pass(
     size: Size, precision: str, batch_size: int, flags: dict[str, Any]
 ) -> tuple[int, int]:
     """Bytes (with the model as the samplers run it, at the peak of a pass)."""
-    model = prepare(build(size)[0], precision)
+    model = prepare(build(size, **flags)[0], precision)
     call, before = forward_of(model, batch_size), memory()
     call()
     synchronise()

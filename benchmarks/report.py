@@ -1,4 +1,4 @@
-"""What comes out of the benchmarks: figures in a table as they come, in a JSON file, and against an earlier file."""
+"""Output of the benchmarks: figures as a table and a JSON file, and two files compared."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 import torch as th
 from measure import LeftOut, device, spread, tidy
 
-from mm_diffusion.training.states import write_file
+from mm_diffusion.files import write_text
 
 SCALES = {
     "s": ((1, "s"), (1e-3, "ms"), (1e-6, "us")),
@@ -24,21 +24,17 @@ SCALES = {
     "B/s": ((1e9, "GB/s"), (1e6, "MB/s")),
     "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")),
 }
+NAME_PARTS = ("section", "model", "what", "precision", "variant")
 ROW = "{:<12}{:<17}{:<40}{:<6}{:<14}{:>14}{:>8}{:>4}  {}"
 HEAD = ROW.format("section", "model", "what", "", "variant", "median", "spread", "n", "")
-SAME_MACHINE = (
-    "device",
-    "processor",
-    "threads",
-    "torch",
-    "allocator",
-    "float32",
-)  # for figures to be comparable
+# Must agree for figures to be comparable.
+SAME_MACHINE = ("device", "processor", "threads", "torch", "allocator", "float32")
+ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Figure:
-    """Something measured, `repeats` times, in `unit`; `facts` are what follows from it or goes with it."""
+    """Something measured, `repeats` times, in `unit`; `facts` go with it or follow from it."""
 
     section: str
     model: str
@@ -50,113 +46,99 @@ class Figure:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self) -> str:
+        """Its line in the table."""
         share = spread(self.repeats)
-        cells = (
-            self.section,
-            self.model,
-            self.what,
-            self.precision,
-            self.variant,
-            pretty(median(self.repeats), self.unit),
-        )
+        spread_text = "-" if share is None else f"{share:.1%}"
+        middle = pretty(median(self.repeats), self.unit)
+        names = (self.section, self.model, self.what, self.precision, self.variant)
         facts = ", ".join(_fact(key, value) for key, value in self.facts.items() if key != "flop")
-        return ROW.format(
-            *cells, "-" if share is None else f"{share:.1%}", len(self.repeats), facts
-        ).rstrip()
+        return ROW.format(*names, middle, spread_text, len(self.repeats), facts).rstrip()
 
     def entry(self) -> dict[str, Any]:
         """As it is written to the JSON file."""
-        return dataclasses.asdict(self) | {
-            "median": median(self.repeats),
-            "spread": spread(self.repeats),
-        }
+        summary = {"median": median(self.repeats), "spread": spread(self.repeats)}
+        return dataclasses.asdict(self) | summary
 
 
 @dataclass
 class Report:
-    """The figures of a run, which are printed as they come and kept in a file after every section."""
+    """The figures of a run, printed at once and written to a file after every section."""
 
     settings: dict[str, Any]
     path: Path | None = None
     figures: list[Figure] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=lambda: machine())
 
     def add(self, figure: Figure) -> None:
+        """Add and print a figure."""
         self.figures.append(figure)
         print(figure.row(), flush=True)
 
     def leave_out(self, what: str, why: str) -> None:
-        self.left_out.append((what, why))
+        """Record and print that a figure is missing."""
+        self.left_out.append({"what": what, "why": why})
         print(f"left out: {what}: {why}", flush=True)
 
     @contextlib.contextmanager
     def trying(self, *what: str) -> Iterator[None]:
-        """Within it a figure may turn out to take too long or too much memory, which is told; others go on."""
+        """A context in which a figure may take too much time or memory: it is left out then."""
+        name = " ".join(filter(None, what))
         try:
             yield
         except LeftOut as reason:
-            self.leave_out(" ".join(filter(None, what)), str(reason))
+            self.leave_out(name, str(reason))
         except th.OutOfMemoryError:
-            self.leave_out(" ".join(filter(None, what)), "the GPU has too little memory")
+            self.leave_out(name, "the GPU has too little memory")
         tidy()
 
     def content(self) -> dict[str, Any]:
-        left_out = [{"what": what, "why": why} for what, why in self.left_out]
+        """What the file holds."""
         figures = [figure.entry() for figure in self.figures]
-        return {
-            "machine": self.machine,
-            "settings": self.settings,
-            "figures": figures,
-            "left_out": left_out,
-        }
+        parts = {"machine": self.machine, "settings": self.settings, "figures": figures}
+        return parts | {"left_out": self.left_out}
 
     def write(self) -> None:
+        """Write the file, if there is one to write."""
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.content(), indent=1)
-            write_file(str(self.path), lambda file: file.write(text.encode()))
+            write_text(self.path, json.dumps(self.content(), indent=1))
 
 
 def pretty(value: float, unit: str) -> str:
-    """A number with its unit, in the size of unit that suits it."""
+    """A value with its unit, scaled."""
     scales = SCALES.get(unit, ((1.0, unit),))
     scale, name = next((s for s in scales if abs(value) >= s[0]), scales[-1])
     return f"{value / scale:.4g} {name}"
 
 
 def _fact(key: str, value: Any) -> str:
+    name = key.replace("_", " ")
     if key == "flop_per_second":
         return pretty(value, "FLOP/s")
-    if key.startswith("of_") or key == "share":
-        return f"{value:.0%} {key.replace('_', ' ')}".removesuffix(" share")
-    return (
-        f"{key.replace('_', ' ')} {value:.4g}"
-        if isinstance(value, float)
-        else f"{key.replace('_', ' ')} {value}"
-    )
+    if key == "share":
+        return f"{value:.0%}"
+    if key.startswith("of_"):
+        return f"{value:.0%} {name}"
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the figures were measured."""
-    on_gpu = th.cuda.is_available()
+    """Where and with what the figures are measured."""
+    is_gpu = th.cuda.is_available()
     return {
-        "device": th.cuda.get_device_name() if on_gpu else "cpu",
+        "device": th.cuda.get_device_name() if is_gpu else "cpu",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": th.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu_memory_bytes": th.cuda.get_device_properties(device()).total_memory if on_gpu else 0,
+        "gpu_memory_bytes": th.cuda.get_device_properties(device()).total_memory if is_gpu else 0,
         "torch": th.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "allocator": {
-            name: os.environ.get(name, "")
-            for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-        },
+        "allocator": {name: os.environ.get(name, "") for name in ALLOCATOR},
         "float32": {
             "matrix_precision": th.get_float32_matmul_precision(),
-            "convolution_tf32": th.backends.cudnn.allow_tf32 if on_gpu else False,
+            "convolution_tf32": th.backends.cudnn.allow_tf32 if is_gpu else False,
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -165,21 +147,19 @@ def machine() -> dict[str, Any]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
 
 
 def commit() -> str:
-    """The commit of this checkout, with a plus where files differ from it; "" where there is none."""
+    """The commit of this checkout, with a plus where files differ from it; "" without git."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+        return subprocess.run(["git", *words], cwd=here, **options).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
@@ -202,43 +182,37 @@ def read(path: str) -> dict[str, Any]:
 
 
 def ratios(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
-    """Median of now over median of before, of the figures that both have."""
-    before, after = (_by_name(content) for content in (old, new))
-    return {
-        name: after[name]["median"] / before[name]["median"]
-        for name in after
-        if before.get(name, {}).get("median")
-    }
+    """New median over old median, of the figures that both have."""
+    before, after = _by_name(old), _by_name(new)
+    common = [name for name in after if before.get(name, {}).get("median")]
+    return {name: after[name]["median"] / before[name]["median"] for name in common}
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """A table of ratios, and what makes the two files less comparable."""
-    before, after = (_by_name(content) for content in (old, new))
-    lines = [
-        f"note: {name} was {old['machine'].get(name)!r} and is {new['machine'].get(name)!r}"
-        for name in SAME_MACHINE
-        if old["machine"].get(name) != new["machine"].get(name)
-    ]
-    lines.append(
-        f"{'new / old':>9}  {'old':>14}{'new':>14}  (= where the two ranges of repeats overlap)"
-    )
+    before, after = _by_name(old), _by_name(new)
+    lines = []
+    for name in SAME_MACHINE:
+        was, now = old["machine"].get(name), new["machine"].get(name)
+        if was != now:
+            lines.append(f"note: {name} was {was!r} and is {now!r}")
+    head = f"{'new / old':>9}  {'old':>14}{'new':>14}"
+    lines.append(f"{head}  (= where the ranges of the repeats overlap)")
     for name, ratio in ratios(old, new).items():
         a, b = before[name], after[name]
-        overlap = max(min(a["repeats"]), min(b["repeats"])) <= min(
-            max(a["repeats"]), max(b["repeats"])
-        )
-        cells = (pretty(entry["median"], entry["unit"]) for entry in (a, b))
-        lines.append(
-            "{:>8.3f}{}  {:>14}{:>14}  {}".format(
-                ratio, "=" if overlap else " ", *cells, " ".join(filter(None, name))
-            )
-        )
+        least = max(min(a["repeats"]), min(b["repeats"]))
+        mark = "=" if least <= min(max(a["repeats"]), max(b["repeats"])) else " "
+        was, now = (pretty(entry["median"], entry["unit"]) for entry in (a, b))
+        lines.append(f"{ratio:>8.3f}{mark}  {was:>14}{now:>14}  {_text(name)}")
     for content, others, when in ((before, after, "before"), (after, before, "now")):
-        if only := [" ".join(filter(None, name)) for name in content if name not in others]:
+        if only := [_text(name) for name in content if name not in others]:
             lines.append(f"only {when}: {'; '.join(only)}")
     return "\n".join(lines)
 
 
 def _by_name(content: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    parts = ("section", "model", "what", "precision", "variant")
-    return {tuple(figure[part] for part in parts): figure for figure in content["figures"]}
+    return {tuple(figure[part] for part in NAME_PARTS): figure for figure in content["figures"]}
+
+
+def _text(name: tuple[str, ...]) -> str:
+    return " ".join(filter(None, name))

@@ -1,7 +1,8 @@
-"""Measures this machine and what the models reach on it: speed, memory, and what half precision costs.
+"""Measures this machine and what the models reach on it: speed, memory, fidelity of half precision.
 
-Figures come as a table and go into a JSON file. A share of the rate of a matrix product means the same on any machine;
-seconds do not. `--compare OLD.json` prints ratios to an earlier run, `--compare OLD.json NEW.json` those of two files.
+Figures are printed as a table and written to a JSON file. A share of the rate of a matrix product
+means the same on any machine; seconds do not. `--compare OLD.json` prints ratios to an earlier run,
+`--compare OLD.json NEW.json` those of two files.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from models import MODELS, Size
 from report import HEAD, Report, compare, read
 
 from mm_diffusion import logger
+from mm_diffusion.config import Parser
 from mm_diffusion.dist_util import friendly_errors, tune_gpus
-from mm_diffusion.sampling import DTYPES, SAMPLERS, half_precision
-from mm_diffusion.script_util import Parser
+from mm_diffusion.sampling import DTYPES, SAMPLERS, choose_precision
 
 SECTIONS = {
     "rates": measure_rates,
@@ -38,8 +39,16 @@ SECTIONS = {
     "fidelity": measure_fidelity,
     "changes": measure_changes,
 }
-ASKED_FOR = ("changes",)
-COMPILING = "a compiler takes minutes for a model; ask for it with --variants"
+ON_REQUEST = ("changes",)
+SMALL_MODELS = [name for name in MODELS if "small" in name]
+# Flag -> its default, and that with --quick.
+DEFAULTS = {
+    "seconds": (30.0, 2.0),
+    "longest": (300.0, 60.0),
+    "models": (list(MODELS), SMALL_MODELS),
+}
+SHARED = [field.name for field in dataclasses.fields(Bench) if field.init]
+COMPILING = "compiling takes minutes for a model; ask for it with --variants"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,140 +64,75 @@ def main(arguments: list[str] | None = None) -> None:
         print(compare(contents[0], bench.report.content()))
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Flags; those that depend on the device or on --quick are filled in."""
-    on_gpu = device().type == "cuda"
+def make_parser() -> Parser:
+    """The flags; None stands for a default that depends on --quick."""
+    variants = [*network.RECOMPUTED, *["compiled"] * (device().type == "cuda")]
+    precisions = ["fp32", choose_precision("", True, device())]
+    usual = [name for name in SECTIONS if name not in ON_REQUEST]
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=SECTIONS,
-        default=[name for name in SECTIONS if name not in ASKED_FOR],
-        metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)}; the usual are all but {', '.join(ASKED_FOR)}",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=MODELS,
-        help="which to measure; None: all, with --quick the small ones",
-    )
-    parser.add_argument(
-        "--precisions",
-        nargs="+",
-        choices=DTYPES,
-        default=["fp32", half_precision(device())],
-        help="to measure in",
-    )
-    parser.add_argument(
-        "--variants", nargs="+", choices=network.VARIANTS, default=[*network.RECOMPUTED, *["compiled"] * on_gpu],
-        help="activations kept (plain) or recomputed for the gradient (all, or of the finest maps), torch.compile",
-    )  # fmt: skip
-    parser.add_argument(
-        "--calls",
-        nargs="+",
-        choices=CALLS,
-        default=list(CALLS),
-        help="of the section changes: passes, training steps",
-    )
-    parser.add_argument(
-        "--samplers",
-        nargs="+",
-        choices=SAMPLERS,
-        default=list(SAMPLERS),
-        help="to draw a clip with",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=1,
-        help="clips, or pictures, of a pass and of a training step",
-    )
-    parser.add_argument(
-        "--seconds", type=float, help="to repeat a figure for; None: 30, with --quick 2"
-    )
-    parser.add_argument(
-        "--longest",
-        type=float,
-        help="a clip that would take more seconds is left out; None: 300, with --quick 60",
-    )
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="MODEL=FILE",
-        help="checkpoints, for weights that are not random",
-    )
-    parser.add_argument("--quick", action="store_true", help="small models, few repeats")
-    parser.add_argument(
-        "--json", help="file to write; None: output/benchmarks/DATE_TIME.json; empty: no file"
-    )
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="an earlier file to compare with, or two files",
-    )
-    options = parser.parse_args(arguments)
-    usual = {
-        "seconds": (30.0, 2.0),
-        "longest": (300.0, 60.0),
-        "models": (list(MODELS), [n for n in MODELS if "small" in n]),
-    }
-    for name, values in usual.items():
+
+    def add_list(name: str, choices: object, default: list[str] | None, text: str) -> None:
+        parser.add_argument(name, nargs="+", choices=choices, default=default, help=text)
+
+    add_list("--only", SECTIONS, usual, "sections to measure")
+    add_list("--models", MODELS, None, "to measure; None: all, with --quick the small ones")
+    add_list("--precisions", DTYPES, precisions, "to measure in")
+    recomputed = "activations kept (plain) or recomputed (checkpointed; finest: at full size only)"
+    add_list("--variants", network.VARIANTS, variants, f"{recomputed}, or torch.compile")
+    add_list("--calls", CALLS, list(CALLS), "of the section changes")
+    add_list("--samplers", SAMPLERS, list(SAMPLERS), "to generate a clip with")
+    add = parser.add_argument
+    add("--batch_size", type=int, default=1, help="clips or images of a pass and a training step")
+    add("--seconds", type=float, help="to repeat a figure for; None: 30, with --quick 2")
+    add("--longest", type=float, help="seconds for a clip at most; None: 300, with --quick 60")
+    weights = "checkpoints, for weights that are not random"
+    add("--weights", nargs="+", default=[], metavar="MODEL=FILE", help=weights)
+    add("--quick", action="store_true", help="small models, few repeats")
+    add("--json", help="output file; None: output/benchmarks/DATE_TIME.json; empty: no file")
+    add("--compare", nargs="+", default=[], metavar="FILE", help="an earlier file, or two files")
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The flags, with all defaults filled in; ValueError, naming the flag, for a bad value."""
+    options = make_parser().parse_args(arguments)
+    for name, values in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, values[options.quick])
-    check(options)
-    return options
-
-
-def check(options: argparse.Namespace) -> None:
-    """ValueError, naming the flag, for what cannot be measured."""
     if len(options.compare) > 2:
-        raise ValueError(f"compare: {len(options.compare)} files, need one or two")
+        raise ValueError(f"--compare: {len(options.compare)} files, need one or two")
     for name in ("seconds", "longest", "batch_size"):
         if getattr(options, name) <= 0:
-            raise ValueError(f"{name} {getattr(options, name)}: need a positive number")
+            raise ValueError(f"--{name} {getattr(options, name)}: need a positive number")
     if options.json is None:
         options.json = f"output/benchmarks/{datetime.datetime.now():%Y%m%d_%H%M%S}.json"
     if options.json and Path(options.json).exists():
-        raise ValueError(f"json {options.json}: exists already; choose another name")
+        raise ValueError(f"--json {options.json}: exists already; choose another name")
+    return options
 
 
 def make_bench(options: argparse.Namespace) -> Bench:
-    settings = {
-        name: value for name, value in vars(options).items() if name not in ("json", "compare")
-    }
-    shared = {
-        name: settings[name]
-        for name in (
-            "precisions",
-            "variants",
-            "samplers",
-            "seconds",
-            "longest",
-            "batch_size",
-            "calls",
-            "quick",
-        )
-    }
+    """What to measure, by the flags."""
+    settings = {k: value for k, value in vars(options).items() if k not in ("json", "compare")}
     report = Report(settings, Path(options.json) if options.json else None)
+    shared = {name: settings[name] for name in SHARED if name in settings}
     return Bench(report, with_weights(options.models, options.weights), **shared)
 
 
 def with_weights(names: list[str], weights: list[str]) -> dict[str, Size]:
     """Models by name, those of `weights` (MODEL=FILE) with them."""
-    files = dict(text.split("=", 1) if "=" in text else (text, "") for text in weights)
-    for name, path in files.items():
+    files = {}
+    for text in weights:
+        name, _, path = text.partition("=")
         if name not in names or not path:
-            raise ValueError(
-                f"weights {name}={path}: need MODEL=FILE, the model one of {', '.join(names)}"
-            )
+            known = ", ".join(names)
+            raise ValueError(f"--weights {text}: need MODEL=FILE, the model one of {known}")
+        files[name] = path
     return {name: dataclasses.replace(MODELS[name], weights=files.get(name, "")) for name in names}
 
 
 def measure(bench: Bench, sections: list[str]) -> None:
+    """Measure and print the sections."""
     report = bench.report
     for name, value in report.machine.items():
         print(f"{name:<18}{value}")

@@ -1,9 +1,10 @@
-"""Draws fig/coupled_unet.svg and .png: every block of the coupled U-Net, read off the modules of the published model.
+"""Draws fig/coupled_unet.svg and .png: every block of the published coupled U-Net, by its modules.
 
     python fig/make_diagram.py
 
-The way down is on the left, the way up on the right, the middle below. A row is a residual block of both streams, and a
-link between them the cross-attention that follows it; rows of one height on both sides share a skip connection.
+The way down is on the left, the way up on the right, the middle below. A row is a residual block of
+both streams. A link between them is the cross-attention that follows it. Rows of one height on both
+sides share a skip connection.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from mm_diffusion.cross_attention import CrossAttention
 from mm_diffusion.modality import AUDIO, VIDEO
 from mm_diffusion.script_util import create_model_and_diffusion
-from mm_diffusion.unet import CrossAttention, InputConv, MultimodalUNet, ResBlock
+from mm_diffusion.unet import InputConv, MultimodalUNet, ResBlock
 
 HERE = Path(__file__).parent
 
@@ -38,7 +40,7 @@ class Link:
 
 @dataclasses.dataclass
 class Row:
-    """A block of both streams: the first or last convolution, a residual block, or one that resamples."""
+    """A block of both streams: first or last convolution, residual block, or one that resamples."""
 
     kind: str  # "input", "residual", "downsample", "upsample" or "output"
     in_channels: dict[str, int]
@@ -62,7 +64,7 @@ class Plan:
     num_parameters: int
 
     def levels(self) -> list[tuple[list[Row], list[Row]]]:
-        """By resolution, finest first: rows of both ways; one that resamples belongs to what it makes."""
+        """Rows of both ways by resolution, finest first; a resampling row goes with its output."""
         down: list[list[Row]] = []
         for row in self.down:
             down += [[]] if row.kind in ("input", "downsample") else []
@@ -81,7 +83,7 @@ def published_model() -> MultimodalUNet:
 
 
 def read_plan(model: MultimodalUNet) -> Plan:
-    """What the modules of a coupled U-Net are, with the sizes of their maps at its own clip size."""
+    """The modules of a coupled U-Net, with the sizes of their feature maps at its clip size."""
     frames, _, height, width = model.video_size
     grids: dict[str, tuple[int, ...]] = {
         "video": (frames, height, width),
@@ -142,7 +144,7 @@ def resampled(grid: tuple[int, ...], stride: tuple[int, ...], resample: str) -> 
     return grid
 
 
-# ---------------------------------------------------------------- drawing, in pixels from the top left
+# ------------------------------------------------------------ drawing, in pixels from the top left
 
 WIDTH = 1240
 MARGIN, LABEL_X, LEFT_X, RIGHT_X = (
@@ -256,7 +258,7 @@ def draw_pill(ax: Axes, x: float, y: float, text: str) -> None:
 
 
 def draw_block(ax: Axes, row: Row, name: str, x: float, y: float, dark: str, light: str) -> None:
-    """One stream of a row: channels in and out, chips for what it attends among, the dilation of its sound."""
+    """One stream of a row: channels, chips for its self-attention, dilation of its audio conv."""
     plain = row.kind in ("input", "output")
     changes = row.kind in ("downsample", "upsample")
     box(ax, x, y, BAR, "white" if plain else light if changes else dark, dark)
@@ -313,7 +315,7 @@ def draw_level(ax: Axes, down: list[Row], up: list[Row], y: float, height: float
 
 
 def label_level(ax: Axes, row: Row, y: float) -> None:
-    """The sizes of the maps of a level, at its left."""
+    """The sizes of the feature maps of a level, at its left."""
     frames, height, width = row.grids["video"]
     (length,) = row.grids["audio"]
     write(ax, LABEL_X, y + 13, f"{height} × {width}", 17, weight="bold", color=BLUE)
@@ -355,7 +357,7 @@ def draw_head(ax: Axes, plan: Plan) -> None:
         "video": f"{frames} × {colours} × {height} × {width}",
         "audio": f"{channels} × {samples:,}",
     }
-    titles = {"video": "video", "audio": "stereo sound"}
+    titles = {"video": "video", "audio": "stereo audio"}
     y = TOP - 14 - BAR[1]
     for name, (dark, _) in COLOURS.items():
         centre = stream_x(LEFT_X, name) + BAR[0] / 2
@@ -367,7 +369,7 @@ def draw_head(ax: Axes, plan: Plan) -> None:
         arrow(ax, [(centre, y), (centre, y - 16)], dark)
         write(ax, centre, y - 28, titles[name], 16, color=dark, ha="center", weight="bold")
     draw_row(ax, plan.up[-1], RIGHT_X, y)
-    for left, text in ((LEFT_X, "way down"), (RIGHT_X, "way up")):
+    for left, text in ((LEFT_X, "down"), (RIGHT_X, "up")):
         write(ax, left + SPAN / 2, y - 28, text, 13, color=GREY, ha="center", weight="bold")
     middle = (LEFT_X + SPAN + RIGHT_X) / 2
     box(ax, middle - 70, 30, (140, 44), "#eaf5ee", GREEN, radius=8)
@@ -394,7 +396,7 @@ def draw_ways(ax: Axes, tops: list[float], levels: list[tuple[list[Row], list[Ro
 def draw_middle(ax: Axes, plan: Plan, y: float, coarsest: float, end: float) -> None:
     """The blocks between the ways, below the way down, and the arrows to and from them.
 
-    y: top of the first row; coarsest: top of the panel above; end: bottom of the last row of the way up.
+    y: top of the first row; coarsest: top of the panel above; end: bottom of the last row up.
     """
     bottom = y + PITCH * (len(plan.middle) - 1) + BAR[1]
     panel(ax, y - PANEL_PAD, LEFT_X + SPAN + 14, bottom - y + 2 * PANEL_PAD)
@@ -426,9 +428,9 @@ def draw_legend(ax: Axes, plan: Plan, y: float) -> None:
     for k, row in enumerate(samples.values()):
         draw_block(ax, row, "video", MARGIN, y + 48 * k, *COLOURS["video"])
     notes = {
-        5: "residual block, channels in → out; d: dilation of its convolution of sound;",
-        22: "self-attention S among the pixels of a frame, T among the frames of a pixel, A in sound",
-        61: "residual block that also resamples: picture sides, and samples, divided or multiplied",
+        5: "residual block, channels in → out; d: dilation of its audio convolution;",
+        22: "self-attention S over pixels of a frame, T over frames of a pixel, A over audio",
+        61: "residual block that also resamples: height and width, or audio samples, ÷ or ×",
     }
     for below, note in notes.items():
         write(ax, MARGIN + BAR[0] + 14, y + below, note, 11.5)

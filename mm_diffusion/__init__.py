@@ -1,1 +1,1 @@
-"""Stereo MM-Diffusion: joint diffusion of video and stereo sound."""
+"""Stereo MM-Diffusion: joint diffusion of video and stereo audio."""

@@ -1,23 +1,34 @@
-"""Checkpoints on disk: published parameter names, strict loading, files that are complete or absent."""
+"""Checkpoints: published parameter names, strict loading, complete or absent files, manifests."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
+import json
 import os
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import blobfile as bf
 import torch as th
 from torch import nn
 
-from .training.states import CheckpointError, refuse_damaged, write_file
+from .files import checksum, is_remote, write_atomically
 
-# Ours -> published, applied in order to any name or end of a name, so that they serve one block as well as a network.
+EMA_FILE, MODEL_FILE = re.compile(r"ema_(\d*\.?\d+)_(\d+)\.pt"), re.compile(r"model(\d+)\.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit the model."""
+
+
+# ------------------------------------------------------------ names
+
+# Ours -> published, applied in order to a name, of a block as well as of a network.
 NAME_TABLE = [
     (r"\bconv\.video\.(spatial|temporal)\.", r"video_conv.video_conv_\1."),
     (r"\bconv\.(video|audio)\.", r"\1_conv.\1_conv."),
@@ -64,47 +75,54 @@ def published_names(model: nn.Module) -> dict[str, str]:
 
 def published_state_dict(model: nn.Module) -> dict[str, th.Tensor]:
     """The weights under their published names; tensors share memory with the model's."""
-    state = model.state_dict()
-    return {published: state[name] for published, name in published_names(model).items()}
+    return dict(zip(published_names(model), model.state_dict().values(), strict=True))
 
 
-def save_weights(
-    path: str, model_or_state: nn.Module | dict[str, th.Tensor], flags: dict[str, Any]
-) -> None:
-    """Write a state dict under published names that carries its flags; complete or absent, whatever happens.
+# ------------------------------------------------------------ files
 
-    It is an ordinary state dict for every other tool: the flags are an attribute of it.
-    """
-    state = (
-        published_state_dict(model_or_state)
-        if isinstance(model_or_state, nn.Module)
-        else model_or_state
-    )
-    save(path, with_flags(state, flags))
+
+def save_weights(path: str, model: nn.Module, flags: dict[str, Any]) -> None:
+    """Write the weights under published names, with their flags, as `save` does."""
+    save(path, with_flags(published_state_dict(model), flags))
 
 
 def with_flags(state: dict[str, th.Tensor], flags: dict[str, Any]) -> OrderedDict:
-    """The state dict as it is saved, with its flags."""
-    carrier = OrderedDict(
-        (name, tensor.detach().cpu().contiguous()) for name, tensor in state.items()
-    )
+    """The state dict on the CPU, with its flags: an attribute, which other tools do not notice."""
+    carrier = OrderedDict((name, t.detach().cpu().contiguous()) for name, t in state.items())
     carrier.flags = dict(flags)  # type: ignore[attr-defined]
     return carrier
 
 
-def save(path: str, state: Any) -> None:
-    """torch.save to a file that appears when it is complete."""
-    write_file(path, lambda file: th.save(state, file))
+def save(path: str, content: Any) -> dict[str, Any]:
+    """torch.save to a file that is complete and on the disk, or absent -> its `checksum`.
+
+    OSError where it cannot be written.
+    """
+    written: dict[str, Any] = {}
+
+    def write(temporary: str) -> None:
+        try:
+            with open(temporary, "wb") as file:
+                th.save(content, file)
+        except RuntimeError as error:  # what torch.save makes of an error of the file
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(_first_line(error)) from None
+        written.update(checksum(temporary))
+
+    write_atomically(path, write, durable=True)
+    return written
 
 
 def load(path: str) -> Any:
-    """What `save` wrote, from a local, gs://, az:// or https:// path, onto the CPU. Never runs code from the file."""
+    """What `save` wrote, from a local or remote path, on the CPU. Runs no code from the file.
+
+    CheckpointError where the file is missing or corrupt, or differs from the manifest beside it.
+    """
     try:
-        refuse_damaged(path)
-        with bf.BlobFile(path, "rb") if "://" in path else open(path, "rb") as opened:
-            file: Any = io.BytesIO(opened.read()) if "://" in path else opened
-            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
-                raise ValueError(f"its part {damaged} is damaged")
+        _refuse_corrupt(path)
+        with bf.BlobFile(path, "rb", streaming=False) as file:
+            if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"{part} in it is corrupt")
             file.seek(0)
             with warnings.catch_warnings(action="ignore"):
                 return th.load(file, map_location="cpu", weights_only=True)
@@ -114,78 +132,114 @@ def load(path: str) -> Any:
         raise CheckpointError(f"{path}: is a folder, need a checkpoint file") from None
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a damaged file drives its readers to
-        reason = (
-            str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        )
-        raise CheckpointError(
-            f"{path}: not a complete checkpoint ({reason}); copy or save it again"
-        ) from None
+    except Exception as error:  # whatever a corrupt file raises in its readers
+        why = _first_line(error)[:120]
+        raise CheckpointError(f"{path}: not a complete checkpoint ({why}); copy it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_state(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """The weights under published names, and the flags they carry ({} for a published file)."""
     state = load(path)
-    held = state.items() if isinstance(state, dict) else ()
-    if not held or not all(
-        isinstance(name, str) and isinstance(value, th.Tensor) for name, value in held
-    ):
-        raise CheckpointError(
-            f"{path}: holds no weights; give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt"
-        )
+    entries = state.items() if isinstance(state, dict) else ()
+    are_weights = [isinstance(k, str) and isinstance(v, th.Tensor) for k, v in entries]
+    if not are_weights or not all(are_weights):
+        raise CheckpointError(f"{path}: holds no weights; give an ema_RATE_NNNNNN.pt")
     return dict(state), dict(getattr(state, "flags", {}))
 
 
 def fingerprint(state: dict[str, th.Tensor]) -> str:
-    """A short name of these very weights."""
+    """16 hexadecimal digits that depend on names and values of all weights."""
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu().contiguous().flatten()
         digest.update(name.encode())
-        digest.update(
-            state[name].detach().cpu().contiguous().flatten().view(th.uint8).numpy().tobytes()
-        )
+        digest.update(values.view(th.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def find_checkpoints(path: str) -> list[str]:
-    """A file, a list with commas, or a folder (its newest EMA, of several the slowest, else its newest model) -> files.
+# ------------------------------------------------------------ manifests
 
-    Raises CheckpointError where the path is empty, or the folder holds no checkpoint.
+
+def read_manifest(path: str) -> dict[str, Any] | None:
+    """A stateNNNNNN.json: {"files": {name: checksum}, ...}; {} if absent, None if corrupt."""
+    if not bf.exists(path):
+        return {}
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            manifest = json.loads(file.read())
+        sums = {str(name): dict(found) for name, found in manifest["files"].items()}
+        return manifest | {"files": sums}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def corruption(path: str, recorded: Mapping[str, Any]) -> str:
+    """What is wrong with a file of which a manifest records this checksum; "" if it is intact."""
+    if not bf.exists(path):
+        return f"{path} is missing"
+    stat = bf.stat(path)
+    intact = _checksum(path, stat.size, stat.mtime) == recorded
+    return "" if intact else f"{path} is corrupt (its checksum differs from the manifest's)"
+
+
+@functools.lru_cache(maxsize=64)
+def _checksum(path: str, size: int, mtime: float) -> dict[str, Any]:
+    """The checksum of the file of this size and time, which is read once."""
+    return checksum(path)
+
+
+def _refuse_corrupt(path: str) -> None:
+    """CheckpointError if the manifest beside this file records another checksum."""
+    folder, name = os.path.split(path)
+    manifest = read_manifest(bf.join(folder, f"state{steps_done(name):06d}.json")) or {}
+    recorded = manifest.get("files", {}).get(name)
+    if recorded and (reason := corruption(path, recorded)):
+        raise CheckpointError(f"{reason}; use another checkpoint")
+
+
+# ------------------------------------------------------------ finding and loading
+
+
+def find_checkpoints(path: str) -> list[str]:
+    """A file, a list with commas, or a folder -> files.
+
+    A folder stands for its newest EMA, of several the slowest, else its newest model.
+    CheckpointError where the path is empty, or the folder holds no checkpoint.
     """
     if not path:
         raise CheckpointError("no checkpoint given: name a file, a list of files or a folder")
-    found = []
-    for part in path.split(","):
-        if not _is_folder(part):
-            found.append(part)
-            continue
-        names = list(bf.listdir(part))
-        candidates = [name for name in names if re.fullmatch(r"ema_\d*\.?\d+_\d+\.pt", name)]
-        candidates = candidates or [name for name in names if re.fullmatch(r"model\d+\.pt", name)]
-        if not candidates:
-            raise CheckpointError(f"{part}: holds neither ema_RATE_NNNNNN.pt nor modelNNNNNN.pt")
-        found.append(bf.join(part, max(candidates, key=_steps_and_rate)))
-    return found
+    return [_newest(part) if _is_folder(part) else part for part in path.split(",")]
+
+
+def _newest(folder: str) -> str:
+    names = list(bf.listdir(folder))
+    for pattern in (EMA_FILE, MODEL_FILE):
+        if found := list(filter(pattern.fullmatch, names)):
+            return bf.join(folder, max(found, key=_step_and_rate))
+    raise CheckpointError(f"{folder}: holds neither ema_RATE_NNNNNN.pt nor modelNNNNNN.pt")
 
 
 def _is_folder(path: str) -> bool:
-    if "://" in path and path.endswith(
-        ".pt"
-    ):  # asking takes long, and retries where the place cannot be reached
+    if is_remote(path) and path.endswith(".pt"):  # asking is slow, and retries where unreachable
         return False
     try:
         return bf.isdir(path)
-    except bf.Error:  # of a kind that is not for us; loading it will say so
+    except bf.Error:  # of a kind that is not for us; loading it will report that
         return False
 
 
-def _steps_and_rate(name: str) -> tuple[int, float]:
-    """By which the newest comes last, and of several averages the slowest."""
-    return steps_done(name), float(name.split("_")[1]) if name.startswith("ema_") else 0.0
+def _step_and_rate(name: str) -> tuple[int, float]:
+    """What orders checkpoints: the newest is the largest, and of several averages the slowest."""
+    match = EMA_FILE.fullmatch(name)
+    return steps_done(name), float(match[1]) if match else 0.0
 
 
 def steps_done(path: str) -> int:
-    """The optimizer steps that a checkpoint's name tells; 0 where it tells none."""
+    """The optimizer steps in a checkpoint's name; 0 where it has none."""
     match = re.search(r"(\d+)\.pt$", path)
     return int(match[1]) if match else 0
 
@@ -196,39 +250,34 @@ def load_weights(
     strict: bool = True,
     name: str = "state dict",
 ) -> list[str]:
-    """Fill `model` from published names; nothing is changed unless everything fits.
+    """Fill `model` from published names; changes nothing unless all tensors fit.
 
-    A mismatch raises CheckpointError with the missing, extra and misshapen names and the flag that is probably wrong.
-    With strict=False what fits is taken, and the names that were left out are returned. `name` is for the message.
+    Mismatched tensors raise a CheckpointError with their names and the flag that is probably wrong.
+    strict=False: takes what fits, and returns the names left out. `name` of a dict: for messages.
     """
-    path = name if isinstance(path_or_state_dict, dict) else str(path_or_state_dict)
-    given = path_or_state_dict if isinstance(path_or_state_dict, dict) else load_state(path)[0]
-    state, names = model.state_dict(), published_names(model)
-    missing = [name for name in names if name not in given]
-    extra = [name for name in given if name not in names]
-    misshapen = [
-        name for name in names if name in given and given[name].shape != state[names[name]].shape
-    ]
+    if isinstance(path_or_state_dict, dict):
+        path, weights = name, path_or_state_dict
+    else:
+        path, weights = str(path_or_state_dict), load_state(str(path_or_state_dict))[0]
+    own = published_state_dict(model)
+    missing = [name for name in own if name not in weights]
+    extra = [name for name in weights if name not in own]
+    common = [name for name in own if name in weights]
+    misshapen = [name for name in common if weights[name].shape != own[name].shape]
     if strict and (missing or extra or misshapen):
-        raise CheckpointError(_misfit(path, missing, extra, misshapen, given, state, names))
-    if len(missing) + len(misshapen) == len(names):
-        raise CheckpointError(
-            f"{path}: not one of its tensors fits this model; it is of another architecture"
-        )
-    for name, value in given.items():
+        shapes = {n: f"{n} {[*weights[n].shape]} for {[*own[n].shape]}" for n in misshapen}
+        raise CheckpointError(f"{path} does not fit the model: {_mismatch(missing, extra, shapes)}")
+    if len(common) == len(misshapen):
+        raise CheckpointError(f"{path}: not one of its tensors fits the model; check the path")
+    for name, value in weights.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(
-                f"{path}: {name} holds numbers that are not finite; use an earlier checkpoint"
-            )
-    with th.no_grad():
-        for published, name in names.items():
-            if published not in missing and published not in misshapen:
-                state[name].copy_(given[published])
+            raise CheckpointError(f"{path}: {name} is not finite; use an earlier checkpoint")
+    for name in set(common) - set(misshapen):
+        own[name].copy_(weights[name])
     return missing + extra + misshapen
 
 
-# What to look for among the names that are there on one side only ("name ...") or differ in shape ("shape ...") -> the
-# flag to look at, first match wins.
+# Names on one side only ("name ...") or of other shape -> the wrong flag; the first match counts
 SUSPECTS = [
     (r"name middle_block\.", "the path (one is the joint model, the other an upsampler)"),
     ("shape time_embed", "num_channels (of the upsampler: sr_num_channels)"),
@@ -237,10 +286,7 @@ SUSPECTS = [
     ("name middle_blocks.2", "cross_attention_windows"),
     (r"shape out\.2\.bias", "sr_learn_sigma"),
     (r"name .*\.op\.", "sr_resblock_updown"),
-    (
-        r"name input_blocks\..*\.0\.emb_layers",
-        "num_res_blocks or channel_mult (of the upsampler: with sr_)",
-    ),
+    (r"name input_.*\.0\.emb_layers", "num_res_blocks or channel_mult (of the upsampler: sr_...)"),
     (r"name input_blocks\..*\.1\.qkv", "sr_attention_resolutions"),
     (r"shape .*_out_layers\.0", "channel_mult"),
     (r"shape .*\.emb_layers", "use_scale_shift_norm"),
@@ -251,25 +297,15 @@ SUSPECTS = [
 ]
 
 
-def _misfit(
-    path: str, missing: list, extra: list, misshapen: list, given: dict, state: dict, names: dict
-) -> str:
+def _mismatch(missing: list[str], extra: list[str], shapes: dict[str, str]) -> str:
+    """Numbers and names of mismatched tensors, and the flag that is probably wrong."""
+    groups = {"missing": missing, "extra": extra, "misshapen": list(shapes.values())}
     parts = []
-    for title, found in (("missing", missing), ("extra", extra)):
+    for title, found in groups.items():
+        more = ", ..." if len(found) > 3 else ""
         if found:
-            parts.append(
-                f"{len(found)} {title} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-            )
-    if misshapen:
-        shapes = [
-            f"{n} {list(given[n].shape)} for {list(state[names[n]].shape)}" for n in misshapen[:3]
-        ]
-        parts.append(
-            f"{len(misshapen)} misshapen ({', '.join(shapes)}{', ...' if len(misshapen) > 3 else ''})"
-        )
-    odd = [f"name {name}" for name in missing + extra] + [f"shape {name}" for name in misshapen]
-    blame = next(
-        (flags for part, flags in SUSPECTS if any(re.match(part, name) for name in odd)),
-        "the model's flags",
-    )
-    return f"{path} does not fit the model: {'; '.join(parts)}; probably wrong: {blame}"
+            parts.append(f"{len(found)} {title} ({', '.join(found[:3])}{more})")
+    names = [f"name {name}" for name in missing + extra] + [f"shape {name}" for name in shapes]
+    found = [flags for pattern, flags in SUSPECTS if any(re.match(pattern, n) for n in names)]
+    blame = found[0] if found else "the model's flags"
+    return f"{'; '.join(parts)}; probably wrong: {blame}"

@@ -1,11 +1,8 @@
-"""Who else runs: ranks, devices, the process group. mpiexec, torchrun, srun or nothing at all may start us."""
+"""Ranks, devices and the process group of jobs started by mpiexec, torchrun, srun or nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import fcntl
-import json
 import os
 import re
 import socket
@@ -14,39 +11,45 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch as th
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-MPIEXEC_VARIABLES = (
-    "MPI_LOCALRANKID",
-    "OMPI_COMM_WORLD_RANK",
-)  # of mpiexec: MPICH and Intel MPI, Open MPI
-PMI_VARIABLES = ("PMI_RANK", "PMIX_RANK")  # of other MPI launchers; srun may set them too
+# Of mpiexec: MPICH and Intel MPI, Open MPI
+MPIEXEC_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_RANK")
+# Of other MPI launchers; srun may set them, too
+PMI_VARIABLES = ("PMI_RANK", "PMIX_RANK")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-Result = TypeVar("Result")
-
-JOINING = datetime.timedelta(
-    minutes=10
-)  # ranks may start minutes apart where many hosts read the same disks
-TIMEOUT = datetime.timedelta(
-    hours=2
-)  # rank 0 may index a large folder, or draw previews, while the others wait
+# Launcher -> the variables of the rank, the number of ranks and the rank on this host
+RANK_VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+OTHER_LAUNCHERS = "the mpiexec of this Python environment, or torchrun"
+# Ranks may start minutes apart where many hosts read the same disks
+JOINING = timedelta(minutes=10)
+# Rank 0 may index a large folder, or sample previews, while the others wait
+TIMEOUT = timedelta(hours=2)
 PROBE_SECONDS, GRACE_SECONDS = 2.0, 10.0
 LOOPBACK, LOOPBACKS = "127.0.0.1", "127."
+SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 OTHER_RANK_GONE = re.compile(
-    r"connection (was )?(likely )?(closed|reset|refused)|broken pipe|recvvalue failed|communicator was aborted"
-    r"|remote process exit",
+    r"connection (was )?(likely )?(closed|reset|refused)|broken pipe|recvvalue failed"
+    r"|communicator was aborted|remote process exit",
     re.IGNORECASE,
 )
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, `local_rank` on its host, and the device it computes on."""
+    """This process: `rank` of `size`, `local_rank` on its host, and the device it computes on."""
 
     rank: int = 0
     size: int = 1
@@ -54,166 +57,169 @@ class World:
     device: th.device = th.device("cpu")  # noqa: RUF009 (immutable)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def setup_dist(devices: str = "") -> World:
-    """Join the ranks that were started together; a lone process forms no group.
+    """Join the process group of all ranks (NCCL for GPUs, gloo); a single process forms none.
 
-    `devices`: "" (what is visible), "G8" (8 GPUs a host) or a list of GPU numbers such as "0,1". Reads RANK,
-    WORLD_SIZE and LOCAL_RANK, else asks MPI where mpiexec started us, else reads SLURM_*. NCCL between GPUs, gloo else.
-    MASTER_ADDR and MASTER_PORT, where the ranks meet, are found out unless they are set.
+    `devices`: "" (all visible), "G8" (8 GPUs a host) or a list of GPU numbers such as "0,1".
+    MASTER_ADDR and MASTER_PORT are chosen where they are not set.
     """
-    rank, size, local_rank = _who_am_i()
+    rank, size, local_rank = read_rank()
     device = _device(devices, local_rank)
     if device.type == "cuda":
         th.cuda.set_device(device)
         tune_gpus()
     if size > 1 and not dist.is_initialized():
-        _meet()
+        set_rendezvous()
         _join(rank, size, device)
     return World(rank, size, local_rank, device)
 
 
 def tune_gpus() -> None:
-    """Convolutions by the kernel that is fastest for their sizes, which do not change; float32 is float32."""
+    """Pick the fastest convolution for each size (sizes are fixed); float32 without TF32."""
     th.backends.cudnn.benchmark = True
     th.backends.cudnn.allow_tf32 = False
 
 
-# ------------------------------------------------------------ who started us
+def _device(devices: str, local_rank: int) -> th.device:
+    count = th.cuda.device_count()
+    if not count and not devices:
+        return th.device("cpu")
+    if not re.fullmatch(r"G\d+|[\d, ]*", devices):
+        raise ValueError(f"--devices {devices!r}: need '', 'G8' or a list such as '0,1'")
+    numbers = [int(number) for number in re.findall(r"\d+", devices)]
+    if devices.startswith("G"):
+        numbers = list(range(*numbers))
+    numbers = numbers or list(range(count))
+    if max(numbers, default=0) >= count:
+        raise ValueError(f"--devices {devices!r}: this host has {count} GPUs (empty: all, or CPU)")
+    return th.device("cuda", numbers[local_rank % len(numbers)])
+
+
+# ------------------------------------------------------------ ranks
 
 
 def _launcher() -> str:
-    """Who started this process: "torchrun" (or someone who sets its variables), "mpi", "srun" or "" (nobody)."""
+    """ "torchrun" (or whoever sets its variables), "mpi", "srun", or "" for a single process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return "torchrun"
-    if any(
-        name in env for name in MPIEXEC_VARIABLES
-    ):  # before srun, through which mpiexec may reach other hosts
+    # Before srun, through which mpiexec may reach other hosts
+    if any(name in env for name in MPIEXEC_VARIABLES):
         return "mpi"
-    if (
-        int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    ):  # not SLURM_NTASKS: a batch script has that, yet is one process
+    # Not SLURM_NTASKS, which is also set in a batch script, a single process
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return "srun"
     return "mpi" if any(name in env for name in PMI_VARIABLES) else ""
 
 
-def _who_am_i() -> tuple[int, int, int]:
-    """Rank, number of ranks, rank on this host; where MPI tells, all ranks must ask."""
-    env, launcher = os.environ, _launcher()
-    if launcher == "torchrun":
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if launcher == "srun":
-        return (
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            int(env.get("SLURM_LOCALID", 0)),
-        )
+def read_rank() -> tuple[int, int, int]:
+    """Rank, number of ranks, rank on this host; with MPI a collective call."""
+    launcher = _launcher()
     if launcher == "mpi":
         world = _mpi().COMM_WORLD
         _check_mpi(world.Get_size())
-        return world.Get_rank(), world.Get_size(), _on_this_host(_mpi()).Get_rank()
-    return 0, 1, 0
+        return world.Get_rank(), world.Get_size(), _on_this_host().Get_rank()
+    if not launcher:
+        return 0, 1, 0
+    rank, size, local_rank = RANK_VARIABLES[launcher]
+    return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local_rank, 0))
 
 
 def _mpi() -> Any:
-    """The MPI module; importing it starts MPI. ValueError where there is no MPI library for it."""
-    if (
-        "OMPI_COMM_WORLD_RANK" in os.environ
-    ):  # else mpi4py takes the MPICH that is installed beside it
+    """The MPI module; importing it starts MPI. ValueError where it finds no MPI library."""
+    # Open MPI's library, where Open MPI launched us; mpi4py prefers an MPICH installed beside it
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
         os.environ.setdefault("MPI4PY_LIBMPI", "libmpi.so.40")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"mpiexec started this process, but there is no MPI to ask ({_one_line(error)}); use the mpiexec that came"
-            " with this Python environment, or torchrun"
+            f"mpi4py finds no MPI library ({_one_line(error)}); use {OTHER_LAUNCHERS}"
         ) from error
     return MPI
 
 
-def _on_this_host(mpi: Any) -> Any:
-    return mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
+def _on_this_host() -> Any:
+    return _mpi().COMM_WORLD.Split_type(_mpi().COMM_TYPE_SHARED)
 
 
 def _check_mpi(size: int) -> None:
-    """ValueError where the launcher's MPI is not the one that mpi4py found, and every rank believes to be alone."""
-    started = next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), size)
-    if size != started:
+    """ValueError if mpi4py uses another MPI than the launcher: each rank would run by itself."""
+    launched = [int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ]
+    if launched and launched[0] != size:
         raise ValueError(
-            f"mpiexec started {started} ranks, but the MPI library that mpi4py found sees {size}: they are of different"
-            " MPIs; use the mpiexec that came with this Python environment, or torchrun"
+            f"mpiexec launched {launched[0]} ranks, mpi4py's MPI sees {size}; use {OTHER_LAUNCHERS}"
         )
 
 
-# ------------------------------------------------------------ where the ranks meet
+# ------------------------------------------------------------ rendezvous
 
 
-def _meet() -> None:
-    """Put into the environment where the ranks meet: MASTER_ADDR and MASTER_PORT. What is set already stays."""
+def set_rendezvous() -> None:
+    """Set MASTER_ADDR and MASTER_PORT for the launcher in use; values set by the user stay."""
     env, launcher = os.environ, _launcher()
     if launcher == "srun":
-        env.setdefault("MASTER_ADDR", _slurm_address())
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _slurm_address()
         number = int(env.get("SLURM_JOB_ID", 0)) + 1009 * int(env.get("SLURM_STEP_ID", 0))
         env.setdefault("MASTER_PORT", str(20000 + number % 10000))
     elif launcher == "mpi":
-        address, port = _mpi_address(_mpi())
+        address, port = _mpi_address()
         env.update(MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
 def _slurm_address() -> str:
     """The host of rank 0, which need not be the one where srun was called."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     if int(os.environ.get("SLURM_STEP_NUM_NODES", 0)) == 1:
         return LOOPBACK
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     host = first_host(nodes)
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
         raise ValueError(
-            f"the host {host!r} of SLURM_STEP_NODELIST={nodes} has no address here ({error.strerror});"
-            " set MASTER_ADDR to an address of the host of rank 0"
+            f"SLURM_STEP_NODELIST={nodes}: host {host!r} has no address here ({error.strerror});"
+            " set MASTER_ADDR to an address of rank 0's host"
         ) from None
     return host
 
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm list of nodes: "node[03-05,7],gpu1" -> "node03"."""
-    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0]) if found else ""
+    first, *_ = re.findall(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
-def _mpi_address(mpi: Any) -> tuple[str, int]:
-    """Agree over MPI on an address of rank 0's host that the other hosts reach, and on a free port there."""
-    world, here = mpi.COMM_WORLD, _on_this_host(mpi)
+def _mpi_address() -> tuple[str, int]:
+    """Agree over MPI on an address of rank 0's host that all hosts reach, and a free port there."""
+    world, here = _mpi().COMM_WORLD, _on_this_host()
     with_rank_0 = here.bcast(world.Get_rank()) == 0
     with socket.create_server(("", 0), backlog=world.Get_size()) as probed:
-        offer = _offered_addresses(here.Get_size() == world.Get_size()), probed.getsockname()[1]
-        addresses, port = world.bcast(offer)
-        reached = world.gather([a for a in addresses if with_rank_0 or _reaches(a, port)])
-    chosen = next((a for a in addresses if all(a in those for those in reached or [])), "")
-    chosen, port = world.bcast((chosen, int(os.environ.get("MASTER_PORT") or _free_port())))
-    if not chosen:
-        found = ", ".join(addresses) or "none found"
+        offered = _offered_addresses(one_host=here.Get_size() == world.Get_size())
+        addresses, port = world.bcast((offered, probed.getsockname()[1]))
+        reached = {a for a in addresses if with_rank_0 or _reaches(a, port)}
+        reached_by_all = set.intersection(*world.allgather(reached))
+    if not reached_by_all:
         raise ValueError(
-            f"the other hosts reach the host of rank 0 at none of its addresses ({found}); set MASTER_ADDR to one that"
-            " they reach"
+            f"other hosts reach no address of rank 0's ({', '.join(addresses) or 'none found'});"
+            " set MASTER_ADDR to one that they reach"
         )
-    return chosen, port
+    chosen = next(address for address in addresses if address in reached_by_all)
+    return chosen, world.bcast(int(os.environ.get("MASTER_PORT") or _free_port()))
 
 
 def _offered_addresses(one_host: bool) -> list[str]:
-    """Addresses at which the ranks may meet on this host, the likeliest first. Its name need not mean anything."""
+    """Addresses of this host for the rendezvous, likeliest first; its name may not resolve."""
     if "MASTER_ADDR" in os.environ:
         return [os.environ["MASTER_ADDR"]]
     if one_host:
         return [LOOPBACK]
-    found = [address for address in _interfaces() if not address.startswith(LOOPBACKS)]
-    return sorted(
-        found, key=lambda address: address != _address_towards("192.0.2.1")
-    )  # first what leads outside
+    outward = _address_towards("192.0.2.1")
+    found = dict.fromkeys([outward, *_interfaces()])
+    return [address for address in found if address and not address.startswith(LOOPBACKS)]
 
 
 def _free_port() -> int:
@@ -222,33 +228,28 @@ def _free_port() -> int:
 
 
 def _reaches(address: str, port: int) -> bool:
-    """Whether the host of rank 0 answers at this address of its; bridges of containers have the same on every host."""
-    if address in _interfaces():
-        return False
-    with (
-        contextlib.suppress(OSError),
-        socket.create_connection((address, port), timeout=PROBE_SECONDS),
-    ):
-        return True
+    """Whether another host answers at this address; bridges of containers have the same on all."""
+    if address not in _interfaces():
+        with suppress(OSError):
+            socket.create_connection((address, port), timeout=PROBE_SECONDS).close()
+            return True
     return False
 
 
 def _interfaces() -> dict[str, str]:
-    """IPv4 address -> network interface, of this host; empty where the system does not tell."""
+    """IPv4 address -> network interface of this host."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an address
-                answer = fcntl.ioctl(
-                    probe, 0x8915, struct.pack("256s", name.encode()[:15])
-                )  # SIOCGIFADDR
-                found[socket.inet_ntoa(answer[20:24])] = name
+            request = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # an interface without an address
+                found[socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])] = name
     return found
 
 
 def _address_towards(host: str) -> str:
-    """Which address of ours leads to this host; "" if none does. Sends nothing."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    """Our address on the route to a host; "" without a route. Sends nothing."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return probe.getsockname()[0]
     return ""
@@ -258,24 +259,21 @@ def _address_towards(host: str) -> str:
 
 
 def _join(rank: int, size: int, device: th.device) -> None:
-    """Form the process group; ValueError, in one line, where the ranks do not find each other."""
+    """Form the process group; ValueError, in one line, if the ranks do not find each other."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=JOINING))
     except (RuntimeError, ValueError) as error:
-        place = ":".join(
-            os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT")
-        )
+        host, port = (os.environ.get(f"MASTER_{name}", "(not set)") for name in ("ADDR", "PORT"))
         raise ValueError(
-            f"the {size} ranks did not meet at {place}: {str(error).splitlines()[0]}; are all of them running, is"
-            " MASTER_ADDR an address of the host of rank 0 that all reach, and MASTER_PORT free there?"
+            f"the {size} ranks did not meet at {host}:{port}: {str(error).splitlines()[0]}; check"
+            " that all run, reach rank 0's host at MASTER_ADDR, and that MASTER_PORT is free there"
         ) from error
     if device.type == "cuda":
         _check_gpus(device, rank, size, store)
-    if (
-        "GLOO_SOCKET_IFNAME" not in os.environ
-    ):  # gloo takes what the host's name means: nothing, or loopback, often
-        interface = _interfaces().get(_address_among_ranks(rank, size, store))
-        if interface:
+    # By default gloo uses what the host's name resolves to, which is often loopback, or nothing
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        address = _address_among_ranks(rank, size, store)
+        if interface := _interfaces().get(address):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     store.set_timeout(TIMEOUT)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -283,60 +281,28 @@ def _join(rank: int, size: int, device: th.device) -> None:
 
 
 def _check_gpus(device: th.device, rank: int, size: int, store: Any) -> None:
-    """ValueError, of rank 0, where two ranks compute on one GPU, whatever number each knows it by."""
+    """ValueError, on rank 0, if two ranks use the same physical GPU."""
     store.set(f"GPU of rank {rank}", str(th.cuda.get_device_properties(device).uuid))
-    owners: dict[bytes, int] = {}
-    for other, gpu in enumerate(
-        store.multi_get([f"GPU of rank {r}" for r in range(size)]) if rank == 0 else ()
-    ):
-        if gpu in owners:
+    if rank != 0:
+        return
+    gpus = store.multi_get([f"GPU of rank {r}" for r in range(size)])
+    for second, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) != second:
             raise ValueError(
-                f"ranks {owners[gpu]} and {other} both got GPU {gpu.decode()}: start at most as many ranks on a host as"
-                " it shows GPUs, and let --devices, if given, name as many"
+                f"ranks {first} and {second} both use GPU {gpu.decode()}; start at most one rank"
+                " per GPU, and let --devices name as many"
             )
-        owners[gpu] = other
 
 
 def _address_among_ranks(rank: int, size: int, store: Any) -> str:
-    """Our address towards the other ranks.
-
-    It is the one that leads to MASTER_ADDR; on the host of rank 0 that may be loopback, and the one that leads to a
-    rank elsewhere, if there is any, counts.
-    """
+    """Our address on the route to MASTER_ADDR; instead of loopback, to a rank on another host."""
     own = _address_towards(os.environ["MASTER_ADDR"])
     store.set(f"address of rank {rank}", own)
     if not own.startswith(LOOPBACKS):
         return own
-    everyone = (
-        address.decode()
-        for address in store.multi_get([f"address of rank {r}" for r in range(size)])
-    )
-    far = next((address for address in everyone if not address.startswith(LOOPBACKS)), "")
-    return _address_towards(far) or own
-
-
-def _device(devices: str, local_rank: int) -> th.device:
-    count = th.cuda.device_count()
-    if count == 0:
-        if devices:
-            raise ValueError(
-                f"devices {devices!r}: this host shows no GPU; leave --devices empty to run on the CPU"
-            )
-        return th.device("cpu")
-    try:
-        numbers = (
-            range(int(devices[1:]))
-            if devices.startswith("G")
-            else [int(n) for n in devices.split(",") if n]
-        )
-    except ValueError:
-        raise ValueError(
-            f"devices {devices!r}: use '' (what is visible), 'G8' or a list such as '0,1'"
-        ) from None
-    numbers = list(numbers) or list(range(count))
-    if max(numbers) >= count:
-        raise ValueError(f"devices {devices!r}: this host shows {count} GPUs, numbered from 0")
-    return th.device("cuda", numbers[local_rank % len(numbers)])
+    found = (a.decode() for a in store.multi_get([f"address of rank {r}" for r in range(size)]))
+    other = next((address for address in found if not address.startswith(LOOPBACKS)), LOOPBACK)
+    return _address_towards(other) or own
 
 
 def barrier() -> None:
@@ -346,7 +312,7 @@ def barrier() -> None:
 
 
 def from_rank_0(make: Callable[[], Result]) -> Result:
-    """What `make()` gives on rank 0, on every rank."""
+    """The result of `make()` on rank 0, on every rank."""
     if not dist.is_initialized():
         return make()
     box: list = [make() if dist.get_rank() == 0 else None]
@@ -371,34 +337,36 @@ def all_gather(values: th.Tensor) -> th.Tensor:
 
 
 def max_of_ranks(value: int) -> int:
-    """The largest of the ranks' values, on every rank; between hosts, without a wait for the devices."""
+    """The largest value of all ranks, on every rank; does not wait for the devices."""
     if not dist.is_initialized():
         return value
-    box = th.tensor(value)
+    box = th.tensor(value)  # on the CPU
     dist.all_reduce(box, dist.ReduceOp.MAX)
     return int(box)
 
 
+# ------------------------------------------------------------ errors
+
+
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Around a script: the user's mistakes end it with one line and status 1, anything else with its traceback.
+    """Around a script: an error of the user ends it with one line, any other with its traceback.
 
-    Either way the whole job ends: a rank that fails takes the others down instead of leaving them to wait.
+    Either way the exit status is 1 and the job ends: a rank that fails takes the others down.
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        end_job(f"error: {_one_line(error)}")
     except Exception as error:
-        if (
-            isinstance(error, RuntimeError)
-            and "MASTER_ADDR" in os.environ
-            and OTHER_RANK_GONE.search(str(error))
-        ):
-            time.sleep(
-                GRACE_SECONDS
-            )  # the rank that failed says why, and mostly the launcher ends us meanwhile
+        in_group = isinstance(error, RuntimeError) and "MASTER_ADDR" in os.environ
+        lost_rank = in_group and OTHER_RANK_GONE.search(str(error))
+        if lost_rank:  # that rank reports why, and the launcher usually ends us meanwhile
+            time.sleep(GRACE_SECONDS)
+        with suppress(OSError):
+            get_error_handler().record_exception(error)  # for the report of torchrun
+        if lost_rank:
             end_job(f"error: another rank is gone ({_one_line(error)})", patience=0)
+        if isinstance(error, USER_ERRORS):
+            end_job(f"error: {_one_line(error)}")
         end_job(traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -409,43 +377,31 @@ def _one_line(error: Exception) -> str:
 
 
 def end_job(message: str, status: int = 1, patience: float = 2) -> NoReturn:
-    """Say why, once for all ranks, and end them all with this exit status.
+    """Print the message, once for all ranks, and end them all with this exit status.
 
-    Other ranks than 0 wait for `patience` seconds: where all make the same mistake rank 0 speaks, and ends them.
+    Ranks other than 0 wait for `patience` seconds: an error that all ranks make is rank 0's.
     """
-    rank, size, mpi = _who_fails()
-    if size > 1 and rank > 0:
+    rank, size, mpi = _rank_without_waiting()
+    if rank > 0:
         time.sleep(patience)
     sys.stdout.flush()
-    sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}{message.rstrip()}\n")
+    prefix = f"[rank {rank}] " if rank else ""
+    sys.stderr.write(f"{prefix}{message.rstrip()}\n")
     sys.stderr.flush()
-    _tell_torchrun(message)
-    if size > 1 and mpi:
+    if size == 1:
+        sys.exit(status)
+    if mpi:
         time.sleep(0.5)  # mpiexec drops what it has not yet passed on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nothing after the message
         mpi.COMM_WORLD.Abort(status)
-    if size > 1:
-        os._exit(
-            status
-        )  # torchrun and srun end the other ranks; a clean exit would first wait for them
-    sys.exit(status)
+    os._exit(status)  # torchrun and srun end the other ranks; a clean exit would wait for them
 
 
-def _who_fails() -> tuple[int, int, Any]:
-    """Rank, number of ranks and MPI if it started us, found out without waiting for the others, who may be anywhere."""
+def _rank_without_waiting() -> tuple[int, int, Any]:
+    """Rank, number of ranks, and MPI if it launched us, without a collective call."""
     if _launcher() != "mpi":
-        return *_who_am_i()[:2], None
-    try:
+        return *read_rank()[:2], None
+    with suppress(ValueError):
         mpi = _mpi()
-    except ValueError:
-        return 0, 1, None
-    return mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), mpi
-
-
-def _tell_torchrun(message: str) -> None:
-    """Leave the message where torchrun looks for it, so that its closing report shows it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError), open(path, "w") as file:
-            json.dump({"message": {"message": message, "extraInfo": details}}, file)
+        return mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), mpi
+    return 0, 1, None

@@ -1,4 +1,4 @@
-"""Likelihood terms of the variational bound (Ho et al. 2020, arXiv 2006.11239), elementwise and in nats."""
+"""Likelihood terms of the variational bound (Ho et al. 2020, arXiv 2006.11239), in nats."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def approx_standard_normal_cdf(x: th.Tensor) -> th.Tensor:
 
 
 def discretized_gaussian_log_likelihood(
-    x: th.Tensor, *, means: th.Tensor, log_scales: th.Tensor
+    x: th.Tensor, means: th.Tensor, log_scales: th.Tensor
 ) -> th.Tensor:
-    """log P(x) when N(means, exp(log_scales)^2) is cut into bins of 2/255 around x; the outer bins reach to infinity.
+    """log P(x), elementwise, of N(means, exp(log_scales)^2) cut into bins of 2/255 around x.
 
-    arXiv 2006.11239, Eq. 13.
+    The outer bins reach to infinity (arXiv 2006.11239, Eq. 13).
     """
     inverse_scale = (-log_scales).exp()
     below_upper = approx_standard_normal_cdf(inverse_scale * (x - means + HALF_BIN))
     below_lower = approx_standard_normal_cdf(inverse_scale * (x - means - HALF_BIN))
-    probability = th.where(
-        x < -0.999, below_upper, th.where(x > 0.999, 1.0 - below_lower, below_upper - below_lower)
-    )
+    probability = below_upper - below_lower
+    probability = th.where(x > 0.999, 1.0 - below_lower, probability)
+    probability = th.where(x < -0.999, below_upper, probability)
     return probability.clamp(min=1e-12).log()

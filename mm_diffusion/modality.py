@@ -1,6 +1,7 @@
-"""What one kind of signal is to the networks: its axes, and how a level of the U-Net halves or doubles them.
+"""What a modality is to the networks: its axes, and how a level of the U-Net resamples them.
 
-Inside the networks every map is [B, C, *grid] in channels-last memory, so `tokens(x)`, [B, *grid, C], is a free view.
+Inside the networks every feature map is [B, C, *grid] in channels-last memory, so that `tokens(x)`,
+[B, *grid, C], is a free view.
 """
 
 from __future__ import annotations
@@ -14,41 +15,36 @@ from einops import rearrange, repeat
 
 @dataclass(frozen=True)
 class Modality:
-    """`public` is the layout users see, `grid` the axes inside the networks, `stride` the resampling of each."""
+    """`public`: the layout users see; `grid`: the axes in the networks; `stride`: their factors."""
 
     name: str
     public: str
     grid: str
     stride: tuple[int, ...]
 
-    def _pooled(self) -> str:
-        axes = (
-            axis if s == 1 else f"({axis} {s})"
-            for axis, s in zip(self.grid.split(), self.stride, strict=True)
-        )
-        return f"b {' '.join(axes)} c"
-
     def enter(self, x: th.Tensor) -> th.Tensor:
-        """Public layout -> [B, C, *grid] in channels-last memory: the only transpose on the way in."""
+        """Public layout -> [B, C, *grid] in channels-last memory, the one transpose on entry."""
         return from_tokens(rearrange(x, f"{self.public} -> b {self.grid} c").contiguous())
 
     def leave(self, x: th.Tensor) -> th.Tensor:
-        """[B, C, *grid] -> the public layout, contiguous: the only transpose on the way out."""
+        """[B, C, *grid] -> the public layout, contiguous, the one transpose on exit."""
         return rearrange(x, f"b c {self.grid} -> {self.public}").contiguous()
 
     def downsample(self, x: th.Tensor) -> th.Tensor:
-        """Average pooling by `stride`, which leaves all axes but the last two alone."""
+        """Average pooling by `stride`, of which only the last two axes may differ from 1."""
         y = tokens(x)
-        plane = (1, *y.shape[1:-1])[-2:]
-        pooled = F.avg_pool2d(
-            from_tokens(y.reshape(-1, *plane, y.shape[-1])), (1, *self.stride)[-2:]
-        )
-        grid = (n // s for n, s in zip(y.shape[1:-1], self.stride, strict=True))
-        return from_tokens(tokens(pooled).reshape(len(y), *grid, y.shape[-1]))
+        grid, channels = y.shape[1:-1], y.shape[-1]
+        plane = (1, *grid)[-2:]
+        planes = from_tokens(y.reshape(-1, *plane, channels))
+        pooled = tokens(F.avg_pool2d(planes, (1, *self.stride)[-2:]))
+        smaller = (size // factor for size, factor in zip(grid, self.stride, strict=True))
+        return from_tokens(pooled.reshape(len(y), *smaller, channels))
 
     def upsample(self, x: th.Tensor) -> th.Tensor:
         """Nearest neighbour by `stride`."""
-        return from_tokens(repeat(tokens(x), f"b {self.grid} c -> {self._pooled()}"))
+        factors = zip(self.grid.split(), self.stride, strict=True)
+        larger = " ".join(f"({axis} {factor})" for axis, factor in factors)
+        return from_tokens(repeat(tokens(x), f"b {self.grid} c -> b {larger} c"))
 
 
 def tokens(x: th.Tensor) -> th.Tensor:

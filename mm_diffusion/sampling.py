@@ -1,131 +1,221 @@
-"""From trained models to clips: samplers by name, precision, and clips that depend on (seed, index) only."""
+"""From trained models to clips: precision, compilation, samplers, clips of (seed, index)."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch as th
 from torch import nn
 
 from . import rng
-from .compiling import Compiled
+from .config.flags import CUDA_GRAPH_MODES
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
-from .tree import Generators, Tree, leaves, to_device, tree_map
+from .rng import Generators
+from .tree import Tree, leaves, to_device, tree_map
 from .unet import ImageSuperResModel, window_shift
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
 
-# Settings of DPMSolver and its `sample`, as published; the other two run the loops of the diffusion.
-SAMPLERS: dict[str, dict[str, Any]] = {
+Settings = dict[str, dict[str, Any]]  # sampler -> arguments of DPMSolver and its `sample`
+
+# As published; ddpm and ddim run the diffusion's loops.
+SAMPLERS: Settings = {
     "ddpm": {},
     "ddim": {},
-    "dpm_solver": {
-        "steps": 20,
-        "order": 3,
-        "method": "singlestep",
-        "skip_type": "logSNR",
-        "step_control": "sample",
-    },
-    "dpm_solver++": {
-        "predict_x0": True,
-        "thresholding": True,
-        "order": 2,
-        "method": "adaptive",
-        "skip_type": "time_uniform",
-        "step_control": "sample",
-    },
+    "dpm_solver": {"steps": 20, "order": 3, "method": "singlestep", "skip_type": "logSNR"},
+    "dpm_solver++": {"predict_x0": True, "thresholding": True, "order": 2, "method": "adaptive"},
 }
-GUIDED = ("ddpm", "ddim")  # with guidance by a given modality, which is defined step by step
-# What replaces them in the previews of training, and in the upsampler.
-PREVIEW_SETTINGS: dict[str, dict[str, Any]] = {
-    "dpm_solver": {"steps": 50, "skip_type": "time_uniform"}
-}
+LOOPS = ("ddpm", "ddim")  # which alone can be guided, since guidance is defined step by step
+# What replaces these settings in the previews of training, and in the upsampler.
+PREVIEW_SETTINGS: Settings = {"dpm_solver": {"steps": 50, "skip_type": "time_uniform"}}
 _MULTISTEP = {"steps": 50, "order": 2, "method": "multistep", "skip_type": "time_uniform"}
-SR_SETTINGS: dict[str, dict[str, Any]] = {"dpm_solver": _MULTISTEP, "dpm_solver++": _MULTISTEP}
+SR_SETTINGS: Settings = {"dpm_solver": _MULTISTEP, "dpm_solver++": _MULTISTEP}
 
-CPU_ACTIVATION_BYTES = 2**31  # what frames that go through the upsampler together may take on a CPU
-GPU_ACTIVATION_SHARE = 0.6  # and of the free memory of a GPU
+CPU_ACTIVATION_BYTES = 2**31  # for the frames that go through the upsampler together on a CPU
+GPU_ACTIVATION_SHARE = 0.6  # of the free memory of a GPU
+COMPILERS = ("g++", "clang++", "c++")
 
-Sampler = Callable[..., Tree]
+Progress = Callable[[float], None]  # called with the fraction that is done, 0 to 1
+Conditioning = dict[str, th.Tensor]  # modality -> [B, ...]
 
-
-def part_of(
-    progress: Callable[[float], None] | None, first: float, last: float
-) -> Callable[[float], None]:
-    """The progress function of a part of the work: its 0..1 are `first`..`last` of the whole."""
-
-    def report(fraction: float) -> None:
-        if progress:
-            progress(first + fraction * (last - first))
-
-    return report
+# ---------------------------------------------------------------- how a model is run
 
 
 def bind(model: nn.Module, cond: dict[str, Any] | None = None) -> Callable[..., Tree]:
-    """A model as `(x, t, **more conditions) -> tree`, conditions bound; a dict goes in as one keyword per modality."""
+    """A model as `(x, t, **more conditions) -> tree`; a dict goes in as a keyword per modality."""
 
     def model_fn(x: Tree, t: th.Tensor, **more: Any) -> Tree:
+        keywords = {**(cond or {}), **more}
         if isinstance(x, dict):
-            return dict(zip(x, model(**x, timesteps=t, **(cond or {}), **more), strict=True))
-        return model(x, t, **(cond or {}), **more)
+            return dict(zip(x, model(**x, timesteps=t, **keywords), strict=True))
+        return model(x, t, **keywords)
 
     return model_fn
 
 
-def half_precision(device: th.device) -> str:
-    """What `use_fp16` means on this device: bfloat16 where it is native, and on CPUs, else float16."""
+def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
+    """What --precision and --use_fp16 mean together on this device.
+
+    `use_fp16` alone is bfloat16 where the device computes in it, and on CPUs, else float16.
+    """
+    if precision:
+        return precision
+    if not use_fp16:
+        return "fp32"
     if device.type == "cuda" and not th.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"
     return "bf16"
 
 
-def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
-    """What `--precision` and `--use_fp16` mean together; ValueError for an unknown precision."""
-    if precision not in ("", *DTYPES):
-        raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
-    return precision or (half_precision(device) if use_fp16 else "fp32")
+def require_compiler() -> None:
+    """ValueError where torch.compile has nothing to compile with."""
+    compilers = [os.environ.get("CXX"), *COMPILERS]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise ValueError("--compile: no C++ compiler found; install g++, or leave --compile out")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        raise ValueError(f"--compile: no {header}; install python3-dev, or leave --compile out")
+
+
+class Compiled(nn.Module):
+    """The network compiled as one graph; the same call, and its weights under their names.
+
+    Window shifts are drawn outside the graph. In evaluation mode batches are filled up to the
+    largest so far: adaptive sampling shrinks the batch, and each size would be compiled anew.
+    """
+
+    def __init__(self, network: nn.Module, mode: str, **options: Any) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.signature = inspect.signature(network.forward)
+        self.largest = 0
+        self.has_graphs = mode in CUDA_GRAPH_MODES
+        if "backend" not in options:
+            require_compiler()
+            options["mode"] = mode
+        self.compiled = th.compile(network.forward, fullgraph=True, dynamic=False, **options)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs: dict[str, th.Tensor] = self.signature.bind(*args, **kwargs).arguments
+        batch = len(inputs["timesteps"])
+        self.largest = batch if self.training else max(batch, self.largest)
+        full = {name: _fill_up(x, self.largest).contiguous() for name, x in inputs.items()}
+        if "video" in full:
+            shifts = th.tensor(self.network.draw_shifts(full["video"].shape[1]))
+            full["shifts"] = to_device(shifts, full["video"].device)
+        if not self.has_graphs:
+            return _map_output(lambda x: x[:batch], self.compiled(**full))
+        th.compiler.cudagraph_mark_step_begin()
+        # The next call of a CUDA graph overwrites its results.
+        return _map_output(lambda x: x[:batch].clone(), self.compiled(**full))
+
+
+def _map_output(fn: Callable[[th.Tensor], th.Tensor], out: Any) -> Any:
+    return tuple(map(fn, out)) if isinstance(out, tuple) else fn(out)
+
+
+def _fill_up(x: th.Tensor, batch: int) -> th.Tensor:
+    """[B, ...] -> [batch, ...]: the last sample repeated."""
+    missing = batch - len(x)
+    return th.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
 
 
 class InferenceModel(nn.Module):
-    """A model as the samplers run it: evaluation mode, weights in the working precision, float32 in and out."""
-
-    def __init__(
-        self, model: nn.Module, precision: str, compile_mode: str = "", **options: Any
-    ) -> None:
-        super().__init__()
-        self.model: Any = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
-        for weight in self.model.parameters():
-            if (
-                weight.ndim == 4
-            ):  # of a convolution in two dimensions, which would rearrange it at every call
-                weight.data = weight.data.contiguous(memory_format=th.channels_last)
-        self.precision = precision
-        self.run: nn.Module = (
-            Compiled(self.model, compile_mode, **options).eval() if compile_mode else self.model
-        )
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.run(*args, **kwargs)
-        return tuple(x.float() for x in out) if isinstance(out, tuple) else out.float()
-
-
-def prepare(
-    model: nn.Module, precision: str = "fp32", compile_mode: str = "", **options: Any
-) -> InferenceModel:
     """A copy of the model as the samplers run it (same call, float32 in and out).
 
-    `precision`: "fp32", "bf16" or "fp16", of weights and maps; norms, softmax and the schedule stay in float32.
-    `compile_mode`: of torch.compile, "" for none; `options` are more of torch.compile's.
+    precision: "fp32", "bf16" or "fp16", of weights and activations; norms, softmax and the schedule
+        stay in float32.
+    compile_mode: of torch.compile, "" for none; `options` are more of torch.compile's.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
-    return InferenceModel(model, precision, compile_mode, **options)
+
+    def __init__(
+        self, model: nn.Module, precision: str = "fp32", compile_mode: str = "", **options: Any
+    ) -> None:
+        super().__init__()
+        if precision not in DTYPES:
+            raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
+        self.precision = precision
+        self.model: Any = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
+        for weight in self.model.parameters():
+            if weight.ndim == 4:  # of a 2-d convolution, which would rearrange it at every call
+                weight.data = weight.data.contiguous(memory_format=th.channels_last)
+        self.run: nn.Module = self.model
+        if compile_mode:
+            self.run = Compiled(self.model, compile_mode, **options).eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _map_output(th.Tensor.float, self.run(*args, **kwargs))
+
+
+prepare = InferenceModel  # its public name
+
+
+def _network(model: nn.Module) -> Any:
+    return model.model if isinstance(model, InferenceModel) else model
+
+
+# ---------------------------------------------------------------- samplers
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler by name, made by `make_sampler`."""
+
+    name: str
+    diffusion: SpacedDiffusion
+    clip_denoised: bool
+    classifier_scale: float
+    settings: dict[str, Any]
+
+    def __call__(
+        self,
+        model_fn: Callable[..., Tree],
+        x_T: Tree,
+        generator: Generators = None,
+        progress: Progress | None = None,
+        cond: dict[str, th.Tensor] | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> Tree:
+        """Noise `x_T` -> a sample.
+
+        cond: keywords of model_fn. conditioning: {key: clip} of leaves that are known, which the
+        result holds exactly. progress: called with the fraction done.
+        """
+        common: dict[str, Any] = {"conditioning": conditioning, "progress": progress}
+        if self.name not in LOOPS:
+            return self._solve(model_fn, x_T, cond=cond, **common)
+        diffusion = self.diffusion
+        loop = diffusion.p_sample_loop if self.name == "ddpm" else diffusion.ddim_sample_loop
+        common["clip_denoised"] = self.clip_denoised
+        common["classifier_scale"] = self.classifier_scale
+        return loop(partial(model_fn, **(cond or {})), x_T, generator, **common)
+
+    def _solve(self, model_fn: Callable[..., Tree], x_T: Tree, **options: Any) -> Tree:
+        diffusion = self.diffusion
+        # One step size per sample: a clip does not depend on its neighbours.
+        settings = {"step_control": "sample", **self.settings}
+        predict_x0 = settings.pop("predict_x0", False)
+        thresholding = settings.pop("thresholding", False)
+        model_type = "x_start" if diffusion.model_mean_type is ModelMeanType.START_X else "noise"
+
+        def rescaled(x: Tree, t: th.Tensor, **cond: Any) -> Tree:
+            return model_fn(x, diffusion.model_timesteps(t), **cond)
+
+        alphas = diffusion.alphas_cumprod
+        solver = DPMSolver(rescaled, alphas, predict_x0, thresholding, model_type)
+        return solver.sample(x_T, **settings, **options)
 
 
 def make_sampler(
@@ -136,66 +226,39 @@ def make_sampler(
     classifier_scale: float = 0.0,
     **settings: Any,
 ) -> Sampler:
-    """A function `(model_fn, x_T, generator=None, progress=None, cond=None, given=None) -> tree`.
+    """The sampler `name`; `settings` replace its own (see SAMPLERS).
 
-    `cond`: keywords of model_fn; `given`: {key: clip} of leaves that are known and come back as they are, followed the
-    more closely the larger `classifier_scale` (0: replaced by their noisy selves, no more). `settings` replace those
-    of SAMPLERS. ValueError for an unknown name, or for settings that the sampler does not have; `prefix` is that of
-    the flags it names.
+    classifier_scale: how strongly conditioning leaves guide the others; 0: they are replaced by
+        their noisy selves, no more. `prefix` is that of the flags that an error names.
+    ValueError for an unknown name, or for settings that the sampler does not have.
     """
     if name not in SAMPLERS:
         raise ValueError(f"{prefix}sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")
     if not 0 <= classifier_scale < math.inf:
-        raise ValueError(
-            f"classifier_scale {classifier_scale}: need 0 (no guidance) or a positive number"
-        )
-    if name in GUIDED:
-        if settings:
-            raise ValueError(
-                f"{prefix}sample_fn {name} has no {', '.join(settings)}: its steps are set by"
-                f" {prefix}timestep_respacing"
-            )
-        loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[name]
-        return _loop(loop, clip_denoised=clip_denoised, classifier_scale=classifier_scale)
-    if classifier_scale:
-        raise ValueError(
-            f"classifier_scale {classifier_scale}: there is no guidance in sample_fn {name}; choose"
-            f" {' or '.join(GUIDED)}, or classifier_scale 0"
-        )
-    if diffusion.num_timesteps != diffusion.original_num_steps:
-        raise ValueError(
-            f"{prefix}timestep_respacing does not go with {prefix}sample_fn {name}: leave it empty, and set"
-            f" {prefix}sample_steps"
-        )
-    return _solver(diffusion, SAMPLERS[name] | settings)
+        raise ValueError(f"classifier_scale {classifier_scale}: need 0 (none) or a positive number")
+    this, respacing = f"{prefix}sample_fn {name}", f"{prefix}timestep_respacing"
+    if name in LOOPS and settings:
+        raise ValueError(f"{this} has no {', '.join(settings)}: {respacing} sets its steps")
+    if name not in LOOPS and classifier_scale:
+        remedy = f"choose {' or '.join(LOOPS)}, or classifier_scale 0"
+        raise ValueError(f"classifier_scale {classifier_scale}: no guidance in {this}; {remedy}")
+    if name not in LOOPS and diffusion.num_timesteps != diffusion.original_num_steps:
+        remedy = f"leave it empty, and set {prefix}sample_steps"
+        raise ValueError(f"{respacing} does not go with {this}: {remedy}")
+    return Sampler(name, diffusion, clip_denoised, classifier_scale, SAMPLERS[name] | settings)
 
 
-def _loop(loop: Callable[..., Tree], **options: Any) -> Sampler:
-    return lambda model_fn, x_T, generator=None, progress=None, cond=None, given=None: loop(
-        partial(model_fn, **(cond or {})), x_T, generator, given=given, progress=progress, **options
-    )
+# ---------------------------------------------------------------- clips
 
 
-def _solver(diffusion: SpacedDiffusion, settings: dict[str, Any]) -> Sampler:
-    made = {key: value for key, value in settings.items() if key in ("predict_x0", "thresholding")}
-    run = {key: value for key, value in settings.items() if key not in made}
-    kind = "x_start" if diffusion.model_mean_type == ModelMeanType.START_X else "noise"
+def part_of(progress: Progress | None, first: float, last: float) -> Progress:
+    """The progress function of a part of the work: its 0..1 are `first`..`last` of the whole."""
 
-    def sample(
-        model_fn: Callable,
-        x_T: Tree,
-        generator: Generators = None,
-        progress: Callable | None = None,
-        cond: dict[str, th.Tensor] | None = None,
-        given: dict[str, th.Tensor] | None = None,
-    ) -> Tree:
-        def rescaled(x: Tree, t: th.Tensor, **now: Any) -> Tree:
-            return model_fn(x, diffusion.model_timesteps(t), **now)
+    def report(fraction: float) -> None:
+        if progress:
+            progress(first + fraction * (last - first))
 
-        solver = DPMSolver(rescaled, diffusion.alphas_cumprod, model_type=kind, **made)
-        return solver.sample(x_T, progress=progress, cond=cond, given=given, **run)
-
-    return sample
+    return report
 
 
 @th.no_grad()
@@ -205,28 +268,27 @@ def sample_joint(
     indices: Sequence[int],
     seed: int,
     device: th.device | str = "cpu",
-    progress: Callable[[float], None] | None = None,
-    given: dict[str, th.Tensor] | None = None,
+    progress: Progress | None = None,
+    conditioning: Conditioning | None = None,
 ) -> dict[str, th.Tensor]:
-    """Clips number `indices` of `seed` -> {"video" [B, F, C, H, W], "audio" [B, C, L]} in [-1, 1], on the CPU.
+    """Clips number `indices` of `seed` -> {"video" [B, F, C, H, W], "audio" [B, C, L]}.
 
-    Noise is drawn per clip and on the CPU, window shifts per evaluation: a clip depends on its number and the seed, not
-    on the batch, the ranks or the device. `given`: {modality: [B, ...]} that is known and comes back as it is.
+    In [-1, 1], on the CPU. Noise is drawn per clip and on the CPU, window shifts per evaluation: a
+    clip depends on its number and the seed, not on batch, ranks or device. `conditioning` is part
+    of the result as it is. FloatingPointError where the model gives NaN or Inf.
     """
-    network: Any = model.model if isinstance(model, InferenceModel) else model
+    network = _network(model)
     generators = rng.per_sample(seed, "sample", indices=indices)
-    shapes = {"video": network.video_size, "audio": network.audio_size}
-    x_T = {
-        name: to_device(th.stack([th.randn(shape, generator=g) for g in generators]), device)
-        for name, shape in shapes.items()
-    }
+    x_T: Any = {}
+    for name, shape in (("video", network.video_size), ("audio", network.audio_size)):
+        x_T[name] = rng.draw(th.randn, (len(indices), *shape), generators, device)
     with window_shift(rng.generator(seed, "window shift")):
-        sample: Any = sampler(bind(model), x_T, generators, progress, given=given)
-    return _finished(sample) | (given or {})
+        sample: Any = sampler(bind(model), x_T, generators, progress, conditioning=conditioning)
+    return _finished(sample) | (conditioning or {})
 
 
 @th.no_grad()
-def upscale_video(
+def upsample_video(
     model: nn.Module,
     sampler: Sampler,
     video: th.Tensor,
@@ -236,52 +298,51 @@ def upscale_video(
     frames_at_once: int = 0,
     noise: th.Tensor | None = None,
     device: th.device | str = "cpu",
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> th.Tensor:
-    """Frames [F, 3, h, w] of clip `index` of `seed` -> [F, 3, H, W]; both in [-1, 1], the result on the CPU.
+    """Frames [F, 3, h, w] of clip `index` of `seed` -> [F, 3, H, W]; in [-1, 1], on the CPU.
 
-    All frames of a clip start from one noise picture [3, H, W] (drawn from seed and index unless `noise` is given) and
-    share the noise of every step, so that a still scene stays still, and a frame does not depend on how many go
-    through the model at a time (`frames_at_once`; 0: what fits in memory).
+    All frames of a clip start from one noise image [3, H, W] (of seed and index unless `noise` is
+    given) and share the noise of every step: a still scene stays still, and a frame does not depend
+    on how many go through the model at a time (`frames_at_once`; 0: what fits in memory).
     """
-    network: Any = model.model if isinstance(model, InferenceModel) else model
+    network = _network(model)
     size, num_frames = network.large_size, len(video)
-    if tuple(video.shape[1:]) != (3, network.small_size, network.small_size):
-        raise ValueError(
-            f"frames {list(video.shape[1:])}: the upsampler takes [3, {network.small_size}, {network.small_size}]"
-        )
+    small = (3, network.small_size, network.small_size)
+    if tuple(video.shape[1:]) != small:
+        raise ValueError(f"frames {list(video.shape[1:])}: the upsampler takes {list(small)}")
     if noise is None:
         noise = th.randn(3, size, size, generator=rng.generator(seed, "upsampler", index))
     most = frames_at_once or frames_that_fit(network, th.device(device), num_frames)
+    noise = to_device(noise, device)
+    chunks = video.tensor_split(math.ceil(num_frames / most))  # equal sizes are compiled once
     done: list[th.Tensor] = []
-    for part in video.tensor_split(
-        math.ceil(num_frames / most)
-    ):  # alike in size, as compiled networks want them
-        low_res, start = to_device(part, device), sum(map(len, done))
-        generators = [rng.generator(seed, "upsampler step", index)] * len(
-            low_res
-        )  # one: the frames share its noise
-        x_T = to_device(noise, device).expand(len(low_res), -1, -1, -1)
-        report = part_of(progress, start / num_frames, (start + len(low_res)) / num_frames)
-        sample: Any = sampler(bind(model), x_T, generators, report, {"low_res": low_res})
-        done.append(_finished(sample))
+    first = 0
+    for chunk in chunks:
+        last = first + len(chunk)
+        step_noise = [rng.generator(seed, "upsampler step", index)] * len(chunk)
+        report = part_of(progress, first / num_frames, last / num_frames)
+        cond = {"low_res": to_device(chunk, device)}
+        x_T = noise.expand(len(chunk), -1, -1, -1)
+        done.append(_finished(sampler(bind(model), x_T, step_noise, report, cond)))
+        first = last
     return th.cat(done)
 
 
 def _finished(sample: Any) -> Any:
-    """The sample within [-1, 1], on the CPU; FloatingPointError where the model has given other things than numbers."""
+    """The sample within [-1, 1], on the CPU; FloatingPointError for NaN or Inf."""
     if not all(leaf.isfinite().all() for leaf in leaves(sample)):
         raise FloatingPointError(
-            "what the model draws is not finite: try --precision fp32, or another checkpoint"
+            "model output contains NaN or Inf (not finite): try --precision fp32"
         )
     return tree_map(lambda leaf: leaf.clamp(-1, 1).cpu(), sample)
 
 
 def frames_that_fit(network: ImageSuperResModel, device: th.device, num_frames: int) -> int:
-    """How many frames may go through the upsampler together, from its maps' sizes and the memory there is."""
+    """How many frames may go through the upsampler together, by the memory there is."""
+    budget: float = CPU_ACTIVATION_BYTES
     if device.type == "cuda":
         unused = th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
         budget = GPU_ACTIVATION_SHARE * (th.cuda.mem_get_info(device)[0] + unused)
-    else:
-        budget = CPU_ACTIVATION_BYTES
-    return max(1, min(num_frames, int(budget / network.bytes_per_picture())))
+    most = int(budget / network.activation_bytes_per_image())
+    return max(1, min(num_frames, most))

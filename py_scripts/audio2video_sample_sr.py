@@ -1,15 +1,18 @@
-"""Draw pictures for the stereo sound of given clips, upsample them if an upsampler is given, and write them with the
-sound, beside the clips as they were."""
+"""Generate video for the stereo audio of given clips, and upsample it if an upsampler is given.
 
+It is written with the audio, beside the clips that the audio is from.
+"""
+
+from mm_diffusion.config import CrossModalConfig
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.generation.run import configs, run
+from mm_diffusion.generation.run import JOINT, UPSAMPLING, run
 
-CONFIGS = configs(given=True)
+CONFIGS = (*JOINT, *UPSAMPLING, CrossModalConfig)
 DEFAULTS = {"sample_fn": "ddpm", "random_flip": False, "sr_diffusion_steps": 1100}
 
 
 def main() -> None:
-    run(__doc__, CONFIGS, DEFAULTS, known="audio")
+    run(__doc__, CONFIGS, DEFAULTS, modality="audio")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
-"""Evaluate a folder of clips: against true ones, and whether what is heard fits what is seen in time and place."""
+"""Evaluate a folder of clips: against reference clips, and the alignment of audio and video."""
 
 from mm_diffusion import logger
+from mm_diffusion.config import EvalConfig, parse, pick
 from mm_diffusion.dist_util import friendly_errors, setup_dist
-from mm_diffusion.evaluation.evaluation import (
-    evaluate,
-    make_measures,
-    report_folder,
-    sizes_asked,
-    tell,
-)
-from mm_diffusion.script_util import EvalConfig, parse, pick
+from mm_diffusion.evaluation.evaluate import evaluate, report_folder, sizes_from_flags
+from mm_diffusion.evaluation.measures import make_measures
+from mm_diffusion.evaluation.report import publish
 
 
 def main() -> None:
     flags, _ = parse(__doc__, EvalConfig)
     config = pick(EvalConfig, flags)
-    sizes, folder = sizes_asked(flags), report_folder(config)
+    sizes, folder = sizes_from_flags(flags), report_folder(config)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
     measures = make_measures(config, world.device)
-    tell(evaluate(config.samples_path, config, sizes, measures, world), folder, world)
+    report = evaluate(config.samples_path, config, sizes, measures, world)
+    publish(report, folder, world)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,22 @@
-"""Write the frames of videos as image files, to train the upsampler with; a rerun completes what is missing."""
+"""Write frames of videos as images to train the upsampler; a rerun completes what is missing."""
 
-import argparse
 import sys
 
+from mm_diffusion.config import Parser
 from mm_diffusion.data.extract import FORMATS, ExtractSettings, extract_videos
 from mm_diffusion.dist_util import friendly_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "-s",
-        "--source",
-        nargs="+",
-        required=True,
-        help="videos, or folders of them, searched deeply",
-    )
-    parser.add_argument(
-        "-t", "--target", required=True, help="folder of the frames, image_<clip>_<number>.<format>"
-    )
-    parser.add_argument(
-        "--fps", type=float, default=4.0, help="frames per second of the video's own time"
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, default="png", help="png is lossless, jpg smaller"
-    )
-    parser.add_argument("--quality", type=int, default=95, help="of jpg, 1 to 100")
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=0,
-        help="fit into a square of this many pixels (0: leave as it is)",
-    )
-    parser.add_argument("--num_workers", type=int, default=4, help="videos worked on together")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("-s", "--source", nargs="+", required=True, help="videos, or folders, searched recursively")
+    add("-t", "--target", required=True, help="folder of the image_<clip>_<number>.<format>")
+    add("--fps", type=float, default=4.0, help="frames per second of the video's own time")
+    add("--format", choices=FORMATS, default="png", help="png is lossless, jpg smaller")
+    add("--quality", type=int, default=95, help="of jpg, 1 to 100")
+    add("--size", type=int, default=0, help="fit into a square of this many pixels; 0: as it is")
+    add("--num_workers", type=int, default=4, help="videos that are decoded side by side")
     args = parser.parse_args()
     settings = ExtractSettings(args.fps, args.format, args.quality, args.size)
     frames, bad = extract_videos(args.source, args.target, settings, args.num_workers)

@@ -1,27 +1,20 @@
-"""Write a page that shows the clips below a folder: players, frames, spectrograms, places seen and heard, scores."""
+"""Write a page of the clips below a folder: players, frames, spectrograms, positions and scores."""
 
+from mm_diffusion.config import Parser
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.script_util import Parser
 from mm_diffusion.viewing import gallery
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "folder",
-        metavar="DIR",
-        help="clips, searched deeply; index.html and gallery/ are written there",
-    )
-    parser.add_argument(
-        "--scores",
-        default="",
-        help='JSON file {"clip name": {"score": number}}; empty: DIR/scores.json if it is there',
-    )
-    parser.add_argument("--num_workers", type=int, default=4, help="files looked at together")
+    add = parser.add_argument
+    scores = 'JSON file {"clip name": {"score": number}}; default DIR/scores.json if it exists'
+    add("folder", metavar="DIR", help="clips at any depth; gets index.html and gallery/")
+    add("--scores", default="", help=scores)
+    add("--num_workers", type=int, default=4, help="clips decoded in parallel")
     flags = parser.parse_args()
-    print(
-        f"look at the clips: {gallery.write_gallery(flags.folder, flags.scores, flags.num_workers)}"
-    )
+    page = gallery.write_gallery(flags.folder, flags.scores, num_workers=flags.num_workers)
+    print(f"gallery: {page}")
 
 
 if __name__ == "__main__":

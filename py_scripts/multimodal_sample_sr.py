@@ -1,9 +1,9 @@
-"""Draw clips of video and stereo sound from a trained model, and upsample their frames if an upsampler is given."""
+"""Sample clips of video and stereo audio; upsample their frames if an upsampler is given."""
 
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.generation.run import configs, run
+from mm_diffusion.generation.run import JOINT, UPSAMPLING, run
 
-CONFIGS = configs()
+CONFIGS = (*JOINT, *UPSAMPLING)
 DEFAULTS = {
     "sr_diffusion_steps": 1100
 }  # as published, for upsamplers that do not carry their flags

@@ -1,15 +1,18 @@
-"""Draw stereo sound for the pictures of given clips, and write it with them, beside the clips as they were."""
+"""Generate stereo audio for the video of given clips.
 
+It is written with the video, beside the clips that the video is from.
+"""
+
+from mm_diffusion.config import CrossModalConfig
 from mm_diffusion.dist_util import friendly_errors
-from mm_diffusion.generation.run import configs, run
-from mm_diffusion.script_util import DrawConfig
+from mm_diffusion.generation.run import JOINT, run
 
-CONFIGS = configs(DrawConfig, given=True)
+CONFIGS = (*JOINT, CrossModalConfig)
 DEFAULTS = {"sample_fn": "ddpm", "random_flip": False}
 
 
 def main() -> None:
-    run(__doc__, CONFIGS, DEFAULTS, known="video")
+    run(__doc__, CONFIGS, DEFAULTS, modality="video")
 
 
 if __name__ == "__main__":

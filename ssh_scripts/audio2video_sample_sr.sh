@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Draws pictures for the sound of given clips. Each variable can be set from outside, and further flags follow:
+# Generates video for the audio of given clips. Set variables and flags as in:
 #   DATA_DIR=clips MODEL_PATH=output/multimodal_train SR_MODEL_PATH=output/image_sr_train NUM_GPUS=1 \
 #       bash ssh_scripts/audio2video_sample_sr.sh --seed 7
-# The sizes of the models are not given here: a checkpoint carries its flags, and one without is of the published size.
+# Model sizes are not set here: a checkpoint stores its flags, else the published sizes hold.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-: "${DATA_DIR:=}"  # clips, searched below; needed
+: "${DATA_DIR:=}"  # folder of clips, with its subfolders; needed
 : "${MODEL_PATH:=}"  # checkpoint, several with commas, or a folder (its newest EMA); needed
 : "${SR_MODEL_PATH:=}"  # checkpoint of the upsampler, or a folder; empty: clips of 64 pixels only
 : "${OUTPUT_DIR:=output/audio2video}"
@@ -15,26 +15,22 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 : "${BATCH_SIZE:=4}"  # clips per rank at a time
 : "${SAMPLE_FN:=ddpm}"  # or ddim, dpm_solver, dpm_solver++
 : "${TIMESTEP_RESPACING:=}"  # steps of ddpm and ddim, such as ddim100; empty: all
-: "${CLASSIFIER_SCALE:=0}"  # how strongly the given modality guides the other (ddpm, ddim)
+: "${CLASSIFIER_SCALE:=0}"  # guidance by the conditioning modality (ddpm, ddim)
 : "${SEED:=42}"
 : "${USE_FP16:=True}"
 
 # Upsampler
-: "${SR_SAMPLE_FN:=ddim}"  # on the diffusion steps that the checkpoint tells, 1100 where it tells none
+: "${SR_SAMPLE_FN:=ddim}"  # on the diffusion steps stored in the checkpoint, else on 1100
 : "${SR_TIMESTEP_RESPACING=ddim25}"  # set it empty for dpm_solver
 : "${SR_BATCH_SIZE:=0}"  # frames per rank at a time; 0: what fits in memory
 : "${SR_USE_FP16:=$USE_FP16}"
-: "${LOAD_NOISE:=}"  # .npy with one noise picture for all clips
+: "${LOAD_NOISE:=}"  # .npy with one noise image for all clips
 
-need_path DATA_DIR "$DATA_DIR" /path/to/clips
-need_path MODEL_PATH "$MODEL_PATH" /path/to/checkpoint.pt
-[ -z "$SR_MODEL_PATH" ] || need_path SR_MODEL_PATH "$SR_MODEL_PATH" /path/to/upsampler.pt
-[ -z "$LOAD_NOISE" ] || need_path LOAD_NOISE "$LOAD_NOISE" /path/to/noise.npy
+need_path DATA_DIR /path/to/clips
+need_path MODEL_PATH /path/to/checkpoint.pt
+check_paths SR_MODEL_PATH LOAD_NOISE
 use_environment
-launch audio2video_sample_sr.py \
-    --data_dir "$DATA_DIR" --timestep_respacing "$TIMESTEP_RESPACING" --classifier_scale "$CLASSIFIER_SCALE" \
-    --multimodal_model_path "$MODEL_PATH" --output_dir "$OUTPUT_DIR" --all_save_num "$ALL_SAVE_NUM" \
-    --batch_size "$BATCH_SIZE" --sample_fn "$SAMPLE_FN" --seed "$SEED" --use_fp16 "$USE_FP16" \
-    --sr_model_path "$SR_MODEL_PATH" --sr_sample_fn "$SR_SAMPLE_FN" --sr_timestep_respacing "$SR_TIMESTEP_RESPACING" \
-    --sr_batch_size "$SR_BATCH_SIZE" --sr_use_fp16 "$SR_USE_FP16" --load_noise "$LOAD_NOISE" \
-    "$@"
+set_flags DATA_DIR TIMESTEP_RESPACING CLASSIFIER_SCALE OUTPUT_DIR ALL_SAVE_NUM BATCH_SIZE \
+    SAMPLE_FN SEED USE_FP16 SR_MODEL_PATH SR_SAMPLE_FN SR_TIMESTEP_RESPACING SR_BATCH_SIZE \
+    SR_USE_FP16 LOAD_NOISE
+launch audio2video_sample_sr.py --multimodal_model_path "$MODEL_PATH" "${FLAGS[@]}" "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to new clips with stereo sound: environment, toy data, a small joint model, a small upsampler,
-# 16 clips, a few numbers.
-# bash ssh_scripts/demo.sh [--minutes N]      train the joint model for about N minutes, not a fixed number of steps
+# From a fresh clone to new clips with stereo audio: environment, toy data, a small joint model, a
+# small upsampler, 16 clips, a few metrics. bash ssh_scripts/demo.sh [--minutes N]      train the
+# joint model for about N minutes, not a fixed number of steps
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -39,7 +39,8 @@ run=1
 while [ -e "$DEMO_DIR/run_$run" ]; do run=$((run + 1)); done
 RUN=$DEMO_DIR/run_$run
 
-# On a CPU several ranks of one thread each are faster than one rank of several threads at these sizes.
+# On a CPU several ranks of one thread each are faster than one rank of several threads at these
+# sizes.
 RANKS=1
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     for n in 2 4 8; do [ "$(nproc)" -lt $n ] || RANKS=$n; done
@@ -48,8 +49,9 @@ fi
 run_ranks() { (NUM_GPUS=$RANKS launch "$@"); }
 
 train() { # train FOLDER STEPS FLAG...
-    run_ranks multimodal_train.py --data_dir "$DEMO_DIR/data" --output_dir "$1" --lr_anneal_steps "$2" \
-        "${SIZES[@]}" "${MODEL[@]}" --batch_size $((BATCH / RANKS)) "${TRAINING[@]}" "${@:3}"
+    run_ranks multimodal_train.py --data_dir "$DEMO_DIR/data" --cache_dir "$DEMO_DIR/cache" \
+        --output_dir "$1" --lr_anneal_steps "$2" --batch_size $((BATCH / RANKS)) \
+        "${SIZES[@]}" "${MODEL[@]}" "${TRAINING[@]}" "${@:3}"
 }
 
 echo "1/5 toy data: $NUM_CLIPS clips in $DEMO_DIR/data"
@@ -77,7 +79,7 @@ run_ranks multimodal_sample_sr.py --multimodal_model_path "$RUN" --sr_model_path
     --sr_timestep_respacing ddim25 --output_dir "$RUN/generated" --all_save_num 16 --batch_size 8 \
     --gallery False
 
-echo "5/5 looking and listening"
+echo "5/5 evaluating"
 python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/original" --data_dir "$DEMO_DIR/data" "${SIZES[@]}"
 python "$REPO/py_scripts/spatial_alignment.py" "$RUN/generated/sr_mp4" "${SIZES[@]}" --video_size 8,3,32,32 \
     --contact_sheet "$RUN/contact_sheet.png" --watch_dir "$RUN/watch"
@@ -86,8 +88,8 @@ cat <<EOF
 
 clips            $RUN/generated: sr_mp4 (upsampled) and original (mp4), audios (wav)
 to watch         $RUN/watch (the upsampled ones, 256 pixels and 16 kHz, for any player)
-gallery          $RUN/watch/index.html (open it in a browser: frames, spectrograms, places seen and heard, scores)
-contact sheet    $RUN/contact_sheet.png (a row per clip; the bar below shows where the sound comes from)
+gallery          $RUN/watch/index.html (open it in a browser: frames, spectrograms, detected positions, scores)
+contact sheet    $RUN/contact_sheet.png (a row per clip; the bar below shows the horizontal position of the audio)
 checkpoints      $RUN and $RUN/upsampler
 $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after installation
 EOF

@@ -1,4 +1,5 @@
-# Sourced by the launchers: finds or makes the Python environment, and starts a script on one or more ranks.
+# Sourced by the launchers: finds or makes the Python environment, and starts a script on one or
+# more ranks.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPO/.venv}
@@ -7,7 +8,8 @@ case $VENV in
 *) VENV=$PWD/$VENV ;;
 esac
 
-# Large tensors come and go at every step; given back to the system each time, they cost a third of the time on CPUs.
+# Large tensors come and go at every step; given back to the system each time, they cost a third of
+# the time on CPUs.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-68719476736}
 # On GPUs segments that grow waste less where sizes vary, as in adaptive sampling.
@@ -44,8 +46,9 @@ has_pip() {
     is_supported "$1/bin/python" && "$1/bin/python" -m pip --version >/dev/null 2>&1
 }
 
-# make_environment REQUIREMENTS...: an environment in $VENV, first on PATH, with the pins of these files and the package
-# in it. What is there already is reused; pip runs only where pins have changed.
+# make_environment REQUIREMENTS...: an environment in $VENV, first on PATH, with the pins of these
+# files and the package in it. What is there already is reused; pip runs only where pins have
+# changed.
 make_environment() {
     local python file
     local stale=() wanted=()
@@ -99,11 +102,11 @@ use_environment() {
     die "no Python environment with the requirements; activate yours, or make one with: bash ssh_scripts/install.sh"
 }
 
-# launch SCRIPT FLAG...: run py_scripts/SCRIPT on NUM_GPUS ranks, or on several hosts, NUM_GPUS ranks on each. LAUNCHER is
-#   mpiexec   unless it is set; with HOSTFILE (one host a line) on those hosts, which ssh reaches without a password.
-#             MPIEXEC_FLAGS are for mpiexec, such as "-iface eth1" where the hosts' names mean nothing
-#   torchrun  with NNODES=N the same command is given on N hosts, with the address of the first in MASTER_ADDR and with
-#             NODE_RANK 0 to N-1
+# launch SCRIPT FLAG...: run py_scripts/SCRIPT on NUM_GPUS ranks of each host. LAUNCHER is
+#   mpiexec   the default; HOSTFILE lists the hosts, one a line, which ssh reaches without a
+#             password; MPIEXEC_FLAGS go to mpiexec, such as "-iface eth1" if host names do not resolve
+#   torchrun  with NNODES=N, start the same command on N hosts, with the address of the first in
+#             MASTER_ADDR and with NODE_RANK 0 to N-1
 #   srun      inside a job of Slurm: its tasks are the ranks, whatever NUM_GPUS says
 launch() {
     local command=("$REPO/py_scripts/$1") start=(python)
@@ -159,16 +162,33 @@ share_cores() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 }
 
-# need_path NAME VALUE WHAT: VALUE is a path, or several with commas, that exist; remote ones are left to the script.
+# need_path NAME EXAMPLE: variable NAME must be set, to paths that exist.
 need_path() {
-    local path
+    [ -n "${!1}" ] || die "$1 is not set: $1=$2 bash $0"
+    check_paths "$1"
+}
+
+# check_paths NAME...: each variable is empty or holds a path, or several with commas, that exist.
+# Remote paths are left to the script.
+check_paths() {
+    local name path
     local paths=()
-    [ -n "$2" ] || die "$1 is not set: $1=$3 bash $0"
-    IFS=, read -r -a paths <<<"$2"
-    for path in "${paths[@]}"; do
-        case $path in
-        *://*) ;;
-        *) [ -e "$path" ] || die "$1=$path: no such file or folder" ;;
-        esac
+    for name in "$@"; do
+        IFS=, read -r -a paths <<<"${!name}"
+        for path in "${paths[@]}"; do
+            case $path in
+            *://*) ;;
+            *) [ -e "$path" ] || die "$name=$path: no such file or folder" ;;
+            esac
+        done
+    done
+}
+
+# set_flags NAME...: FLAGS becomes --name "$NAME" for each variable.
+set_flags() {
+    local name
+    FLAGS=()
+    for name in "$@"; do
+        FLAGS+=("--${name,,}" "${!name}")
     done
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment $VENV (default .venv) with all requirements, or brings it up to date.
+# Makes the virtual environment $VENV (default .venv) with all requirements, or updates it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

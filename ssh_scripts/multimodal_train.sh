@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the joint model with the published settings. Each variable can be set from outside, and further flags follow:
+# Trains the joint model with the published settings. Set variables and flags as in:
 #   DATA_DIR=SAVGBench_Dataset_Development/video_dev NUM_GPUS=2 bash ssh_scripts/multimodal_train.sh --use_checkpoint True
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -43,18 +43,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 : "${EMA_RATE:=0.9999}"
 : "${USE_FP16:=True}"
 
-need_path DATA_DIR "$DATA_DIR" /path/to/clips
+need_path DATA_DIR /path/to/clips
 use_environment
-launch multimodal_train.py \
-    --data_dir "$DATA_DIR" --output_dir "$OUTPUT_DIR" --num_workers "$NUM_WORKERS" \
-    --log_interval "$LOG_INTERVAL" --save_interval "$SAVE_INTERVAL" --sample_fn "$SAMPLE_FN" \
-    --video_size "$VIDEO_SIZE" --audio_size "$AUDIO_SIZE" --video_fps "$VIDEO_FPS" --audio_fps "$AUDIO_FPS" \
-    --num_channels "$NUM_CHANNELS" --num_head_channels "$NUM_HEAD_CHANNELS" --num_res_blocks "$NUM_RES_BLOCKS" \
-    --cross_attention_resolutions "$CROSS_ATTENTION_RESOLUTIONS" \
-    --cross_attention_windows "$CROSS_ATTENTION_WINDOWS" --cross_attention_shift "$CROSS_ATTENTION_SHIFT" \
-    --video_attention_resolutions "$VIDEO_ATTENTION_RESOLUTIONS" \
-    --audio_attention_resolutions "$AUDIO_ATTENTION_RESOLUTIONS" \
-    --dropout "$DROPOUT" --use_scale_shift_norm "$USE_SCALE_SHIFT_NORM" --resblock_updown "$RESBLOCK_UPDOWN" \
-    --diffusion_steps "$DIFFUSION_STEPS" --noise_schedule "$NOISE_SCHEDULE" --learn_sigma "$LEARN_SIGMA" \
-    --lr "$LR" --batch_size "$BATCH_SIZE" --ema_rate "$EMA_RATE" --use_fp16 "$USE_FP16" \
-    "$@"
+set_flags DATA_DIR OUTPUT_DIR NUM_WORKERS LOG_INTERVAL SAVE_INTERVAL SAMPLE_FN VIDEO_SIZE \
+    AUDIO_SIZE VIDEO_FPS AUDIO_FPS NUM_CHANNELS NUM_HEAD_CHANNELS NUM_RES_BLOCKS \
+    CROSS_ATTENTION_RESOLUTIONS CROSS_ATTENTION_WINDOWS CROSS_ATTENTION_SHIFT \
+    VIDEO_ATTENTION_RESOLUTIONS AUDIO_ATTENTION_RESOLUTIONS DROPOUT USE_SCALE_SHIFT_NORM \
+    RESBLOCK_UPDOWN DIFFUSION_STEPS NOISE_SCHEDULE LEARN_SIGMA LR BATCH_SIZE EMA_RATE \
+    USE_FP16
+launch multimodal_train.py "${FLAGS[@]}" "$@"

@@ -8,9 +8,9 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Trains the joint model as a job of Slurm, call after call of its time limit: 300 s before the end the trainer saves,
-# and the job goes back into the queue, to continue from there. The variables of multimodal_train.sh hold, flags of
-# sbatch replace those above, and further flags follow:
+# Trains the joint model as a job of Slurm, call after call of its time limit: 300 s before the end
+# the trainer saves, and the job goes back into the queue, to continue from there. The variables of
+# multimodal_train.sh hold, flags of sbatch replace those above, and further flags follow:
 #   DATA_DIR=/shared/clips OUTPUT_DIR=/shared/run sbatch --nodes 4 ssh_scripts/multimodal_train_slurm.sh --dropout 0
 set -euo pipefail
 REPO=${REPO:-${SLURM_SUBMIT_DIR:-$PWD}} # Slurm runs a copy of this file, elsewhere

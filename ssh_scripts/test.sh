@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes its own environment, then lint, type checks and tests. Extra arguments go to pytest; SLOW=1 runs the slow tests.
+# Makes its own environment, then lint, type checks and tests. Extra arguments go to pytest; SLOW=1
+# runs the slow tests.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

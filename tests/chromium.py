@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests, spoken to over a pipe in its own protocol: nothing to install beside it."""
+"""A headless Chromium for the tests, controlled over a pipe by the DevTools protocol."""
 
 import base64
 import json
@@ -11,21 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 120
+TIMEOUT_SECONDS = 120
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--mute-audio",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-]
-FLAGS += [
-    "--no-first-run",
-    "--disable-extensions",
-    "--disable-background-networking",
-    "--remote-debugging-pipe",
-]
+FLAGS = (
+    "--headless=new --no-sandbox --mute-audio --disable-gpu --disable-dev-shm-usage --no-first-run"
+    " --disable-extensions --disable-background-networking --remote-debugging-pipe"
+)
 
 
 def find_chromium() -> str | None:
@@ -44,7 +35,7 @@ class Page:
         ]
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a command of the DevTools protocol; events meanwhile are passed over."""
+        """The result of a command of the DevTools protocol; events are skipped."""
         self.calls += 1
         message = {"id": self.calls, "method": method, "params": params}
         message |= {"sessionId": self.session} if self.session else {}
@@ -56,11 +47,10 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
-            assert select.select([self.answers], [], [], PATIENCE_SECONDS)[0], (
-                "the browser says nothing"
-            )
+            ready = select.select([self.answers], [], [], TIMEOUT_SECONDS)[0]
+            assert ready, f"no answer of the browser within {TIMEOUT_SECONDS} s"
             more = os.read(self.answers, 2**20)
-            assert more, "the browser has ended"
+            assert more, "the browser has exited"
             self.rest += more
         message, self.rest = self.rest.split(b"\0", 1)
         return json.loads(message)
@@ -68,12 +58,11 @@ class Page:
     def open(self, path: Path) -> None:
         """Open a local file and wait until it is loaded."""
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.run(
-            "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))"
-        )
+        loaded = "document.readyState === 'complete'"
+        self.run(f"new Promise(done => {loaded} ? done() : addEventListener('load', done))")
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page, or of its promise; a click of a user could have made it."""
+        """The value of an expression in the page, or of its promise, as if a user had clicked."""
         answer = self.call(
             "Runtime.evaluate",
             expression=script,
@@ -124,9 +113,9 @@ def chromium(profile: Path) -> Iterator[Page]:
     assert program
     in_read, in_write = os.pipe()
     out_read, out_write = os.pipe()
-    # It speaks through descriptors 3 and 4; bash puts them there.
+    # Chromium reads commands from descriptor 3 and writes answers to 4.
     shell = f'exec "$0" "$@" 3<&{in_read} 4>&{out_write}'
-    command = ["bash", "-c", shell, program, *FLAGS, f"--user-data-dir={profile}"]
+    command = ["bash", "-c", shell, program, *FLAGS.split(), f"--user-data-dir={profile}"]
     process = subprocess.Popen(
         command, pass_fds=(in_read, out_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

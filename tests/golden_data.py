@@ -1,4 +1,4 @@
-"""Weights and inputs that depend on a tensor's name alone, and the recorded figures that go with them.
+"""Weights and inputs that depend on a tensor's name alone, and the recorded figures of them.
 
 The figures in `golden/` were taken from the published system with exactly these weights and inputs.
 """
@@ -39,7 +39,7 @@ def noise(name: str, shape) -> th.Tensor:
 
 
 def weight(name: str, shape) -> th.Tensor:
-    """The parameter `name` (published name): fan-in scaled, norm scales around one, small biases."""
+    """The parameter `name` (published name): fan-in scaled, norms around one, small biases."""
     value = noise(name, shape)
     if len(shape) > 1:
         return value * np.float32(1.0 / math.sqrt(math.prod(shape[1:])))

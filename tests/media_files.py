@@ -41,55 +41,53 @@ def grey_frames(values, height=32, width=48):
 
 
 def make_clip(
-    path, frames, fps=10, audio=None, rate=16000, codec=None, video_codec=None, sound_starts=0.0
+    path, frames, fps=10, audio=None, rate=16000, codec=None, video_codec=None, audio_starts=0.0
 ):
-    """Write [F, H, W, 3] uint8 and [C, L] float sound (None: none) with the container's usual codecs."""
+    """Write [F, H, W, 3] uint8 and audio [C, L] (or None) with the container's usual codecs."""
     path = Path(path)
     with av.open(str(path), "w", options={"strict": "experimental"}) as container:
-        picture = container.add_stream(video_codec or VIDEO_CODECS[path.suffix], rate=Fraction(fps))
-        picture.height, picture.width = frames.shape[1:3]
+        video = container.add_stream(video_codec or VIDEO_CODECS[path.suffix], rate=Fraction(fps))
+        video.height, video.width = frames.shape[1:3]
         odd = any(side % 2 for side in frames.shape[1:3])
-        picture.pix_fmt = (
-            "yuv444p" if odd and picture.codec_context.name == "libx264" else "yuv420p"
-        )
-        picture.time_base = picture.codec_context.time_base = 1 / Fraction(fps)
-        picture.codec_context.gop_size, picture.codec_context.bit_rate = 10, 4_000_000
-        sound = (
+        video.pix_fmt = "yuv444p" if odd and video.codec_context.name == "libx264" else "yuv420p"
+        video.time_base = video.codec_context.time_base = 1 / Fraction(fps)
+        video.codec_context.gop_size, video.codec_context.bit_rate = 10, 4_000_000
+        audio_stream = (
             None
             if audio is None
-            else _add_sound(container, codec or AUDIO_CODECS[path.suffix], rate, len(audio))
+            else _add_audio_stream(container, codec or AUDIO_CODECS[path.suffix], rate, len(audio))
         )
         for index, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            frame = frame.reformat(format=picture.pix_fmt)
+            frame = frame.reformat(format=video.pix_fmt)
             frame.pts, frame.time_base = index, 1 / Fraction(fps)
-            container.mux(picture.encode(frame))
-        container.mux(picture.encode(None))
-        if sound is not None:
-            _encode_sound(container, sound, audio, rate, sound_starts)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if audio_stream is not None:
+            _encode_audio(container, audio_stream, audio, rate, audio_starts)
     return path
 
 
-def make_resized_film(path, sizes, fps, audio, rate):
-    """Write grey pictures of these (width, height) as JPEG, which may change within a film, and sound [C, L]."""
+def make_resized_video(path, sizes, fps, audio, rate):
+    """Write grey frames of these (width, height) as JPEG, and audio [C, L]."""
     with av.open(str(path), "w") as container:
-        picture = container.add_stream("mjpeg", rate=fps)
-        picture.width, picture.height = sizes[0]
-        picture.pix_fmt = "yuvj420p"
-        sound = _add_sound(container, "pcm_s16le", rate, len(audio))
+        video = container.add_stream("mjpeg", rate=fps)
+        video.width, video.height = sizes[0]
+        video.pix_fmt = "yuvj420p"
+        audio_stream = _add_audio_stream(container, "pcm_s16le", rate, len(audio))
         for index, size in enumerate(sizes):
             held = io.BytesIO()
             Image.new("RGB", size, (90, 90, 90)).save(held, "JPEG")
             packet = av.Packet(held.getvalue())
             packet.stream, packet.pts, packet.dts, packet.time_base = (
-                picture,
+                video,
                 index,
                 index,
                 Fraction(1, fps),
             )
             packet.is_keyframe = True
             container.mux(packet)
-        _encode_sound(container, sound, audio, rate, 0.0)
+        _encode_audio(container, audio_stream, audio, rate, 0.0)
     return path
 
 
@@ -100,7 +98,25 @@ def make_gif(path, frames, milliseconds):
     return path
 
 
-def _add_sound(container, codec, rate, channels):
+def restamp(source, target, shift, keep=lambda k: True):
+    """Copy a file; the timestamp of audio packet k moves by shift(k) seconds, if keep(k)."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        streams = {s.index: new.add_stream_from_template(s) for s in old.streams}
+        number = 0
+        for packet in old.demux():
+            if packet.dts is None:
+                continue
+            if packet.stream.type == "audio":
+                packet.pts = packet.dts = packet.pts + round(shift(number) / packet.time_base)
+                number += 1
+                if not keep(number - 1):
+                    continue
+            packet.stream = streams[packet.stream.index]
+            new.mux(packet)
+    return target
+
+
+def _add_audio_stream(container, codec, rate, channels):
     stream = container.add_stream(codec, rate=rate, layout=LAYOUTS[channels])
     if codec == "vorbis":
         stream.codec_context.options = {"strict": "-2"}
@@ -108,7 +124,7 @@ def _add_sound(container, codec, rate, channels):
     return stream
 
 
-def _encode_sound(container, stream, audio, rate, starts):
+def _encode_audio(container, stream, audio, rate, starts):
     """In pieces of 1,000 samples, as a camera would."""
     resampler = av.AudioResampler(format=stream.format, layout=LAYOUTS[len(audio)], rate=rate)
     for begin in range(0, audio.shape[1], 1000):
@@ -137,7 +153,7 @@ def noise(count, channels=2, seed=0):
     )
 
 
-# ---------------------------------------------------------------- damaged films
+# ---------------------------------------------------------------- corrupt files
 
 GOOD_CODECS = [
     (".mp4", "aac"),
@@ -152,8 +168,8 @@ GOOD_CODECS += [(".mp4", "flac"), (".mkv", "vorbis"), (".mkv", "pcm_f32le")]
 def moving_frames(count, seed):
     """[F, 32, 48, 3] uint8: a soft pattern that drifts."""
     coarse = np.random.default_rng(seed).integers(20, 236, (4, 6, 3), np.uint8)
-    picture = np.asarray(Image.fromarray(coarse).resize((48, 32), Image.Resampling.BICUBIC))
-    return np.stack([np.roll(picture, (k, 2 * k), (0, 1)) for k in range(count)])
+    image = np.asarray(Image.fromarray(coarse).resize((48, 32), Image.Resampling.BICUBIC))
+    return np.stack([np.roll(image, (k, 2 * k), (0, 1)) for k in range(count)])
 
 
 def small_clip(path, codec=None, frames=20, fps=10, rate=16000, samples=None, seed=0):
@@ -180,7 +196,7 @@ def _flip_bits(first, last):
 
 
 def _overwrite(fill):
-    """A function that puts something else in the place of a stretch of a file."""
+    """A function that replaces a stretch of a file."""
 
     def overwrite(data, generator):
         first, last = sorted(generator.integers(0, len(data), 2))
@@ -206,7 +222,7 @@ def _claim_hours(data, generator):
 
 
 def _stretch_time(data, generator):
-    """Lengths of mp4's and mov's frames replaced: some last for hours, or years, or no time at all."""
+    """Durations of frames in mp4 and mov replaced: for hours, for years, or by 0."""
     data = bytearray(data)
     at = data.find(b"stts")
     while at >= 0:
@@ -234,31 +250,31 @@ DAMAGES: dict[str, Callable] = {
 def _zipped():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("a.txt", "no film\n" * 100)
+        archive.writestr("a.txt", "no video\n" * 100)
     return file.getvalue()
 
 
-def _pictured(kind):
+def _encoded_image(kind):
     file = io.BytesIO()
     Image.fromarray(moving_frames(1, 0)[0]).save(file, kind)
     return file.getvalue()
 
 
-NO_FILMS = {
+NOT_VIDEOS = {
     "empty.mp4": b"",
     "one.mkv": b"\0",
-    "text.mp4": b"no film\n" * 200,
+    "text.mp4": b"no video\n" * 200,
     "subtitles.mp4": b"1\n00:00:01,000 --> 00:10:00,000\nHello\n\n" * 20,
     "playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/passwd\n",
     "concat.mp4": b"ffconcat version 1.0\nfile /etc/hostname\n",
-    "jpeg.mp4": _pictured("JPEG"),
-    "png.mov": _pictured("PNG"),
-    "gif.mp4": _pictured("GIF"),
+    "jpeg.mp4": _encoded_image("JPEG"),
+    "png.mov": _encoded_image("PNG"),
+    "gif.mp4": _encoded_image("GIF"),
     "zip.mp4": _zipped(),
     "noise.webm": np.random.default_rng(0).bytes(5000),
     "html.avi": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
 }
-ODD_FILMS = {
+ODD_VIDEOS = {
     "fps7.mp4": {"fps": 7},
     "fps_ntsc.mov": {"fps": Fraction(30000, 1001)},
     "fps120.mkv": {"fps": 120, "frames": 60},
@@ -272,39 +288,39 @@ ODD_FILMS = {
 
 
 def damaged_clips(folder, count):
-    """Write `count` damaged films, always the same, beside whole, misnamed and silent ones, NO_FILMS and ODD_FILMS."""
+    """Write `count` corrupt videos, always the same, beside intact, misnamed and odd ones."""
     folder.mkdir(parents=True)
-    for name, data in NO_FILMS.items():
+    for name, data in NOT_VIDEOS.items():
         (folder / name).write_bytes(data)
-    for name, options in ODD_FILMS.items():
+    for name, options in ODD_VIDEOS.items():
         small_clip(folder / name, **options)
     make_clip(folder / "silent.mp4", moving_frames(10, 0))
-    wholes = []
+    intact = []
     for number, (suffix, codec) in enumerate(GOOD_CODECS):
-        path = small_clip(folder / f"whole_{codec}{suffix}", codec, seed=number)
-        wholes.append(path)
+        path = small_clip(folder / f"intact_{codec}{suffix}", codec, seed=number)
+        intact.append(path)
         other_suffix = GOOD_CODECS[(number + 1) % len(GOOD_CODECS)][0]
         (folder / f"misnamed_{suffix[1:]}_{codec}{other_suffix}").write_bytes(path.read_bytes())
-    _damage_all(wholes, folder, count)
+    _damage_all(intact, folder, count)
 
 
-def damaged_pictures(folder, count):
-    """Write `count` damaged images, always the same, beside two whole ones and four that are none."""
+def damaged_images(folder, count):
+    """Write `count` corrupt images, always the same, beside two intact ones and four false ones."""
     folder.mkdir(parents=True)
-    wholes = [folder / "whole.jpg", folder / "whole.png"]
-    for path, kind in zip(wholes, ("JPEG", "PNG"), strict=True):
-        path.write_bytes(_pictured(kind))
+    intact = [folder / "intact.jpg", folder / "intact.png"]
+    for path, kind in zip(intact, ("JPEG", "PNG"), strict=True):
+        path.write_bytes(_encoded_image(kind))
     for name in ("empty.mp4", "text.mp4", "zip.mp4", "gif.mp4"):
-        (folder / f"{name[:-4]}.jpg").write_bytes(NO_FILMS[name])
-    _damage_all(wholes, folder, count)
+        (folder / f"{name[:-4]}.jpg").write_bytes(NOT_VIDEOS[name])
+    _damage_all(intact, folder, count)
 
 
-def _damage_all(wholes, folder, count):
-    """Every kind of damage to every whole file in turn, as number_kind_name."""
+def _damage_all(intact, folder, count):
+    """Every kind of damage to every intact file in turn, as number_kind_name."""
     kinds = list(DAMAGES)
     for number in range(count):
         path, kind = (
-            wholes[(number + number // len(kinds)) % len(wholes)],
+            intact[(number + number // len(kinds)) % len(intact)],
             kinds[number % len(kinds)],
         )
         damaged = DAMAGES[kind](path.read_bytes(), np.random.default_rng(number))

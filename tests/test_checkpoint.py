@@ -1,4 +1,4 @@
-"""Checkpoints: published names, flags that travel along, and one line about a file that does not fit."""
+"""Checkpoints: published names, flags in the file, one-line errors about files that do not fit."""
 
 import pickle
 from collections import OrderedDict
@@ -51,7 +51,7 @@ def test_names_are_one_to_one(flags):
     assert len(names) == len(set(names))
 
 
-def test_saving_and_loading_is_the_identity_and_the_flags_travel_along(model, tmp_path):
+def test_saving_and_loading_is_the_identity_and_keeps_the_flags(model, tmp_path):
     path = str(tmp_path / "model000007.pt")
     save_weights(path, model, tiny.FLAGS)
     empty = tiny.build(as_built=True)[0]
@@ -154,7 +154,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         load_state(str(tmp_path))
 
 
-MISFITS = {
+MISMATCHES = {
     "num_channels": {"num_channels": 64},
     "channel_mult": {"channel_mult": "1,3"},
     "num_res_blocks": {"num_res_blocks": 2},
@@ -178,15 +178,15 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("flag", MISFITS)
+@pytest.mark.parametrize("flag", MISMATCHES)
 def test_a_checkpoint_of_another_model_names_tensors_and_the_flag_and_changes_nothing(
     model, tmp_path, flag
 ):
     """Fault: a checkpoint of another width loaded without a word, 0 of 1,046 tensors."""
     path = str(tmp_path / "other.pt")
-    save_weights(path, tiny.build(**MISFITS[flag])[0], {})
+    save_weights(path, tiny.build(**MISMATCHES[flag])[0], {})
     if flag == "cross_attention_windows":
-        model = tiny.build(**{**MISFITS[flag], flag: "1,4,4"})[0]
+        model = tiny.build(**{**MISMATCHES[flag], flag: "1,4,4"})[0]
     before = copied(model)
     with pytest.raises(CheckpointError, match=r"other\.pt does not fit") as caught:
         load_weights(model, path)

@@ -1,4 +1,4 @@
-"""One modality from the other: recorded figures, what must come back untouched, and the two scripts."""
+"""One modality from the other: recorded figures, unchanged conditioning, the two scripts."""
 
 import csv
 import json
@@ -19,11 +19,11 @@ from test_launchers import run as run_launcher
 from test_upsampler import saved
 
 from mm_diffusion import unet
+from mm_diffusion.config import notes_on
 from mm_diffusion.data.decode import probe, read_wav, read_window
 from mm_diffusion.dpm_solver import METHODS, DPMSolver, NoiseSchedule
 from mm_diffusion.generation.run import generate_clips
 from mm_diffusion.sampling import SAMPLERS, make_sampler, prepare, sample_joint
-from mm_diffusion.script_util import notes_on
 from mm_diffusion.tree import tree_map
 
 RESPACED = {"ddpm": "5", "ddim": "ddim5", "dpm_solver": "", "dpm_solver++": ""}
@@ -64,7 +64,7 @@ def test_the_sampler_of_the_scripts_draws_the_published_clips(case, monkeypatch)
     sampler = make_sampler(
         "ddpm", make(respacing="4"), classifier_scale=3.0 if "guide" in case else 0.0
     )
-    sample = sampler(coupled, x_T, given=truth)
+    sample = sampler(coupled, x_T, conditioning=truth)
     wanted = th.from_numpy(golden_data.arrays("conditional")[f"{case}_{target}"])
     th.testing.assert_close(sample[target], wanted, rtol=1e-5, atol=1e-5)
 
@@ -75,12 +75,12 @@ def test_what_is_given_comes_back_as_it_is_and_decides_the_rest(name, scale, kno
     """Fault: the given modality came back as the model's own re-synthesis."""
     model, sampler = setup(name, scale)
     truth, other = ({known: tiny.clips(k, 1)[known]} for k in (0, 1))
-    clip = sample_joint(model, sampler, [3], 5, given=truth)
+    clip = sample_joint(model, sampler, [3], 5, conditioning=truth)
     free = sample_joint(model, sampler, [3], 5)
     assert list(clip) == ["video", "audio"]
     assert th.equal(clip[known], truth[known])
     assert not th.equal(free[known], truth[known])
-    for another in (free, sample_joint(model, sampler, [3], 5, given=other)):
+    for another in (free, sample_joint(model, sampler, [3], 5, conditioning=other)):
         assert (clip[OTHER[known]] - another[OTHER[known]]).abs().max() > 1e-4
 
 
@@ -90,8 +90,8 @@ def test_a_clip_does_not_depend_on_its_neighbours(name, scale, known):
     """Fault: guidance was weakened by the batch size."""
     model, sampler = setup(name, scale, **(ADAPTIVE if name == "dpm_solver++" else {}))
     truth = {known: tiny.clips(0, 3)[known]}
-    together = sample_joint(model, sampler, [4, 5, 6], 5, given=truth)
-    alone = sample_joint(model, sampler, [6], 5, given={known: truth[known][2:]})
+    together = sample_joint(model, sampler, [4, 5, 6], 5, conditioning=truth)
+    alone = sample_joint(model, sampler, [6], 5, conditioning={known: truth[known][2:]})
     for key in alone:
         th.testing.assert_close(together[key][2:], alone[key], rtol=1e-3, atol=1e-3)
     assert (together[OTHER[known]][0] - together[OTHER[known]][2]).abs().max() > 0.05
@@ -109,8 +109,12 @@ def test_ranks_draw_the_clips_of_one_process(name):
         found[k] = {"video": video, "audio": audio}
 
     for rank in range(2):
-        generate_clips(model, sampler, range(3)[rank::2], 2, 7, "cpu", save, given=given)
-    together = sample_joint(model, sampler, range(3), 7, given={"video": tiny.clips(0, 3)["video"]})
+        generate_clips(
+            model, sampler, range(3)[rank::2], save, batch_size=2, seed=7, conditioning=given
+        )
+    together = sample_joint(
+        model, sampler, range(3), 7, conditioning={"video": tiny.clips(0, 3)["video"]}
+    )
     for k, clip in found.items():
         assert th.equal(clip["video"], given(k)["video"])
         th.testing.assert_close(clip, tree_map(lambda x, k=k: x[k], together), rtol=1e-3, atol=1e-3)
@@ -133,7 +137,10 @@ def test_a_model_that_copies_the_sounds_level_into_the_picture_gives_it_the_give
     x_T = tree_map(lambda x: golden_data.noise(f"copy {x.ndim}", x.shape), tiny.clips(0, 3))
     x_T["audio"] -= x_T["audio"].mean(dim=(1, 2), keepdim=True)  # so that the noise hides no level
     sample = sampler(
-        copies, x_T, [th.Generator() for _ in range(3)], given={"audio": levels.expand(3, 2, 64)}
+        copies,
+        x_T,
+        [th.Generator() for _ in range(3)],
+        conditioning={"audio": levels.expand(3, 2, 64)},
     )
     assert (
         sample["video"] - levels[..., None, None]
@@ -158,7 +165,9 @@ def test_where_streams_are_apart_the_free_one_is_solved_as_if_it_were_alone(
     }
     settings = {"method": method, "steps": 7, "order": 2, "step_control": step_control}
     given = {"g": golden_data.noise("known", (2, 7))}
-    together = DPMSolver(apart, exact_alphas(), predict_x0).sample(x_T, given=given, **settings)
+    together = DPMSolver(apart, exact_alphas(), predict_x0).sample(
+        x_T, conditioning=given, **settings
+    )
     alone = DPMSolver(apart, exact_alphas(), predict_x0).sample(
         {key: x_T[key] for key in "ab"}, **settings
     )
@@ -190,7 +199,7 @@ def test_the_model_sees_the_given_stream_with_its_one_noise_at_the_level_of_the_
         "step_control": "sample",
         "denoise": denoise,
     }
-    sample = solver.sample(x_T, given={"g": truth}, **settings)
+    sample = solver.sample(x_T, conditioning={"g": truth}, **settings)
     assert th.equal(sample["g"], truth)
     assert len(seen) >= 9
     for row, step in seen:
@@ -227,7 +236,7 @@ def test_guidance_does_not_vanish_in_float16():
             )
 
         sampler = make_sampler("ddpm", make(respacing="4"), classifier_scale=scale)
-        return sampler(model, x_T, [th.Generator().manual_seed(1)], given=truth)["video"]
+        return sampler(model, x_T, [th.Generator().manual_seed(1)], conditioning=truth)["video"]
 
     moved, wanted = (draw(dtype, 3e4) - draw(dtype, 0.0) for dtype in (th.float16, th.float32))
     assert wanted.abs().max() > 0.02
@@ -246,7 +255,7 @@ def test_guidance_recomputes_activations_where_asked_to(monkeypatch):
         )
         sampler = make_sampler("ddim", diffusion, classifier_scale=scale)
         return sample_joint(
-            prepare(model), sampler, [0], 1, given={"audio": tiny.clips(0, 1)["audio"]}
+            prepare(model), sampler, [0], 1, conditioning={"audio": tiny.clips(0, 1)["audio"]}
         )["video"]
 
     plain = draw(False)
@@ -275,9 +284,9 @@ def test_an_impossible_scale_is_refused(scale):
     "given", [{"i": th.zeros(1)}, {"g": th.zeros(1, 3)}, {"g": th.zeros(1, 2), "h": th.ones(1)}]
 )
 def test_the_solver_wants_some_of_what_it_samples(given):
-    with pytest.raises(ValueError, match="given"):
+    with pytest.raises(ValueError, match="conditioning"):
         DPMSolver(lambda x, t: x, exact_alphas()).sample(
-            {"g": th.ones(1, 2), "h": th.ones(1)}, given=given
+            {"g": th.ones(1, 2), "h": th.ones(1)}, conditioning=given
         )
 
 
@@ -286,7 +295,7 @@ def test_the_solver_wants_some_of_what_it_samples(given):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A folder of three films, checkpoints, and a function that runs the script for a known modality."""
+    """A folder of three video files, checkpoints, and a function that runs the script."""
     monkeypatch.setenv("MM_DIFFUSION_CACHE", str(tmp_path / "cache"))
     base, sr = saved(tmp_path)
     (tmp_path / "films/more").mkdir(parents=True)
@@ -432,7 +441,7 @@ def test_the_solvers_draw_in_a_script(world, tmp_path):
             ["--data_dir", "SHORT"],
             r"short.mp4: lasts 0.60 s, need 1.00 s \(4 frames at 4 per second\)",
         ),
-        (["--data_dir", "SILENT"], "silent.mp4: has no sound track"),
+        (["--data_dir", "SILENT"], "silent.mp4: has no audio stream"),
         (["--multimodal_model_path", ""], "no checkpoint given"),
         (["--multimodal_model_path", "nothing.pt"], "nothing.pt"),
         (["--multimodal_model_path", "EMPTY"], "EMPTY: holds neither"),
@@ -459,7 +468,7 @@ def test_short_films_are_left_out_and_told_where_that_is_allowed(world, tmp_path
     found = world("video", tmp_path / "out", "--max_bad_share", "0.5", "--sample_fn", "ddim")
     assert len(found["original"]) == 3
     told = capsys.readouterr().out
-    assert "3 clips to be given, 1 files left out" in told
+    assert "3 conditioning clips, 1 files left out" in told
     assert "short.mp4: lasts 0.60 s" in told
 
 

@@ -1,5 +1,6 @@
 """Folders of clips: what is listed, what is refused, and in what order which samples come."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch as th
 from media_files import MEDIA, grey_frames, make_clip, noise, real_media
 
+from mm_diffusion.config import DataConfig
 from mm_diffusion.data import DataError, MediaError, decode
 from mm_diffusion.data.cache import DiskCache
 from mm_diffusion.data.clips import ClipDataset, load_data, mirror
@@ -20,9 +22,15 @@ from mm_diffusion.data.decode import ClipInfo
 from mm_diffusion.data.index import ClipIndex, build_index, cache_path
 from mm_diffusion.data.loader import GlobalOrder, _one_ahead, prefetch_to_device
 from mm_diffusion.data.toy import ToyConfig, write_toy_dataset
-from mm_diffusion.evaluation.spatial import mismatched_alignment, spatial_alignment
+from mm_diffusion.dist_util import World
+from mm_diffusion.evaluation.bright_object import mismatched_alignment, spatial_alignment
 
 SMALL = {"video_size": "4,3,8,8", "audio_size": "2,512", "audio_fps": 512, "num_workers": 0}
+
+
+def small(data_dir="", **changes):
+    """A config of small clips."""
+    return DataConfig(data_dir=str(data_dir), **SMALL | changes)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +45,8 @@ def toy(tmp_path_factory):
     return folder
 
 
-def films(seconds):
-    """An index of clips that exist only on paper."""
+def clips_of(seconds):
+    """An index of files that do not exist, of these durations."""
     return ClipIndex(
         [(f"{s}.mp4", ClipInfo(s, 25, 64, 64, 16000, 2, 0, 1, "h264", "aac")) for s in seconds], {}
     )
@@ -51,11 +59,11 @@ def good(path, **options):
 
 def bad_files(folder):
     """One of each kind of bad file -> what its reason must say."""
-    whole = good(folder / "sub/whole.mp4", codec="flac")
-    data = whole.read_bytes()
+    intact = good(folder / "sub/intact.mp4", codec="flac")
+    data = intact.read_bytes()
     make_clip(folder / "silent.mp4", grey_frames(range(20)))
     (folder / "empty.mkv").write_bytes(b"")
-    (folder / "text.webm").write_text("this is no film\n" * 100)
+    (folder / "text.webm").write_text("this is no video\n" * 100)
     (folder / "cut.mp4").write_bytes(data[: len(data) // 2])  # its index, written last, is missing
     media_start = data.index(b"mdat") + 4
     zeroed = (
@@ -64,11 +72,11 @@ def bad_files(folder):
         + data[data.index(b"moov") - 4 :]
     )
     (folder / "zeroed.mp4").write_bytes(zeroed)
-    film = good(folder / "film.mkv").read_bytes()
-    (folder / "film.mkv").unlink()
-    (folder / "cut.mkv").write_bytes(film[: len(film) // 2])  # a good header, half of the data
+    video = good(folder / "video.mkv").read_bytes()
+    (folder / "video.mkv").unlink()
+    (folder / "cut.mkv").write_bytes(video[: len(video) // 2])  # a good header, half of the data
     reasons = {
-        "silent.mp4": "no sound track",
+        "silent.mp4": "no audio stream",
         "empty.mkv": "0 bytes",
         "text.webm": "cannot be decoded",
     }
@@ -83,23 +91,23 @@ def test_bad_files_are_listed_with_their_reason_and_left_out(tmp_path):
     reasons = bad_files(tmp_path)
     (tmp_path / "notes.csv").write_text("not a clip")
     index = build_index(str(tmp_path), max_bad_share=1)
-    assert [os.path.basename(path) for path, _ in index.clips] == ["whole.mp4"]
+    assert [os.path.basename(path) for path, _ in index.clips] == ["intact.mp4"]
     assert {os.path.basename(path) for path in index.bad} == set(reasons)
-    for name, reason in reasons.items():
-        (told,) = [text for path, text in index.bad.items() if path.endswith(name)]
-        assert reason in told
-        assert name in told
-        assert "\n" not in told
+    for name, expected in reasons.items():
+        (reason,) = [text for path, text in index.bad.items() if path.endswith(name)]
+        assert expected in reason
+        assert name in reason
+        assert "\n" not in reason
     assert "1 clips, 6 files left out" in index.report()
 
 
-def test_a_gif_counts_as_a_clip_without_sound(tmp_path):
+def test_a_gif_counts_as_a_clip_without_audio(tmp_path):
     from PIL import Image
 
     frames = [Image.fromarray(frame) for frame in grey_frames([10, 200])]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=250)
     with pytest.raises(
-        DataError, match=r"none of its 1 files can be used .*a\.gif: has no sound track"
+        DataError, match=r"none of its 1 files can be used .*a\.gif: has no audio stream"
     ):
         build_index(str(tmp_path))
 
@@ -132,7 +140,7 @@ def test_a_missing_folder_is_named(tmp_path, folder, message):
         build_index(str(tmp_path))
 
 
-def test_the_index_is_kept_outside_the_folder_as_json_and_unchanged_files_are_not_probed_again(
+def test_the_index_is_outside_the_folder_as_json_and_unchanged_files_are_not_probed_again(
     tmp_path, monkeypatch
 ):
     for name in ("a/one.mp4", "b/two.MKV"):
@@ -159,17 +167,17 @@ def test_the_index_is_kept_outside_the_folder_as_json_and_unchanged_files_are_no
     assert "entries" in json.loads(cache_path(folders).read_text())
 
 
-def test_rank_0_alone_looks_at_the_folder_and_the_others_are_told(toy, monkeypatch):
-    """Fault: ranks that look for themselves, while a folder is being copied, train on different data."""
-    told = build_index(str(toy))
-    monkeypatch.setattr("mm_diffusion.data.index.from_rank_0", lambda make: told)
+def test_rank_0_alone_probes_the_folder_for_all(toy, monkeypatch):
+    """Fault: ranks that probe a folder while it is being copied train on different data."""
+    index = build_index(str(toy))
+    monkeypatch.setattr("mm_diffusion.data.index.from_rank_0", lambda make: index)
     monkeypatch.setattr(
-        "mm_diffusion.data.index.find_files", lambda *_: pytest.fail("another rank looked")
+        "mm_diffusion.data.index.find_files", lambda *_: pytest.fail("another rank searched")
     )
-    assert build_index(str(toy)) is told
+    assert build_index(str(toy)) is index
 
 
-def test_a_file_that_could_not_be_read_once_is_looked_at_again(toy, monkeypatch):
+def test_a_file_that_could_not_be_read_once_is_probed_again(toy, monkeypatch):
     probe, fails = decode.probe, [True]
 
     def sometimes(path, *streams):
@@ -195,7 +203,7 @@ def test_a_folder_has_one_index_however_it_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "held", [b'{"format": 1, "entr', b"\xff\xfe", b'{"format": 3, "entries": [1]}', b"[]"]
 )
-def test_a_damaged_index_is_built_anew(toy, held):
+def test_a_corrupt_index_is_rebuilt(toy, held):
     path = cache_path(str(toy))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(held)
@@ -203,33 +211,31 @@ def test_a_damaged_index_is_built_anew(toy, held):
 
 
 def test_windows_are_all_of_f_frames_one_where_just_long_enough_or_short():
-    dataset = ClipDataset(films([5.0, 4.96, 6.0, 0.5, 15.0]), "20,3,8,8", "2,80000", clip_stride=2)
-    assert [dataset.place(k)[::2] for k in range(6)] == [
+    dataset = ClipDataset(clips_of([5.0, 4.96, 6.0, 0.5, 15.0]), DataConfig(clip_stride=2))
+    assert [dataset.source(k)[::2] for k in range(6)] == [
         ("5.0.mp4", 0),
         ("4.96.mp4", 0),
         *[("6.0.mp4", start) for start in (0, 0.5, 1)],
         ("0.5.mp4", 0),
     ]
     assert len(dataset) == 6 + 21
-    assert dataset.place(26)[2] == 10
+    assert dataset.source(26)[2] == 10
 
 
 def test_two_ranks_share_the_global_batch_of_one(toy):
-    whole = GlobalOrder(10, 4, seed=1)
-    halves = [GlobalOrder(10, 2, seed=1, rank=rank, world_size=2) for rank in range(2)]
-    for together, first, second, _ in zip(whole, *halves, range(12), strict=False):
+    single = GlobalOrder(10, 4, seed=1)
+    shares = [GlobalOrder(10, 2, seed=1, rank=rank, world_size=2) for rank in range(2)]
+    for together, first, second, _ in zip(single, *shares, range(12), strict=False):
         assert together == first + second
-    single = load_data(data_dir=str(toy), batch_size=4, **SMALL)
-    ranks = [
-        load_data(data_dir=str(toy), batch_size=2, rank=r, world_size=2, **SMALL) for r in range(2)
-    ]
+    single = load_data(small(toy, batch_size=4))
+    ranks = [load_data(small(toy, batch_size=2), World(rank, 2)) for rank in range(2)]
     for _ in range(3):
         parts = [next(rank)[0] for rank in ranks]
         for key, value in next(single)[0].items():
             assert value.equal(th.cat([part[key] for part in parts]))
 
 
-def test_every_epoch_shows_every_window_once_in_another_order():
+def test_every_epoch_has_every_window_once_in_another_order():
     flat = [
         item
         for batch, _ in zip(GlobalOrder(10, 4, seed=1), range(5), strict=False)
@@ -244,7 +250,7 @@ def test_every_epoch_shows_every_window_once_in_another_order():
 @pytest.mark.parametrize(
     ("num_windows", "batch_size", "world_size"), [(10, 4, 1), (23, 3, 2), (7, 5, 3), (1, 2, 2)]
 )
-def test_the_ranks_of_an_epoch_show_every_window_exactly_once(num_windows, batch_size, world_size):
+def test_the_ranks_of_an_epoch_have_every_window_exactly_once(num_windows, batch_size, world_size):
     orders = [
         GlobalOrder(num_windows, batch_size, 1, rank, world_size, start_sample=5)
         for rank in range(world_size)
@@ -279,9 +285,9 @@ def test_a_restart_with_other_ranks_and_batches_continues_where_all_ranks_stoppe
 
 
 def test_a_restart_after_n_samples_continues_the_stream(toy):
-    stream = load_data(data_dir=str(toy), batch_size=5, **SMALL)
+    stream = load_data(small(toy, batch_size=5))
     batches = [next(stream)[0] for _ in range(8)]  # into the second epoch
-    resumed = load_data(data_dir=str(toy), batch_size=5, start_sample=6 * 5, **SMALL)
+    resumed = load_data(small(toy, batch_size=5), start_sample=6 * 5)
     for expected in batches[6:]:
         batch = next(resumed)[0]
         assert all(batch[key].equal(value) for key, value in expected.items())
@@ -294,10 +300,10 @@ def test_mirrored_twice_is_the_identity():
     assert all(mirror(once)[key].equal(sample[key]) for key in sample)
 
 
-def test_picture_and_channels_are_mirrored_together_in_half_of_the_cases(toy):
+def test_frames_and_channels_are_mirrored_together_in_half_of_the_cases(toy):
     index = build_index(str(toy))
-    plain = ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, random_flip=False)
-    flipped = ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, random_flip=True)
+    plain = ClipDataset(index, small(random_flip=False))
+    flipped = ClipDataset(index, small(random_flip=True))
     count = 0
     for key in [(epoch, window) for epoch in range(10) for window in range(24)]:
         sample, straight = flipped[key], plain[key]
@@ -310,13 +316,8 @@ def test_picture_and_channels_are_mirrored_together_in_half_of_the_cases(toy):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_toy_clips_stay_aligned_through_the_loader_at_8_px_and_512_hz(toy, num_workers):
-    sizes = {
-        "video_size": "8,3,8,8",
-        "audio_size": "2,1024",
-        "audio_fps": 512,
-        "num_workers": num_workers,
-    }
-    batch, cond = next(load_data(data_dir=str(toy), batch_size=24, **sizes))
+    sizes = {"video_size": "8,3,8,8", "audio_size": "2,1024", "num_workers": num_workers}
+    batch, cond = next(load_data(small(toy, batch_size=24, **sizes)))
     assert cond == {}
     assert (batch["video"].shape, batch["audio"].shape) == ((24, 8, 3, 8, 8), (24, 2, 1024))
     assert {value.dtype for value in batch.values()} == {th.float32}
@@ -328,8 +329,7 @@ def test_toy_clips_stay_aligned_through_the_loader_at_8_px_and_512_hz(toy, num_w
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_clip_that_breaks_during_training_is_named_and_never_replaced(tmp_path, num_workers):
     path = good(tmp_path / "a.mp4")
-    options = {**SMALL, "num_workers": num_workers}
-    stream = load_data(data_dir=str(tmp_path), batch_size=1, **options)
+    stream = load_data(small(tmp_path, batch_size=1, num_workers=num_workers))
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(MediaError) as caught:
         next(stream)
@@ -337,40 +337,25 @@ def test_a_clip_that_breaks_during_training_is_named_and_never_replaced(tmp_path
     assert "\n" not in str(caught.value)
 
 
-def test_memory_for_decoded_clips_is_bounded_and_changes_nothing(toy):
-    index = build_index(str(toy))
-    size = 4 * 8 * 8 * 3 + 2 * 512 * 4
-    roomy, tight = (
-        ClipDataset(index, "4,3,8,8", "2,512", audio_fps=512, cache_bytes=room)
-        for room in (2**20, 3 * size + 1)
-    )
-    for _ in range(2):
-        for key in range(8):
-            assert all(value.equal(tight[key][name]) for name, value in roomy[key].items())
-    assert (len(roomy.cache), len(tight.cache)) == (8, 3)
-
-
-# ---------------------------------------------------------------- what was decoded, on disk
+# ---------------------------------------------------------------- the disk cache
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
+def cached(tmp_path, monkeypatch):
     """(folder of the cache, paths decoded since), where disks may be nearly full."""
-    monkeypatch.setattr("mm_diffusion.data.cache.SPARED_BYTES", 0)
+    monkeypatch.setattr("mm_diffusion.data.cache.SPARE_BYTES", 0)
     decoded, read = [], decode.read_window
     monkeypatch.setattr(
         "mm_diffusion.data.decode.read_window",
         lambda path, *rest: decoded.append(path) or read(path, *rest),
     )
-    return tmp_path / "kept", decoded
+    return tmp_path / "cache", decoded
 
 
 def from_disk(index, folder, **options):
     """All samples of an index through a disk cache."""
-    sizes = {"video_size": "8,3,8,8", "audio_size": "2,512", "audio_fps": 512} | options
-    dataset = ClipDataset(
-        index, **sizes, cache_bytes=0, disk=folder and DiskCache(str(folder), "elsewhere")
-    )
+    config = small(**{"video_size": "8,3,8,8"} | options)
+    dataset = ClipDataset(index, config, folder and DiskCache(str(folder), "elsewhere"))
     return [dataset[k] for k in range(len(dataset))]
 
 
@@ -380,8 +365,8 @@ def equal(one, other):
     )
 
 
-def test_what_the_disk_holds_gives_the_same_bits_and_is_decoded_once(toy, kept):
-    folder, decoded = kept
+def test_cached_clips_give_the_same_bits_and_is_decoded_once(toy, cached):
+    folder, decoded = cached
     index = build_index(str(toy))
     plain = from_disk(index, None)
     decoded.clear()
@@ -395,8 +380,8 @@ def test_what_the_disk_holds_gives_the_same_bits_and_is_decoded_once(toy, kept):
     assert all(size < path.stat().st_size < size + 1000 for path in files)
 
 
-def test_another_file_or_another_way_to_decode_it_is_another_item(tmp_path, kept):
-    folder, decoded = kept
+def test_another_file_or_another_way_to_decode_it_is_another_item(tmp_path, cached):
+    folder, decoded = cached
     path = good(tmp_path / "clips/a.mp4")
     index = ClipIndex([(str(path), decode.probe(path))], {})
     for changes in [
@@ -419,7 +404,7 @@ def test_another_file_or_another_way_to_decode_it_is_another_item(tmp_path, kept
         from_disk(index, folder)
 
 
-DAMAGES = {
+CORRUPTIONS = {
     "cut": lambda held: held[:-9],
     "empty": lambda held: b"",
     "one bit": lambda held: held[:-5] + bytes([held[-5] ^ 4]) + held[-4:],
@@ -429,23 +414,22 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_foreign_file_is_ignored_and_written_anew(toy, kept, damage):
-    folder, decoded = kept
-    whole = build_index(str(toy))
-    index = ClipIndex(whole.clips[:1], {})
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_a_corrupt_or_foreign_file_is_ignored_and_rewritten(toy, cached, corruption):
+    folder, decoded = cached
+    index = ClipIndex(build_index(str(toy)).clips[:1], {})
     first = from_disk(index, folder)
     (place,) = [path for path in folder.rglob("*") if path.is_file()]
     held = place.read_bytes()
-    place.write_bytes(DAMAGES[damage](held))
+    place.write_bytes(CORRUPTIONS[corruption](held))
     decoded.clear()
     assert equal(from_disk(index, folder), first)
     assert len(decoded) == 1
     assert place.read_bytes() == held
 
 
-def test_a_full_disk_is_told_once_and_training_goes_on(toy, kept, monkeypatch, capsys):
-    folder, _ = kept
+def test_a_full_disk_is_reported_once_and_loading_continues(toy, cached, monkeypatch, capsys):
+    folder, _ = cached
     index = build_index(str(toy))
     plain = from_disk(index, None)
 
@@ -456,52 +440,50 @@ def test_a_full_disk_is_told_once_and_training_goes_on(toy, kept, monkeypatch, c
     monkeypatch.setattr(os, "replace", full)
     assert equal(from_disk(index, folder), plain)
     monkeypatch.setattr(os, "replace", replace)
-    told = capsys.readouterr().out
-    assert told.count("warning") == told.count("takes no more (No space left on device)") == 1
-    monkeypatch.setattr("mm_diffusion.data.cache.SPARED_BYTES", 2**80)
+    logged = capsys.readouterr().out
+    assert logged.count("warning") == 1
+    assert logged.count("not written any more (No space left on device)") == 1
+    monkeypatch.setattr("mm_diffusion.data.cache.SPARE_BYTES", 2**80)
     assert equal(from_disk(index, folder), plain)
-    assert capsys.readouterr().out.count("takes no more (less than") == 1
+    assert capsys.readouterr().out.count("not written any more (less than") == 1
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_processes_that_fill_one_folder_at_once_agree(toy, kept):
-    folder, decoded = kept
-    options = {"data_dir": str(toy), "batch_size": 8, **SMALL, "cache_bytes": 0}
-    plain = load_data(**options)
+def test_processes_that_fill_one_folder_at_once_agree(toy, cached):
+    folder, decoded = cached
+    config = small(toy, batch_size=8)
+    plain = load_data(config)
     batches = [next(plain)[0] for _ in range(3)]
-    streams = [load_data(**options | {"num_workers": 1}, cache_dir=str(folder)) for _ in range(2)]
+    cached = dataclasses.replace(config, cache_dir=str(folder))
+    streams = [load_data(dataclasses.replace(cached, num_workers=1)) for _ in range(2)]
     for batch in batches:
         assert all(equal([next(stream)[0]], [batch]) for stream in streams)
     decoded.clear()
-    stream = load_data(**options, cache_dir=str(folder))
+    stream = load_data(cached)
     assert equal([next(stream)[0] for _ in range(3)], batches)
     assert not decoded
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".raw"}
 
 
-def test_rank_0_tells_what_the_disk_will_have_to_hold(toy, kept, capsys):
-    folder, _ = kept
-    load_data(data_dir=str(toy), batch_size=1, **SMALL, cache_dir=str(folder), video_fps=2, rank=0)
-    assert (
-        f"{folder}: keeps what is decoded, up to 24 x 0.00 MB = 0.00 GB" in capsys.readouterr().out
-    )
+def test_rank_0_logs_the_space_that_the_cache_needs(toy, cached, capsys):
+    folder, _ = cached
+    load_data(small(toy, batch_size=1, cache_dir=str(folder), video_fps=2))
+    assert f"{folder}: caches decoded data, up to 24 x 0.00 MB = 0.00 GB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("clips/kept", "lies in the data folder"),
-        ("file/kept", "cannot be made"),
+        ("clips/cache", "lies in the data folder"),
+        ("file/cache", "cannot be made"),
         ("gs://a/b", "must be a local folder"),
     ],
 )
-def test_a_cache_folder_that_cannot_be_one_is_refused_before_anything_is_read(
-    tmp_path, folder, message
-):
+def test_an_unusable_cache_folder_is_refused_before_anything_is_read(tmp_path, folder, message):
     (tmp_path / "file").write_text("")
     where = folder if "://" in folder else str(tmp_path / folder)
     with pytest.raises(ValueError, match=f"--cache_dir .*{message}"):
-        load_data(data_dir=str(tmp_path / "clips"), batch_size=1, **SMALL, cache_dir=where)
+        load_data(small(tmp_path / "clips", batch_size=1, cache_dir=where))
 
 
 # ---------------------------------------------------------------- on the way to the device
@@ -531,7 +513,7 @@ def test_batches_reach_the_device_unchanged_and_errors_in_their_own_place(device
         assert {x["video"].device.type, cond["low_res"].device.type} == {device}
 
 
-def test_one_ahead_makes_each_item_before_the_one_ahead_of_it_is_given_out():
+def test_one_ahead_makes_each_item_before_the_previous_one_is_passed_on():
     made = []
     ahead = _one_ahead(batches_until(MediaError("broke"), made))
     for k in range(3):
@@ -546,7 +528,7 @@ def test_one_ahead_makes_each_item_before_the_one_ahead_of_it_is_given_out():
 def test_loading_leaves_the_random_state_alone(toy):
     th.manual_seed(3)
     before = th.get_rng_state()
-    next(load_data(data_dir=str(toy), batch_size=2, **SMALL))
+    next(load_data(small(toy, batch_size=2)))
     assert th.get_rng_state().equal(before)
 
 
@@ -565,7 +547,7 @@ def test_loading_leaves_the_random_state_alone(toy):
 )
 def test_impossible_sizes_are_refused_before_anything_is_read(change, message):
     with pytest.raises(ValueError, match=message):
-        load_data(**({"data_dir": "nowhere", "batch_size": 1} | SMALL | change))
+        load_data(small("nowhere", **change))
 
 
 def run_check_data(*arguments):
@@ -577,11 +559,11 @@ def run_check_data(*arguments):
     )
 
 
-def test_check_data_tells_what_a_folder_holds(tmp_path):
+def test_check_data_prints_what_a_folder_holds(tmp_path):
     good(tmp_path / "good.mp4")
     (tmp_path / "broken.mkv").write_bytes(b"")
-    told = run_check_data(tmp_path, "--video_size", "4,3,8,8")
-    assert told.returncode == 0
+    result = run_check_data(tmp_path, "--video_size", "4,3,8,8")
+    assert result.returncode == 0
     for fact in (
         "1 files, 13 windows",
         "48x32",
@@ -590,13 +572,13 @@ def test_check_data_tells_what_a_folder_holds(tmp_path):
         "right minus left",
         "broken.mkv: is empty",
     ):
-        assert fact in told.stdout
+        assert fact in result.stdout
     (tmp_path / "good.mp4").unlink()
-    told = run_check_data(tmp_path)
-    assert told.returncode == 1
-    assert "broken.mkv: is empty" in told.stdout
-    assert told.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in told.stderr
+    result = run_check_data(tmp_path)
+    assert result.returncode == 1
+    assert "broken.mkv: is empty" in result.stdout
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
 
 
 @real_media
@@ -608,15 +590,7 @@ def test_the_two_real_clips_load_as_training_clips(tmp_path):
         (1280, 720, 44100),
         (480, 270, 16000),
     ]
-    batch, _ = next(
-        load_data(
-            data_dir=str(tmp_path),
-            batch_size=2,
-            video_size="20,3,64,64",
-            audio_size="2,80000",
-            num_workers=0,
-        )
-    )
+    batch, _ = next(load_data(DataConfig(data_dir=str(tmp_path), batch_size=2, num_workers=0)))
     assert batch["video"].shape == (2, 20, 3, 64, 64)
     assert (batch["video"][:, :, :, :14] == -1).all()  # letter-boxed
     assert np.isfinite(batch["audio"].numpy()).all()

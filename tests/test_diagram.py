@@ -1,4 +1,4 @@
-"""The diagram of the coupled U-Net: it says what the modules are, and the committed file is what the script makes."""
+"""The diagram of the coupled U-Net: it shows the modules, and the committed file is up to date."""
 
 import re
 import sys
@@ -34,7 +34,7 @@ def test_every_level_and_link_of_a_small_model_is_named(tmp_path):
         ("2 × 2", "16", "96"),
     ):
         assert {side, samples, f"{channels} channels"} <= set(texts)
-    # one residual block a level on the way down and two on the way up, coupled at the two finest levels
+    # one residual block a level on the way down and two up, coupled at the two finest levels
     assert texts.count("w 1   s ≤ 3") == texts.count("w 2   s ≤ 2") == 3
     assert texts.count("÷ 4   32 → 32") == texts.count("÷ 2   64 → 64") == 1
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in texts

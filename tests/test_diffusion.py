@@ -129,7 +129,7 @@ def start_noise(tag, batch=2):
 
 
 class Listening:
-    """A model that remembers the timesteps it was given."""
+    """A model that records its timesteps."""
 
     def __init__(self, model):
         self.model, self.timesteps = model, []
@@ -186,7 +186,7 @@ def test_unknown_schedule_lists_the_known():
 
 @pytest.mark.parametrize("steps", [10, 20])
 def test_a_schedule_that_leaves_nothing_of_the_clip_is_refused(steps):
-    """Linear schedules end at 20 / steps: with 1 the last alpha_bar is 0, and every sampler divides by it."""
+    """Linear schedules end at 20 / steps: with 1 the last alpha_bar is 0, which divides."""
     with pytest.raises(ValueError, match="diffusion_steps"):
         make(steps)
     assert make(21).alphas_cumprod[-1] > 0
@@ -440,7 +440,7 @@ def test_loops_of_pairs_are_the_published_ones(case, recorded_noise):
 
 @pytest.mark.parametrize("case", IMAGE_LOOPS)
 def test_loops_of_images_are_the_published_ones(case, recorded_noise):
-    """The ancestral loop draws fresh noise at every step; the published one could add x_T itself (img_p4)."""
+    """Every ancestral step draws fresh noise; the published loop could add x_T itself (img_p4)."""
     kind, respacing, options, settings = IMAGE_LOOPS[case]
     facts = INDEX["image_diffusion"]["loops"][case]
     learned = "var" in settings
@@ -467,7 +467,7 @@ def test_one_ddim_step_is_the_published_one(case, t, eta, recorded_noise):
 
 
 def test_ddim_inverts_the_forward_process_when_the_model_knows_the_data():
-    """With the noise of one data point as model, every intermediate is q_sample with one and the same noise."""
+    """With the noise of one data point as model, every intermediate is q_sample of one noise."""
     x0, noise = (
         golden_data.noise("a", (2, 3, 8, 8)).clamp(-1, 1),
         golden_data.noise("b", (2, 3, 8, 8)),
@@ -517,14 +517,16 @@ def test_ancestral_steps_use_fresh_noise():
     assert correlations.abs().max() < 0.3
 
 
-@pytest.mark.parametrize("options", [{}, {"given": True}, {"given": True, "classifier_scale": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"conditioning": True}, {"conditioning": True, "classifier_scale": 2.0}]
+)
 def test_a_sample_does_not_depend_on_its_neighbours(options):
     diffusion, x_T = make(respacing="4"), named("own")
     truth = golden_data.noise("truth", SHAPES["audio"]) * 0.3
 
     def draw(rows):
         generators = [th.Generator().manual_seed(10 + i) for i in rows]
-        extra = {**options, "given": {"audio": truth[rows]}} if options else {}
+        extra = {**options, "conditioning": {"audio": truth[rows]}} if options else {}
         return diffusion.p_sample_loop(
             coupled, tree_map(lambda leaf: leaf[rows], x_T), generators, **extra
         )
@@ -535,12 +537,12 @@ def test_a_sample_does_not_depend_on_its_neighbours(options):
 
 
 def test_progress_rises_to_one_and_steps_can_be_iterated():
-    seen = []
+    fractions = []
     steps = list(
-        make(respacing="5").p_sample_loop_progressive(toy, named("p"), progress=seen.append)
+        make(respacing="5").p_sample_loop_progressive(toy, named("p"), progress=fractions.append)
     )
     assert len(steps) == 5
-    np.testing.assert_allclose(seen, [0.2, 0.4, 0.6, 0.8, 1.0])
+    np.testing.assert_allclose(fractions, [0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(
         leaf.dtype == th.float32 and not leaf.requires_grad for leaf in leaves(steps[-1]["sample"])
     )
@@ -556,14 +558,14 @@ def conditional(case, recorded_noise, classifier_scale):
     recorded_noise(case)
     listening = Listening(coupled)
     steps = make(respacing="4").p_sample_loop_progressive(
-        listening, start_noise(case, batch=1), given=truth, classifier_scale=classifier_scale
+        listening, start_noise(case, batch=1), conditioning=truth, classifier_scale=classifier_scale
     )
     return target, truth, [out["sample"] for out in steps], listening.timesteps
 
 
 @pytest.mark.parametrize("case", INDEX["conditional"]["cases"])
 def test_generation_from_one_modality_is_the_published_one(case, recorded_noise):
-    """And the given modality comes back exactly, where the published code returned a re-synthesis."""
+    """The conditioning modality is returned exactly; the published code re-synthesised it."""
     target, truth, samples, timesteps = conditional(
         case, recorded_noise, 3.0 if "guide" in case else 0.0
     )
@@ -576,7 +578,7 @@ def test_generation_from_one_modality_is_the_published_one(case, recorded_noise)
 
 
 def test_guidance_is_not_weakened_by_the_batch_size():
-    """Fault: the gradient of a mean over the batch. Four copies of one clip are guided like the one."""
+    """Fault: the gradient of a mean over the batch. Four copies are guided like one."""
     diffusion, x_T = make(respacing="4"), tree_map(lambda leaf: leaf[:1], named("own"))
     truth = 0.3 * golden_data.noise("truth", (1, 2, 10))
 
@@ -586,9 +588,9 @@ def test_guidance_is_not_weakened_by_the_batch_size():
             {"audio": th.cat([truth] * copies)},
         )
         generators = [th.Generator().manual_seed(3) for _ in range(copies)]
-        return diffusion.p_sample_loop(coupled, x, generators, given=known, classifier_scale=50.0)[
-            "video"
-        ]
+        return diffusion.p_sample_loop(
+            coupled, x, generators, conditioning=known, classifier_scale=50.0
+        )["video"]
 
     th.testing.assert_close(draw(4)[2:3], draw(1), rtol=1e-5, atol=1e-5)
 
@@ -599,18 +601,18 @@ def test_guidance_leaves_no_gradient_on_the_weights():
     make(respacing="4").p_sample_loop(
         lambda x, t: tree_map(lambda leaf: weight * leaf, coupled(x, t)),
         named("g"),
-        given=truth,
+        conditioning=truth,
         classifier_scale=1.0,
     )
     assert weight.grad is None
 
 
 @pytest.mark.parametrize(
-    "given", [{"smell": th.zeros(1)}, named("own"), {"audio": th.zeros(2, 2, 11)}]
+    "conditioning", [{"smell": th.zeros(1)}, named("own"), {"audio": th.zeros(2, 2, 11)}]
 )
-def test_given_must_be_some_of_what_is_sampled(given):
-    with pytest.raises(ValueError, match="given"):
-        make(respacing="4").p_sample_loop(toy, named("own"), given=given)
+def test_the_conditioning_must_be_some_of_what_is_sampled(conditioning):
+    with pytest.raises(ValueError, match="conditioning"):
+        make(respacing="4").p_sample_loop(toy, named("own"), conditioning=conditioning)
 
 
 def test_a_gaussian_diffusion_of_all_steps_equals_the_spaced_one():

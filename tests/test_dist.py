@@ -82,13 +82,13 @@ SRUN = SBATCH | {
 
 def test_torchrun_says_who_we_are_even_within_a_step_of_srun_or_a_rank_of_mpiexec(environment):
     environment(**SRUN, PMI_RANK="1", MPI_LOCALRANKID="1", RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
-    assert dist_util._who_am_i() == (5, 8, 1)
+    assert dist_util.read_rank() == (5, 8, 1)
 
 
 @pytest.mark.parametrize("more", [{}, {"PMI_RANK": "3", "PMI_SIZE": "4"}, {"PMIX_RANK": "3"}])
 def test_srun_says_who_we_are_whatever_mpi_it_offers(environment, more):
     environment(**SRUN, **more)
-    assert dist_util._who_am_i() == (3, 4, 1)
+    assert dist_util.read_rank() == (3, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_batch_script_or_an_interactive_shell_is_one_process_however_many_task
     """Fault: python in a batch script of several tasks waited for ranks that nobody had started."""
     environment(**variables)
     assert dist_util._launcher() == ""
-    assert dist_util._who_am_i() == (0, 1, 0)
+    assert dist_util.read_rank() == (0, 1, 0)
 
 
 @pytest.mark.parametrize("variable", dist_util.MPIEXEC_VARIABLES)
@@ -114,7 +114,7 @@ def test_mpiexec_says_who_we_are_though_it_may_reach_the_hosts_through_srun(
 
 def test_ranks_of_srun_meet_on_the_first_host_of_the_step_not_where_srun_was_called(environment):
     environment(**SRUN)
-    dist_util._meet()
+    dist_util.set_rendezvous()
     assert os.environ["MASTER_ADDR"] == "localhost"
     assert 1024 < int(os.environ["MASTER_PORT"]) < 32768
 
@@ -123,7 +123,7 @@ def test_ranks_of_srun_on_one_host_need_no_name(environment):
     environment(
         **SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "no-such-host.invalid"}
     )
-    dist_util._meet()
+    dist_util.set_rendezvous()
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
@@ -132,7 +132,7 @@ def test_two_steps_of_a_job_meet_at_different_ports(environment):
     for step in range(3):
         environment(**SRUN | {"SLURM_STEP_ID": str(step)})
         os.environ.pop("MASTER_PORT", None)
-        dist_util._meet()
+        dist_util.set_rendezvous()
         ports.add(os.environ["MASTER_PORT"])
     assert len(ports) == 3
 
@@ -140,12 +140,13 @@ def test_two_steps_of_a_job_meet_at_different_ports(environment):
 def test_a_host_without_an_address_is_named_with_the_remedy(environment):
     environment(**SRUN | {"SLURM_STEP_NODELIST": "no-such-host[3-4].invalid"})
     with pytest.raises(ValueError, match=r"no-such-host3\.invalid.*MASTER_ADDR"):
-        dist_util._meet()
+        dist_util.set_rendezvous()
 
 
 def test_the_users_choice_of_where_to_meet_wins(environment):
-    environment(**SRUN, MASTER_ADDR="chosen", MASTER_PORT="1234")
-    dist_util._meet()
+    nodes = {"SLURM_STEP_NODELIST": "no-such-host.invalid"}
+    environment(**SRUN | nodes, MASTER_ADDR="chosen", MASTER_PORT="1234")
+    dist_util.set_rendezvous()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("chosen", "1234")
 
 
@@ -175,7 +176,7 @@ def test_ranks_that_do_not_meet_say_where_and_what_to_look_at(environment, monke
 
 
 def test_ranks_of_a_foreign_mpi_are_refused(environment):
-    """Fault: under the mpiexec of another MPI every rank believed to be alone, and all wrote the same files."""
+    """Fault: under another MPI every rank believed to be alone, and all wrote the same files."""
     environment(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="4")
     with pytest.raises(ValueError, match=r"4 ranks.*sees 1"):
         dist_util._check_mpi(1)
@@ -278,7 +279,9 @@ with friendly_errors():
     if who in ("all", str(rank)):
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("a bug of ours") if what == "bug" else ValueError("this rank cannot go on")
+        if what == "bug":
+            raise RuntimeError("a bug of ours")
+        raise ValueError("this rank cannot go on")
     if what == "early":
         setup_dist()
     barrier()
@@ -287,7 +290,7 @@ with friendly_errors():
 
 
 def run_job(tmp_path, launcher: str, who: str, what: str) -> str:
-    """What a job of two ranks, of which `who` fails, leaves on the screen; it must end, and badly, within a minute."""
+    """What a job of two ranks, of which `who` fails, prints; it must fail within a minute."""
     (tmp_path / "job.py").write_text(JOB)
     command = [*LAUNCHERS[launcher], str(tmp_path / "job.py"), who, what]
     env = untouched() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

@@ -50,14 +50,14 @@ def image_noise():
 
 def solve(model, x_T, settings, steps=1000):
     """The sample, the timesteps that the model received, and the number of evaluations."""
-    seen = []
+    timesteps = []
 
     def listening(x, t):
-        seen.append(int(t[0]))
+        timesteps.append(int(t[0]))
         return model(x, t)
 
     solver = DPMSolver(listening, alphas_cumprod(steps), **settings["init"])
-    return solver.sample(x_T, **settings["sample"]), seen, solver.evaluations
+    return solver.sample(x_T, **settings["sample"]), timesteps, solver.evaluations
 
 
 def assert_figure(leaf, wanted):
@@ -68,11 +68,11 @@ def assert_figure(leaf, wanted):
 
 @pytest.mark.parametrize("case", PAIR_CASES)
 def test_samples_of_pairs_are_the_corrected_published_ones(case):
-    """Faults: first-order noise steps of the second leaf, multistep 3, singlestep-3 taylor, adaptive (28 calls)."""
-    sample, seen, evaluations = solve(toy, pair_noise(), CASES[case])
+    """Faults: first-order noise steps of leaf 2, multistep 3, singlestep-3 taylor, adaptive."""
+    sample, timesteps, evaluations = solve(toy, pair_noise(), CASES[case])
     for key, leaf in sample.items():
         assert_figure(leaf, golden_data.arrays("solvers")[f"{case}_corrected_{key}"])
-    assert seen == CASES[case]["corrected"]["model_timesteps"]
+    assert timesteps == CASES[case]["corrected"]["model_timesteps"]
     assert evaluations == CASES[case]["corrected"]["nfe"]
 
 
@@ -80,9 +80,9 @@ def test_samples_of_pairs_are_the_corrected_published_ones(case):
 def test_samples_of_images_are_the_published_ones(case):
     """With learned sigma, whose extra channels are dropped."""
     steps = 1100 if "1100" in case else 1000
-    sample, seen, evaluations = solve(toy_image_learned, image_noise(), CASES[case], steps)
+    sample, timesteps, evaluations = solve(toy_image_learned, image_noise(), CASES[case], steps)
     assert_figure(sample, golden_data.arrays("solvers")[case])
-    assert seen == CASES[case]["model_timesteps"]
+    assert timesteps == CASES[case]["model_timesteps"]
     assert evaluations == CASES[case]["nfe"]
 
 
@@ -236,7 +236,7 @@ def test_with_step_control_by_sample_a_sample_does_not_depend_on_its_neighbours(
 
 
 def test_conditions_follow_the_samples_that_remain():
-    """Samples with a scale of their own leave at different times; each keeps its own condition to the end."""
+    """Samples of different scales finish at different times; each keeps its condition."""
     x_T = golden_data.noise("v", (3, 3, 4, 4)) * th.tensor([1e-3, 1.0, 30.0]).reshape(3, 1, 1, 1)
     low_res = th.tensor([0.1, 0.2, 0.3]).reshape(3, 1, 1, 1)
     sizes = []
@@ -327,10 +327,10 @@ def test_a_model_that_is_not_finite_stops_the_adaptive_solver():
 @pytest.mark.parametrize("method", ["singlestep", "singlestep_fixed", "multistep", "adaptive"])
 @pytest.mark.parametrize("step_control", ["batch", "sample"])
 def test_progress_rises_to_one(method, step_control):
-    seen = []
+    fractions = []
     DPMSolver(toy, alphas_cumprod()).sample(
-        pair_noise(), method=method, steps=12, progress=seen.append, step_control=step_control
+        pair_noise(), method=method, steps=12, progress=fractions.append, step_control=step_control
     )
-    assert seen == sorted(seen)
-    assert seen[0] >= 0
-    assert seen[-1] == pytest.approx(1.0)
+    assert fractions == sorted(fractions)
+    assert fractions[0] >= 0
+    assert fractions[-1] == pytest.approx(1.0)

@@ -1,5 +1,6 @@
-"""Images and films as training pairs of the upsampler, and films extracted to image files."""
+"""Images and videos as training pairs of the upsampler, and videos extracted to image files."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,15 +14,24 @@ import torch as th
 from media_files import MEDIA, grey_frames, make_clip, make_gif, noise, real_media
 from PIL import Image
 
+from mm_diffusion.config import FrameDataConfig
 from mm_diffusion.data import DataError, MediaError, decode, images
 from mm_diffusion.data.cache import DiskCache
 from mm_diffusion.data.extract import RECORD, ExtractSettings, extract_videos
 from mm_diffusion.data.frames import FrameDataset, degrade, find_frames, find_images, load_frames
-from mm_diffusion.data.index import FINGERPRINT_BYTES, ClipIndex
+from mm_diffusion.data.index import FINGERPRINT_BYTES
 from mm_diffusion.data.loader import GlobalOrder
+from mm_diffusion.dist_util import World
 
-SIZES = {"large_size": 32, "small_size": 8}
-LOADING = {**SIZES, "num_workers": 0}
+
+def config(data_dir="", **changes):
+    """A config of small images."""
+    sizes = {"large_size": 32, "small_size": 8, "num_workers": 0}
+    return FrameDataConfig(data_dir=str(data_dir), **sizes | changes)
+
+
+def dataset_of(data_dir, **changes):
+    return FrameDataset(find_images(str(data_dir)), config(**changes))
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +47,14 @@ def smooth(seed, height=40, width=40):
     ]
 
 
-def pictures(folder, count, suffix=".png"):
+def write_images(folder, count, suffix=".png"):
     for k in range(count):
         images.write_image(folder / f"{k}{suffix}", smooth(k))
     return folder
 
 
-def film(path, seconds=2, seed=0, **options):
-    """A film of slowly changing colours at 10 fps."""
+def write_video(path, seconds=2, seed=0, **options):
+    """A video of slowly changing colours at 10 fps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ends = [smooth(seed + k, 32, 48).permute(1, 2, 0).numpy().astype(float) for k in range(2)]
     shares = np.linspace(0, 1, int(10 * seconds))
@@ -62,13 +72,13 @@ def names_in(folder):
 # ---------------------------------------------------------------- images
 
 
-def grey_picture():
+def grey_ramp():
     return np.tile(np.linspace(0, 255, 24).astype(np.uint8), (16, 1))
 
 
 def save_grey(path, mode):
-    """A horizontal ramp of grey in a picture mode of PIL."""
-    grey = grey_picture()
+    """A horizontal ramp of grey in an image mode of PIL."""
+    grey = grey_ramp()
     if mode == "I;16":
         Image.fromarray(grey.astype(np.uint16) * 257).save(path)
     elif mode == "P":
@@ -85,16 +95,16 @@ def save_grey(path, mode):
 @pytest.mark.parametrize(
     "mode", ["L", "LA", "RGB", "RGBA", "P", "P with transparency", "I;16", "CMYK"]
 )
-def test_every_picture_mode_gives_the_same_rgb(tmp_path, mode):
+def test_every_image_mode_gives_the_same_rgb(tmp_path, mode):
     path = save_grey(tmp_path / ("a.jpg" if mode == "CMYK" else "a.PNG"), mode)
     image = images.read_image(path)
     assert (image.shape, image.dtype) == ((3, 16, 24), th.uint8)
-    error = (image.int() - th.from_numpy(grey_picture()).int()).abs().max()
+    error = (image.int() - th.from_numpy(grey_ramp()).int()).abs().max()
     assert error <= (3 if path.suffix == ".jpg" else 0)
 
 
-def test_one_bit_pictures_are_black_and_white(tmp_path):
-    bits = th.from_numpy(grey_picture() > 128)
+def test_one_bit_images_are_black_and_white(tmp_path):
+    bits = th.from_numpy(grey_ramp() > 128)
     Image.fromarray(bits.numpy()).save(tmp_path / "a.png")
     assert images.read_image(tmp_path / "a.png").equal(bits.to(th.uint8).expand(3, -1, -1) * 255)
 
@@ -151,34 +161,35 @@ def test_exif_that_makes_no_sense_turns_nothing(tmp_path, suffix, exif):
 
 @quiet_exif
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_pictures_are_upright_whatever_else_is_damaged_in_their_exif(tmp_path, suffix):
-    picture, exif, generator = Image.new("RGB", (16, 8)), Image.Exif(), np.random.default_rng(0)
+def test_images_are_upright_whatever_else_is_corrupt_in_their_exif(tmp_path, suffix):
+    image, exif, generator = Image.new("RGB", (16, 8)), Image.Exif(), np.random.default_rng(0)
     exif.update({0x0112: 6, 0x011A: 72.0, 0x0132: "2020:01:01 00:00:00"})
     after_orientation = len(b"Exif\0\0") + 8 + 2 + 12  # header, number of entries, first entry
     for _ in range(300):
-        damaged = np.frombuffer(exif.tobytes(), np.uint8).copy()
-        damaged[generator.integers(after_orientation, len(damaged), 4)] = generator.integers(
+        corrupt = np.frombuffer(exif.tobytes(), np.uint8).copy()
+        corrupt[generator.integers(after_orientation, len(corrupt), 4)] = generator.integers(
             0, 256, 4
         )
-        picture.save(tmp_path / f"a{suffix}", exif=damaged.tobytes())
+        image.save(tmp_path / f"a{suffix}", exif=corrupt.tobytes())
         assert images.read_image(tmp_path / f"a{suffix}").shape == (3, 16, 8)
 
 
 def test_odd_exif_makes_no_noise(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=ODD_EXIF["cut"])
-    read = "import sys; from mm_diffusion import media; images.check_image(sys.argv[1]); images.read_image(sys.argv[1])"
-    told = subprocess.run(
+    read = "import sys; from mm_diffusion.data.images import check_image, read_image"
+    read += "; check_image(sys.argv[1]); read_image(sys.argv[1])"
+    result = subprocess.run(
         [sys.executable, "-c", read, tmp_path / "a.jpg"], capture_output=True, text=True, check=True
     )
-    assert (told.stdout, told.stderr) == ("", "")
+    assert (result.stdout, result.stderr) == ("", "")
 
 
-def test_a_png_damaged_anywhere_is_left_out(tmp_path):
-    whole = (pictures(tmp_path, 1) / "0.png").read_bytes()
-    for k, where in enumerate(np.linspace(8, whole.index(b"IEND") - 5, 40).astype(int)):
-        damaged = bytearray(whole)
-        damaged[where] ^= 4
-        (tmp_path / f"damaged_{k}.png").write_bytes(damaged)
+def test_a_png_corrupt_anywhere_is_left_out(tmp_path):
+    intact = (write_images(tmp_path, 1) / "0.png").read_bytes()
+    for k, where in enumerate(np.linspace(8, intact.index(b"IEND") - 5, 40).astype(int)):
+        corrupt = bytearray(intact)
+        corrupt[where] ^= 4
+        (tmp_path / f"corrupt_{k}.png").write_bytes(corrupt)
     index = find_images(str(tmp_path))
     assert [os.path.basename(path) for path, _ in index.clips] == ["0.png"]
     assert len(index.bad) == 40
@@ -202,12 +213,13 @@ def test_png_is_lossless_and_jpeg_nearly_and_a_failed_write_leaves_nothing(tmp_p
 
 def bad_images(folder):
     """One of each kind of bad image -> what its reason must say."""
-    whole = {
-        suffix: pictures(folder / "whole", 1, suffix) / f"0{suffix}" for suffix in (".png", ".jpg")
+    intact = {
+        suffix: write_images(folder / "intact", 1, suffix) / f"0{suffix}"
+        for suffix in (".png", ".jpg")
     }
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.JPEG").write_text("no image\n" * 100)
-    for suffix, path in whole.items():
+    for suffix, path in intact.items():
         (folder / f"cut{suffix}").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (folder / "cut.mp4").write_bytes(b"\0" * 100)
     return {
@@ -224,27 +236,28 @@ def test_bad_images_are_named_with_their_reason_and_left_out(tmp_path):
     index = find_images(str(tmp_path))
     assert [os.path.basename(path) for path, _ in index.clips] == ["0.jpg", "0.png"]
     assert {os.path.basename(path) for path in index.bad} == set(reasons)
-    for path, told in index.bad.items():
-        assert reasons[os.path.basename(path)] in told
-        assert told.startswith(path)
-        assert "\n" not in told
+    for path, reason in index.bad.items():
+        assert reasons[os.path.basename(path)] in reason
+        assert reason.startswith(path)
+        assert "\n" not in reason
         with pytest.raises(MediaError, match=os.path.basename(path)):
             images.read_image(path)
     with pytest.raises(DataError, match=r"5 of 7 files cannot be used .*--max_bad_share"):
-        find_frames(str(tmp_path))
-    assert find_frames(str(tmp_path), max_bad_share=0.8) == index
+        find_frames(config(tmp_path))
+    assert find_frames(config(tmp_path, max_bad_share=0.8)) == index
 
 
 def test_an_image_with_something_behind_its_end_is_still_good(tmp_path):
-    path = pictures(tmp_path, 1, ".jpg") / "0.jpg"
+    path = write_images(tmp_path, 1, ".jpg") / "0.jpg"
     before = images.read_image(path)
-    path.write_bytes(path.read_bytes() + b"a film that a camera appended" * 20)
+    path.write_bytes(path.read_bytes() + b"a video that a camera appended" * 20)
     assert not find_images(str(tmp_path)).bad
     assert images.read_image(path).equal(before)
 
 
 def test_an_image_that_breaks_during_training_is_named(tmp_path):
-    stream = load_frames(index=find_frames(str(pictures(tmp_path, 1))), batch_size=1, **LOADING)
+    settings = config(write_images(tmp_path, 1), batch_size=1)
+    stream = load_frames(find_frames(settings), settings)
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
     with pytest.raises(MediaError, match=r"0\.png: cannot be read"):
         next(stream)
@@ -256,15 +269,15 @@ def test_a_folder_without_images_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(
         DataError, match=r"holds no images or videos .*py_scripts/extract_video\.py"
     ):
-        find_frames(str(tmp_path))
+        find_frames(config(tmp_path))
     with pytest.raises(DataError, match="no such data folder"):
-        find_frames(str(tmp_path / "nowhere"))
+        find_frames(config(tmp_path / "nowhere"))
 
 
-def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
-    first = find_images(str(pictures(tmp_path, 3)))
+def test_unchanged_images_are_not_probed_again(tmp_path, monkeypatch):
+    first = find_images(str(write_images(tmp_path, 3)))
     monkeypatch.setattr(
-        "mm_diffusion.data.images.check_image", lambda _: pytest.fail("looked at again")
+        "mm_diffusion.data.images.check_image", lambda _: pytest.fail("probed again")
     )
     assert find_images(str(tmp_path)) == first
 
@@ -281,50 +294,46 @@ def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
 )
 def test_impossible_sizes_are_refused_before_anything_is_read(change, message):
     with pytest.raises(ValueError, match=message):
-        load_frames(
-            **(
-                {"index": ClipIndex([("nowhere.png", None)], {}), "batch_size": 1}
-                | LOADING
-                | change
-            )
-        )
+        config(**change)
 
 
-def test_the_folder_is_looked_at_and_told_once_by_rank_0(tmp_path, monkeypatch, capsys):
-    film(pictures(tmp_path, 3) / "film.mp4", seconds=1.5)
+def test_the_folder_is_probed_and_logged_once_by_rank_0(tmp_path, monkeypatch, capsys):
+    write_video(write_images(tmp_path, 3) / "video.mp4", seconds=1.5)
     (tmp_path / "empty.png").write_bytes(b"")
-    index = find_frames(str(tmp_path), max_bad_share=0.5)
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2
-    assert told[0].endswith(f"{tmp_path}: 3 images and 1 videos (1.5 s), 1 files left out:")
-    assert "empty.png: is empty" in told[1]
+    index = find_frames(config(tmp_path, max_bad_share=0.5))
+    logged = capsys.readouterr().out.splitlines()
+    assert len(logged) == 2
+    assert logged[0].endswith(f"{tmp_path}: 3 images and 1 videos (1.5 s), 1 files left out:")
+    assert "empty.png: is empty" in logged[1]
     monkeypatch.setattr(
-        "mm_diffusion.data.frames.find_files", lambda *_: pytest.fail("looked at again")
+        "mm_diffusion.data.frames.find_files", lambda *_: pytest.fail("probed again")
     )
     monkeypatch.setattr("mm_diffusion.data.frames.from_rank_0", lambda make: index)
-    assert find_frames(str(tmp_path), max_bad_share=0.5) == index
-    assert capsys.readouterr().out.splitlines() == told
-    batch = next(load_frames(index=index, batch_size=9, random_flip=False, **LOADING))
-    shown = FrameDataset(index, **SIZES, random_flip=False)
-    assert len(shown) == 9
+    assert find_frames(config(tmp_path, max_bad_share=0.5)) == index
+    assert capsys.readouterr().out.splitlines() == logged
+    settings = config(batch_size=9, random_flip=False)
+    batch = next(load_frames(index, settings))
+    displayed = FrameDataset(index, settings)
+    assert len(displayed) == 9
     assert sorted(x.sum().item() for x in batch[0]) == sorted(
-        shown[k][0].sum().item() for k in range(9)
+        displayed[k][0].sum().item() for k in range(9)
     )
     assert not capsys.readouterr().out
 
 
-def test_pictures_are_not_kept_in_their_own_folder(tmp_path):
-    index = find_frames(str(pictures(tmp_path / "a/b", 1).parent))
+def test_the_cache_is_refused_in_the_data_folder(tmp_path):
+    settings = config(write_images(tmp_path / "a/b", 1).parent, cache_dir=str(tmp_path / "a/cache"))
+    index = find_frames(settings)
     with pytest.raises(ValueError, match="lies in the data folder"):
-        load_frames(index=index, batch_size=1, **LOADING, cache_dir=str(tmp_path / "a/kept"))
+        load_frames(index, settings)
 
 
 # ---------------------------------------------------------------- pairs
 
 
-def test_large_pictures_keep_their_aspect_on_centred_black(tmp_path):
+def test_large_images_keep_their_aspect_on_centred_black(tmp_path):
     images.write_image(tmp_path / "a.png", th.full((3, 27, 64), 255, dtype=th.uint8))
-    large = FrameDataset(find_images(str(tmp_path)), 64, 16)[0][0]
+    large = dataset_of(tmp_path, large_size=64, small_size=16)[0][0]
     assert (large.dtype, large.shape) == (th.float32, (3, 64, 64))
     assert (large[:, 18:45] == 1).all()  # 37 rows of black: 18 above, 19 below
     assert (large[:, :18] == -1).all()
@@ -332,15 +341,15 @@ def test_large_pictures_keep_their_aspect_on_centred_black(tmp_path):
 
 
 def degraded(count):
-    """(plain small picture, its degraded versions) of a grey square, over as many seeds."""
+    """(plain small image, its degraded versions) of a grey square, over as many seeds."""
     large = th.full((3, 64, 64), 128, dtype=th.uint8)
     return images.fit_image(large, 16, 16), [
         degrade(large, 16, np.random.default_rng(seed)) for seed in range(count)
     ]
 
 
-def test_without_noise_and_jpeg_the_small_picture_is_the_large_one_resized(tmp_path):
-    dataset = FrameDataset(find_images(str(pictures(tmp_path, 20))), 32, 8)
+def test_without_noise_and_jpeg_the_small_image_is_the_large_one_resized(tmp_path):
+    dataset = dataset_of(write_images(tmp_path, 20))
     plain = 0
     for large, cond in (dataset[epoch, k] for epoch in range(5) for k in range(20)):
         resized = images.fit_image(images.to_uint8(large), 8, 8)
@@ -383,19 +392,20 @@ def same(one, other):
 
 
 def test_a_pair_depends_on_seed_epoch_and_index_only(tmp_path):
-    index = find_images(str(pictures(tmp_path, 12)))
-    one, two = FrameDataset(index, **SIZES), FrameDataset(index, **SIZES)
+    index = find_images(str(write_images(tmp_path, 12)))
+    one, two = FrameDataset(index, config()), FrameDataset(index, config())
     forth = [one[1, k] for k in range(12)]
     back = [two[1, k] for k in reversed(range(12))][::-1]
     assert all(map(same, forth, back))
     assert not all(same(one[2, k], pair) for k, pair in enumerate(forth))
-    other_seed = FrameDataset(index, **SIZES, seed=43)
+    other_seed = FrameDataset(index, config(seed=43))
     assert not all(same(other_seed[1, k], pair) for k, pair in enumerate(forth))
 
 
-def test_half_of_the_pairs_are_mirrored_both_pictures_together(tmp_path):
-    index = find_images(str(pictures(tmp_path, 20)))
-    plain, flipped = FrameDataset(index, **SIZES, random_flip=False), FrameDataset(index, **SIZES)
+def test_half_of_the_pairs_are_mirrored_both_images_together(tmp_path):
+    index = find_images(str(write_images(tmp_path, 20)))
+    plain = FrameDataset(index, config(random_flip=False))
+    flipped = FrameDataset(index, config())
     count = 0
     for key in [(epoch, k) for epoch in range(5) for k in range(20)]:
         (straight, _), (large, cond) = plain[key], flipped[key]
@@ -411,103 +421,106 @@ def test_half_of_the_pairs_are_mirrored_both_pictures_together(tmp_path):
 
 
 def test_two_ranks_share_the_batch_of_one_and_a_restart_continues(tmp_path):
-    options = {"index": find_frames(str(pictures(tmp_path, 10))), **LOADING}
-    single = load_frames(batch_size=4, **options)
-    ranks = [load_frames(batch_size=2, rank=rank, world_size=2, **options) for rank in range(2)]
+    index = find_frames(config(write_images(tmp_path, 10)))
+    single = load_frames(index, config(batch_size=4))
+    ranks = [load_frames(index, config(batch_size=2), World(rank, 2)) for rank in range(2)]
     batches = [next(single) for _ in range(6)]
     for large, cond in batches:
         parts = [next(rank) for rank in ranks]
         assert large.equal(th.cat([part[0] for part in parts]))
         assert cond["low_res"].equal(th.cat([part[1]["low_res"] for part in parts]))
-    assert same(next(load_frames(batch_size=4, start_sample=5 * 4, **options)), batches[5])
+    assert same(next(load_frames(index, config(batch_size=4), start_sample=5 * 4)), batches[5])
     assert (batches[0][0].shape, batches[0][1]["low_res"].shape) == ((4, 3, 32, 32), (4, 3, 8, 8))
     assert {part.dtype for part in (batches[0][0], batches[0][1]["low_res"])} == {th.float32}
 
 
 def test_the_seed_of_the_stream_is_that_of_its_pairs(tmp_path):
-    index = find_frames(str(pictures(tmp_path, 5)))
-    large, cond = next(load_frames(index=index, batch_size=8, seed=7, **LOADING))
+    settings = config(write_images(tmp_path, 5), batch_size=8, seed=7)
+    index = find_frames(settings)
+    large, cond = next(load_frames(index, settings))
     pairs = [(large[k], {"low_res": cond["low_res"][k]}) for k in range(8)]
-    dataset, order = FrameDataset(index, **SIZES, seed=7), GlobalOrder(5, 8, seed=7)
+    dataset, order = FrameDataset(index, settings), GlobalOrder(5, 8, seed=7)
     assert all(same(pair, dataset[key]) for pair, key in zip(pairs, next(iter(order)), strict=True))
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):
-    options = {"index": find_frames(str(pictures(tmp_path, 5))), "batch_size": 3, **SIZES}
-    assert same(*(next(load_frames(num_workers=workers, **options)) for workers in (0, 1)))
+    index = find_frames(config(write_images(tmp_path, 5)))
+    one, other = (
+        next(load_frames(index, config(batch_size=3, num_workers=workers))) for workers in (0, 1)
+    )
+    assert same(one, other)
 
 
-def test_pictures_on_disk_give_the_same_bits_and_are_decoded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("mm_diffusion.data.cache.SPARED_BYTES", 0)
-    pictures(tmp_path / "a", 3, ".jpg")
-    film(tmp_path / "a/film.mp4", seconds=1)
+def test_cached_images_give_the_same_bits_and_are_decoded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("mm_diffusion.data.cache.SPARE_BYTES", 0)
+    write_images(tmp_path / "a", 3, ".jpg")
+    write_video(tmp_path / "a/video.mp4", seconds=1)
     index = find_images(str(tmp_path / "a"))
-    plain = FrameDataset(index, **SIZES)
-    kept = FrameDataset(index, **SIZES, disk=DiskCache(str(tmp_path / "kept"), str(tmp_path / "a")))
-    assert len(kept) == 7
-    assert all(same(kept[epoch, k], plain[epoch, k]) for k in range(7) for epoch in range(2))
-    monkeypatch.setattr(FrameDataset, "picture", lambda *_: pytest.fail("decoded again"))
-    again = FrameDataset(
-        index, **SIZES, disk=DiskCache(str(tmp_path / "kept"), str(tmp_path / "a"))
-    )
-    assert all(same(again[2, k], kept[2, k]) for k in range(7))
-    options = {"index": index, "batch_size": 7, **LOADING, "cache_dir": str(tmp_path / "kept")}
-    next(load_frames(**options))
+    plain = FrameDataset(index, config())
+    disk = DiskCache(str(tmp_path / "cache"), str(tmp_path / "a"))
+    cached = FrameDataset(index, config(), disk)
+    assert len(cached) == 7
+    assert all(same(cached[epoch, k], plain[epoch, k]) for k in range(7) for epoch in range(2))
+    monkeypatch.setattr(FrameDataset, "image", lambda *_: pytest.fail("decoded again"))
+    again = FrameDataset(index, config(), disk)
+    assert all(same(again[2, k], cached[2, k]) for k in range(7))
+    settings = config(batch_size=7, cache_dir=str(tmp_path / "cache"))
+    next(load_frames(index, settings))
     with pytest.raises(pytest.fail.Exception, match="decoded again"):
-        next(load_frames(**options | {"large_size": 16}))
+        next(load_frames(index, dataclasses.replace(settings, large_size=16)))
 
 
-# ---------------------------------------------------------------- films
+# ---------------------------------------------------------------- videos
 
 
-def test_frames_of_films_equal_their_extraction_whatever_their_sound(tmp_path):
-    film(tmp_path / "films/silent.mp4", audio=None)
-    film(tmp_path / "films/deep/mono.mkv", audio=noise(32000, channels=1), seed=5)
-    film(tmp_path / "films/sparse.webm", seconds=3, seed=9)
-    extract_videos([str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings())
-    on_the_fly, extracted = (
-        FrameDataset(find_images(str(tmp_path / name)), **SIZES) for name in ("films", "frames")
-    )
+def test_frames_of_videos_equal_their_extraction_whatever_their_audio(tmp_path):
+    write_video(tmp_path / "videos/silent.mp4", audio=None)
+    write_video(tmp_path / "videos/deep/mono.mkv", audio=noise(32000, channels=1), seed=5)
+    write_video(tmp_path / "videos/sparse.webm", seconds=3, seed=9)
+    extract_videos([str(tmp_path / "videos")], str(tmp_path / "frames"), ExtractSettings())
+    on_the_fly, extracted = (dataset_of(tmp_path / name) for name in ("videos", "frames"))
     assert len(on_the_fly) == len(extracted) == 28
     read = {
         name: images.read_image(tmp_path / "frames" / name)
         for name in names_in(tmp_path / "frames")
     }
-    order = {"mono": 0, "silent": 8, "sparse": 16}  # films/deep comes first
+    order = {"mono": 0, "silent": 8, "sparse": 16}  # videos/deep comes first
     for name, image in read.items():
         _, clip, number = Path(name).stem.split("_")
-        assert on_the_fly.picture(order[clip] + int(number)).equal(image)
+        assert on_the_fly.image(order[clip] + int(number)).equal(image)
 
 
-def test_images_and_films_mix(tmp_path):
-    film(tmp_path / "a/film.mp4")
-    pictures(tmp_path / "b", 3, ".jpg")
-    dataset = FrameDataset(find_images(f"{tmp_path / 'a'},{tmp_path / 'b'}"), **SIZES, video_fps=2)
+def test_images_and_videos_mix(tmp_path):
+    write_video(tmp_path / "a/video.mp4")
+    write_images(tmp_path / "b", 3, ".jpg")
+    dataset = dataset_of(f"{tmp_path / 'a'},{tmp_path / 'b'}", video_fps=2)
     assert len(dataset) == 7
     assert len({dataset[k][0].sum().item() for k in range(7)}) == 7
 
 
-def test_a_gif_is_a_film_that_lasts_as_long_as_its_frames_say(tmp_path):
+def test_a_gif_is_a_video_of_the_sum_of_its_frame_durations(tmp_path):
     make_gif(tmp_path / "a.gif", grey_frames([10, 200, 90]), [250, 500, 2250])
     assert decode.video_duration(tmp_path / "a.gif") == pytest.approx(3, abs=0.02)
     images = list(decode.read_frames(tmp_path / "a.gif", 0, 12, 4))
-    dataset = FrameDataset(find_images(str(tmp_path)), **SIZES)
-    assert all(dataset.picture(k).equal(image) for k, image in enumerate(images))
-    shown = [image.float().mean().item() for image in images]
-    assert shown == pytest.approx([10] + [200] * 2 + [90] * 9, abs=2)
+    dataset = dataset_of(tmp_path)
+    assert all(dataset.image(k).equal(image) for k, image in enumerate(images))
+    displayed = [image.float().mean().item() for image in images]
+    assert displayed == pytest.approx([10] + [200] * 2 + [90] * 9, abs=2)
 
 
-def test_extraction_writes_the_frames_shown_at_its_rate_and_a_rerun_nothing(tmp_path, monkeypatch):
-    film(tmp_path / "films/a.b.mp4")
-    film(tmp_path / "films/sub/c.mkv", seconds=1)
+def test_extraction_writes_the_frames_displayed_at_its_rate_and_a_rerun_nothing(
+    tmp_path, monkeypatch
+):
+    write_video(tmp_path / "videos/a.b.mp4")
+    write_video(tmp_path / "videos/sub/c.mkv", seconds=1)
     target = tmp_path / "frames"
-    frames, bad = extract_videos([str(tmp_path / "films")], str(target), ExtractSettings(fps=4))
+    frames, bad = extract_videos([str(tmp_path / "videos")], str(target), ExtractSettings(fps=4))
     assert (frames, bad) == ({"a.b": 8, "c": 4}, {})
     assert names_in(target) == [f"image_a.b_{k:06d}.png" for k in range(8)] + [
         f"image_c_{k:06d}.png" for k in range(4)
     ]
     read, _ = decode.read_window(
-        film(tmp_path / "s.mp4", audio=noise(32000)), 0, 8, 4, 32, 48, 16000, 16
+        write_video(tmp_path / "s.mp4", audio=noise(32000)), 0, 8, 4, 32, 48, 16000, 16
     )
     for k, name in enumerate(names_in(target)[:8]):
         assert (
@@ -517,7 +530,7 @@ def test_extraction_writes_the_frames_shown_at_its_rate_and_a_rerun_nothing(tmp_
         "mm_diffusion.data.images.write_image", lambda *_: pytest.fail("written again")
     )
     assert extract_videos(
-        [str(tmp_path / "films/sub"), str(tmp_path / "films/a.b.mp4")],
+        [str(tmp_path / "videos/sub"), str(tmp_path / "videos/a.b.mp4")],
         str(target),
         ExtractSettings(),
     )
@@ -525,20 +538,20 @@ def test_extraction_writes_the_frames_shown_at_its_rate_and_a_rerun_nothing(tmp_
 
 @pytest.mark.parametrize("size", [0, 24])
 def test_extraction_can_fit_frames_into_a_square_and_write_jpeg(tmp_path, size):
-    source = film(tmp_path / "a.mp4", seconds=1)
+    source = write_video(tmp_path / "a.mp4", seconds=1)
     settings = ExtractSettings(fps=2, format="jpg", quality=90, size=size)
     extract_videos([str(source)], str(tmp_path / "frames"), settings)
     assert names_in(tmp_path / "frames") == ["image_a_000000.jpg", "image_a_000001.jpg"]
     image = images.read_image(tmp_path / "frames/image_a_000000.jpg")
     assert image.shape == ((3, size, size) if size else (3, 32, 48))
-    with Image.open(tmp_path / "frames/image_a_000000.jpg") as picture:
-        assert picture.layer[1][1:3] == picture.layer[0][1:3] == (1, 1)  # colour is not subsampled
+    with Image.open(tmp_path / "frames/image_a_000000.jpg") as image:
+        assert image.layer[1][1:3] == image.layer[0][1:3] == (1, 1)  # colour is not subsampled
 
 
 def test_only_clips_that_are_incomplete_are_extracted_again(tmp_path, monkeypatch):
     for k in range(3):
-        film(tmp_path / f"films/{k}.mp4", seed=k)
-    arguments = [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings(), 1
+        write_video(tmp_path / f"videos/{k}.mp4", seed=k)
+    arguments = [str(tmp_path / "videos")], str(tmp_path / "frames"), ExtractSettings(), 1
     written, write = [], images.write_image
 
     def note(path, *rest, until=None):
@@ -570,8 +583,8 @@ def test_only_clips_that_are_incomplete_are_extracted_again(tmp_path, monkeypatc
         assert len(names_in(tmp_path / "frames")) == 24
 
 
-def test_an_interrupted_clip_is_done_anew_though_its_record_was_cut_short(tmp_path):
-    film(tmp_path / "a.mp4")
+def test_an_interrupted_clip_is_extracted_again_though_its_record_was_cut_short(tmp_path):
+    write_video(tmp_path / "a.mp4")
     arguments = [str(tmp_path / "a.mp4")], str(tmp_path / "frames"), ExtractSettings()
     extract_videos(*arguments)
     record = tmp_path / "frames" / RECORD
@@ -582,12 +595,12 @@ def test_an_interrupted_clip_is_done_anew_though_its_record_was_cut_short(tmp_pa
         assert len(read) == expected  # the settings and the clip, once
 
 
-def test_other_clips_are_extracted_beside_one_of_a_codec_that_nobody_knows(tmp_path):
-    film(tmp_path / "films/good.mp4")
-    odd = film(tmp_path / "films/odd.mp4")
+def test_other_clips_are_extracted_beside_one_of_an_unknown_codec(tmp_path):
+    write_video(tmp_path / "videos/good.mp4")
+    odd = write_video(tmp_path / "videos/odd.mp4")
     odd.write_bytes(odd.read_bytes().replace(b"avc1", b"zzzz"))
     frames, bad = extract_videos(
-        [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings()
+        [str(tmp_path / "videos")], str(tmp_path / "frames"), ExtractSettings()
     )
     assert (frames, bad) == (
         {"good": 8},
@@ -597,7 +610,7 @@ def test_other_clips_are_extracted_beside_one_of_a_codec_that_nobody_knows(tmp_p
 
 def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, monkeypatch):
     for name in ("long", "bad"):
-        film(tmp_path / f"films/{name}.mp4", seconds=20)
+        write_video(tmp_path / f"videos/{name}.mp4", seconds=20)
     written, long_began, write = [], threading.Event(), images.write_image
 
     def slowly(path, *rest):
@@ -612,7 +625,7 @@ def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, 
     monkeypatch.setattr("mm_diffusion.data.images.write_image", slowly)
     with pytest.raises(OSError, match="disk full"):
         extract_videos(
-            [str(tmp_path / "films")],
+            [str(tmp_path / "videos")],
             str(tmp_path / "frames"),
             ExtractSettings(fps=10),
             num_workers=2,
@@ -621,13 +634,15 @@ def test_a_failure_stops_the_other_clips_and_leaves_no_frames_of_them(tmp_path, 
     assert not names_in(tmp_path / "frames")
 
 
-def test_frames_of_a_clip_that_was_killed_are_no_pictures_and_go_with_the_rerun(tmp_path):
-    kill = (
-        "import os, sys; from mm_diffusion import extraction, media; write = images.write_image\n"
-    )
-    kill += "media.write_image = lambda path, *rest: os._exit(9) if '005' in path.name else write(path, *rest)\n"
-    kill += "extraction.extract_videos([sys.argv[1]], sys.argv[2], extraction.ExtractSettings())"
-    source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
+def test_frames_of_a_clip_that_was_killed_are_no_images_and_go_with_the_rerun(tmp_path):
+    kill = """
+import os, sys
+from mm_diffusion.data import extract, images
+write = images.write_image
+images.write_image = lambda path, *rest: os._exit(9) if "005" in path.name else write(path, *rest)
+extract.extract_videos([sys.argv[1]], sys.argv[2], extract.ExtractSettings())
+"""
+    source, target = str(write_video(tmp_path / "a.mp4")), str(tmp_path / "frames")
     assert (
         subprocess.run(
             [sys.executable, "-c", kill, source, target], timeout=120, check=False
@@ -641,17 +656,17 @@ def test_frames_of_a_clip_that_was_killed_are_no_pictures_and_go_with_the_rerun(
     assert names_in(target) == [f"image_a_{k:06d}.png" for k in range(8)]
 
 
-def test_a_film_replaced_by_a_shorter_one_leaves_no_old_frames(tmp_path):
-    arguments = [str(tmp_path / "films")], str(tmp_path / "frames"), ExtractSettings()
-    film(tmp_path / "films/a.mp4")
+def test_a_video_replaced_by_a_shorter_one_leaves_no_old_frames(tmp_path):
+    arguments = [str(tmp_path / "videos")], str(tmp_path / "frames"), ExtractSettings()
+    write_video(tmp_path / "videos/a.mp4")
     extract_videos(*arguments)
-    film(tmp_path / "films/a.mp4", seconds=1)
+    write_video(tmp_path / "videos/a.mp4", seconds=1)
     assert extract_videos(*arguments) == ({"a": 4}, {})
     assert len(names_in(tmp_path / "frames")) == 4
 
 
 def test_two_sources_of_one_name_are_refused(tmp_path):
-    one, other = film(tmp_path / "a/x.mp4"), film(tmp_path / "b/x.mkv", seed=4)
+    one, other = write_video(tmp_path / "a/x.mp4"), write_video(tmp_path / "b/x.mkv", seed=4)
     target = str(tmp_path / "frames")
     with pytest.raises(DataError, match=r"a/x\.mp4 and .*b/x\.mkv: .* rename one"):
         extract_videos([str(tmp_path)], target, ExtractSettings())
@@ -665,10 +680,10 @@ def test_two_sources_of_one_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize("minutes_later", [0, 10])
 @pytest.mark.parametrize("pad_bytes", [0, 3 * FINGERPRINT_BYTES])
-def test_a_film_copied_elsewhere_is_the_same_film_but_not_one_of_its_size(
+def test_a_video_copied_elsewhere_is_the_same_but_another_of_its_size_is_not(
     tmp_path, monkeypatch, minutes_later, pad_bytes
 ):
-    here, there = film(tmp_path / "a/x.mp4"), tmp_path / "b/x.mp4"
+    here, there = write_video(tmp_path / "a/x.mp4"), tmp_path / "b/x.mp4"
     data = (
         here.read_bytes()
         + (pad_bytes.to_bytes(4, "big") + b"free").ljust(pad_bytes, b"\0")[:pad_bytes]
@@ -692,7 +707,7 @@ def test_a_film_copied_elsewhere_is_the_same_film_but_not_one_of_its_size(
 
 
 def test_one_folder_holds_frames_of_one_kind(tmp_path):
-    source, target = str(film(tmp_path / "a.mp4")), str(tmp_path / "frames")
+    source, target = str(write_video(tmp_path / "a.mp4")), str(tmp_path / "frames")
     extract_videos([source], target, ExtractSettings(fps=4))
     for other in ({"fps": 2}, {"format": "jpg"}, {"size": 16}):
         with pytest.raises(
@@ -731,27 +746,28 @@ def run_extract_video(*arguments):
 
 
 def test_the_script_extracts_what_it_can_and_names_the_rest(tmp_path):
-    film(tmp_path / "films/good.mp4")
-    whole = film(tmp_path / "films/cut.mkv", seconds=20).read_bytes()
-    (tmp_path / "films/cut.mkv").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "films/empty.mov").write_bytes(b"")
-    told = run_extract_video("-s", tmp_path / "films", "-t", tmp_path / "frames")
-    assert told.returncode == 1
-    assert "8 frames of 1 videos" in told.stdout
-    assert "cut.mkv: is truncated" in told.stderr
-    assert "empty.mov: " in told.stderr
+    write_video(tmp_path / "videos/good.mp4")
+    intact = write_video(tmp_path / "videos/cut.mkv", seconds=20).read_bytes()
+    (tmp_path / "videos/cut.mkv").write_bytes(intact[: len(intact) // 2])
+    (tmp_path / "videos/empty.mov").write_bytes(b"")
+    result = run_extract_video("-s", tmp_path / "videos", "-t", tmp_path / "frames")
+    assert result.returncode == 1
+    assert "8 frames of 1 videos" in result.stdout
+    assert "cut.mkv: is truncated" in result.stderr
+    assert "empty.mov: " in result.stderr
     assert {name[:10] for name in names_in(tmp_path / "frames")} == {"image_good"}
 
 
-def test_the_script_tells_a_missing_folder_in_one_line(tmp_path):
-    told = run_extract_video("-s", tmp_path / "nowhere", "-t", tmp_path / "frames")
-    assert told.returncode == 1
-    assert told.stderr.strip() == f"error: {tmp_path / 'nowhere'}: no such file or folder; check -s"
+def test_the_script_reports_a_missing_folder_in_one_line(tmp_path):
+    result = run_extract_video("-s", tmp_path / "nowhere", "-t", tmp_path / "frames")
+    assert result.returncode == 1
+    assert (
+        result.stderr.strip() == f"error: {tmp_path / 'nowhere'}: no such file or folder; check -s"
+    )
 
 
 @real_media
-def test_the_two_real_films_give_four_frames_a_second(tmp_path):
-    frames, bad = extract_videos(
-        [str(MEDIA)], str(tmp_path), ExtractSettings(format="jpg", size=64)
-    )
+def test_the_two_real_videos_give_four_frames_a_second(tmp_path):
+    sources = [str(path) for path in MEDIA.glob("*.[mw][pe][4b]*")]
+    frames, bad = extract_videos(sources, str(tmp_path), ExtractSettings(format="jpg", size=64))
     assert (sorted(frames.values()), bad) == ([52, 120], {})

@@ -1,4 +1,4 @@
-"""Corrupted checkpoints: an error of one line, or the very weights; never code, never other weights."""
+"""Corrupted checkpoints: an error of one line, or the same weights; no code runs."""
 
 import io
 import os
@@ -34,23 +34,23 @@ def good(tmp_path_factory):
 
 
 def corrupted(data, kind, rng):
-    """The bytes of a checkpoint, harmed."""
-    harmed = bytearray(data)
+    """The bytes of a checkpoint, corrupted."""
+    corrupt = bytearray(data)
     if kind == "cut":
-        return bytes(harmed[: rng.integers(len(harmed))])
+        return bytes(corrupt[: rng.integers(len(corrupt))])
     if kind == "flip":
-        for place in rng.integers(len(harmed), size=rng.integers(1, 4)):
-            harmed[place] ^= 1 << rng.integers(8)
+        for place in rng.integers(len(corrupt), size=rng.integers(1, 4)):
+            corrupt[place] ^= 1 << rng.integers(8)
     elif kind == "tail":  # where a zip file keeps its directory
-        harmed[-int(rng.integers(1, 4000))] ^= 1 << rng.integers(8)
+        corrupt[-int(rng.integers(1, 4000))] ^= 1 << rng.integers(8)
     elif kind == "zeros":
-        start = rng.integers(len(harmed))
-        harmed[start : start + 512] = bytes(len(harmed[start : start + 512]))
+        start = rng.integers(len(corrupt))
+        corrupt[start : start + 512] = bytes(len(corrupt[start : start + 512]))
     elif kind == "noise":
         return rng.bytes(rng.integers(1, 5000))
     elif kind == "repeated":
-        return bytes(harmed + harmed[: rng.integers(len(harmed))])
-    return bytes(harmed)
+        return bytes(corrupt + corrupt[: rng.integers(len(corrupt))])
+    return bytes(corrupt)
 
 
 def outcome(path, wanted):

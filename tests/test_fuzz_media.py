@@ -1,6 +1,6 @@
-"""Damaged, odd and false films and pictures: each is left out with a reason, or gives tensors that can be trained on.
+"""Corrupt, odd and false videos and images: each is left out with a reason, or gives sane tensors.
 
-They are read in a process of its own, which none may end, hold up or make noisy.
+They are read in a process of its own, which none of them may end, hold up or make noisy.
 """
 
 import faulthandler
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from media_files import NO_FILMS, ODD_FILMS, damaged_clips, damaged_pictures
+from media_files import NOT_VIDEOS, ODD_VIDEOS, damaged_clips, damaged_images
 
 from mm_diffusion import logger
+from mm_diffusion.config import DataConfig, FrameDataConfig
 from mm_diffusion.data import MediaError, decode, images, index
 from mm_diffusion.data.clips import ClipDataset
 from mm_diffusion.data.frames import FrameDataset, find_images
@@ -27,7 +28,7 @@ from mm_diffusion.data.index import build_index
 FILE_SECONDS = 20  # a file may take; then the process ends with a traceback
 MAX_BYTES = 3 * 2**30  # that the process may need
 CLIP_SHAPES = [(4, 3, 16, 24), (2, 16000)]
-PICTURE_SHAPES = [(3, 16, 16), (3, 8, 8)]
+IMAGE_SHAPES = [(3, 16, 16), (3, 8, 8)]
 
 
 # ---------------------------------------------------------------- in the process that reads
@@ -45,23 +46,22 @@ def in_time(function: Callable) -> Callable:
 
 
 def read_clips(folder: str) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of every clip; "" where all is well."""
+    """(path, what is wrong) of every clip; "" if nothing is."""
     decode.probe = in_time(decode.probe)
     index = build_index(folder, max_bad_share=1, num_workers=1)
-    dataset = ClipDataset(index, "4,3,16,24", "2,16000", cache_bytes=0)
+    dataset = ClipDataset(index, DataConfig(video_size="4,3,16,24", audio_size="2,16000"))
     return itertools.chain(index.bad.items(), try_all(dataset, index.clips, CLIP_SHAPES))
 
 
-def read_pictures(folder: str) -> Iterator[tuple[str, str]]:
-    """The same of every image, and of every film as pictures."""
+def read_images(folder: str) -> Iterator[tuple[str, str]]:
+    """The same of every image, and of the frames of every video."""
     images.check_image, decode.video_duration = (
         in_time(images.check_image),
         in_time(decode.video_duration),
     )
     index = find_images(folder, num_workers=1)
-    return itertools.chain(
-        index.bad.items(), try_all(FrameDataset(index, 16, 8), index.clips, PICTURE_SHAPES)
-    )
+    dataset = FrameDataset(index, FrameDataConfig(large_size=16, small_size=8))
+    return itertools.chain(index.bad.items(), try_all(dataset, index.clips, IMAGE_SHAPES))
 
 
 def try_all(dataset, files: list, shapes: list) -> Iterator[tuple[str, str]]:
@@ -69,10 +69,10 @@ def try_all(dataset, files: list, shapes: list) -> Iterator[tuple[str, str]]:
     for (path, _), first, end in zip(
         files, [0, *dataset.first_after], dataset.first_after, strict=False
     ):
-        told = (
+        reasons = (
             try_item(dataset, item, shapes) for item in sorted({first, (first + end) // 2, end - 1})
         )
-        yield path, next(filter(None, told), "")
+        yield path, next(filter(None, reasons), "")
 
 
 def try_item(dataset, item: int, shapes: list) -> str:
@@ -87,24 +87,24 @@ def try_item(dataset, item: int, shapes: list) -> str:
 
 
 def main(*folders: str) -> None:
-    """Print what is wrong with each file below "clips:folder" or "pictures:folder", and the peak of memory in bytes."""
+    """Print what is wrong with each file of "clips:folder" or "images:folder", and peak memory."""
     th.set_num_threads(1)
     logger.configure(enabled=False)
     index.tqdm = lambda items, *_, **__: items
-    told: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for what, folder in (argument.split(":", 1) for argument in folders):
-        told |= dict({"clips": read_clips, "pictures": read_pictures}[what](folder))
+        reasons |= dict({"clips": read_clips, "images": read_images}[what](folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
-    json.dump({"told": told, "peak": peak}, sys.stdout)
+    json.dump({"reasons": reasons, "peak": peak}, sys.stdout)
 
 
 # ---------------------------------------------------------------- in the process that tests
 
 
-def read_apart(cache: Path, **folders: Path) -> dict[str, dict[str, str]]:
-    """Folder's name -> file's name -> what is wrong with it; the process that finds out is well, quiet and small."""
+def read_in_process(cache: Path, **folders: Path) -> dict[str, dict[str, str]]:
+    """Kind -> file name -> what is wrong with it; the process must end well, quiet and small."""
     environment = os.environ | {"MM_DIFFUSION_CACHE": str(cache)}
     command = [sys.executable, __file__, *(f"{what}:{folder}" for what, folder in folders.items())]
     done = subprocess.run(
@@ -113,60 +113,64 @@ def read_apart(cache: Path, **folders: Path) -> dict[str, dict[str, str]]:
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["peak"] < MAX_BYTES
-    for path, reason in found["told"].items():
+    for path, reason in found["reasons"].items():
         assert "\n" not in reason
         assert not reason or reason.startswith(f"{path}: ")
-    assert sorted(found["told"]) == sorted(
+    assert sorted(found["reasons"]) == sorted(
         str(path) for folder in folders.values() for path in folder.iterdir()
     )
     return {
-        what: {path.name: found["told"][str(path)] for path in sorted(folder.iterdir())}
+        what: {path.name: found["reasons"][str(path)] for path in sorted(folder.iterdir())}
         for what, folder in folders.items()
     }
 
 
-def check_clips(told: dict[str, str], count: int) -> None:
-    assert all(told[name] for name in [*NO_FILMS, "silent.mp4"])
+def check_clips(reasons: dict[str, str], count: int) -> None:
+    assert all(reasons[name] for name in [*NOT_VIDEOS, "silent.mp4"])
     assert not any(
-        told[name] for name in told if name in ODD_FILMS or name.startswith(("whole", "misnamed"))
+        reasons[name]
+        for name in reasons
+        if name in ODD_VIDEOS or name.startswith(("intact", "misnamed"))
     )
-    damaged = [bool(reason) for name, reason in told.items() if name[0].isdigit()]
+    damaged = [bool(reason) for name, reason in reasons.items() if name[0].isdigit()]
     assert len(damaged) == count
     assert (
         count / 8 < sum(damaged) < count * 7 / 8
     )  # else the damage is not worth the name, or too much of it
 
 
-def check_images(told: dict[str, str]) -> None:
-    assert not any(told[f"whole{suffix}"] for suffix in (".jpg", ".png"))
-    assert all(told[f"{name}.jpg"] for name in ("empty", "text", "zip", "gif"))
-    assert any(reason for name, reason in told.items() if name[0].isdigit())
+def check_images(reasons: dict[str, str]) -> None:
+    assert not any(reasons[f"intact{suffix}"] for suffix in (".jpg", ".png"))
+    assert all(reasons[f"{name}.jpg"] for name in ("empty", "text", "zip", "gif"))
+    assert any(reason for name, reason in reasons.items() if name[0].isdigit())
 
 
-def test_damaged_odd_and_false_files_are_left_out_with_a_reason_or_give_sane_tensors(tmp_path):
+def test_corrupt_odd_and_false_files_are_left_out_with_a_reason_or_give_sane_tensors(tmp_path):
     damaged_clips(tmp_path / "clips", 40)
-    damaged_pictures(tmp_path / "images", 60)
-    told = read_apart(tmp_path / "index", clips=tmp_path / "clips", pictures=tmp_path / "images")
-    check_clips(told["clips"], 40)
-    check_images(told["pictures"])
+    damaged_images(tmp_path / "images", 60)
+    reasons = read_in_process(
+        tmp_path / "index", clips=tmp_path / "clips", images=tmp_path / "images"
+    )
+    check_clips(reasons["clips"], 40)
+    check_images(reasons["images"])
 
 
 @pytest.mark.slow
-def test_two_hundred_damaged_films_are_left_out_with_a_reason_or_give_sane_clips(tmp_path):
+def test_two_hundred_corrupt_videos_are_left_out_with_a_reason_or_give_sane_clips(tmp_path):
     damaged_clips(tmp_path / "clips", 200)
-    check_clips(read_apart(tmp_path / "index", clips=tmp_path / "clips")["clips"], 200)
+    check_clips(read_in_process(tmp_path / "index", clips=tmp_path / "clips")["clips"], 200)
 
 
 @pytest.mark.slow
-def test_damaged_films_are_left_out_with_a_reason_or_give_sane_pictures_whatever_their_sound(
+def test_corrupt_videos_are_left_out_with_a_reason_or_give_sane_frames_whatever_their_audio(
     tmp_path,
 ):
     damaged_clips(tmp_path / "clips", 200)
-    told = read_apart(tmp_path / "index", pictures=tmp_path / "clips")["pictures"]
+    reasons = read_in_process(tmp_path / "index", images=tmp_path / "clips")["images"]
     assert not any(
-        told[name]
-        for name in told
-        if name in [*ODD_FILMS, "silent.mp4"] or name.startswith("whole")
+        reasons[name]
+        for name in reasons
+        if name in [*ODD_VIDEOS, "silent.mp4"] or name.startswith("intact")
     )
 
 

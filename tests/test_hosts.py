@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces with addresses of their own, no shared loopback, and names that mean nothing."""
+"""Two hosts: network namespaces with own addresses, no shared loopback, meaningless names."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ import torch as th
 from test_dist import MPIEXEC, REPOSITORY, untouched, with_mpiexec
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
-MEETING_POINT = "meeting-point.invalid"  # a name of the first host, which that host takes for loopback, as is common
+MEETING_POINT = "meeting-point.invalid"  # the first host, which it takes for loopback itself
 NAMES = (f"127.0.1.1 {MEETING_POINT}\n", f"{ADDRESSES[0]} {MEETING_POINT}\n")
 EVERYWHERE = "172.31.213.1"  # of a bridge that both hosts have, as container systems make one
 
@@ -39,7 +39,7 @@ def make_hosts(names: list[str], cable: str) -> None:
 
 
 def commands_on(name: str, file: Path, known: str) -> list[str]:
-    """What runs the command that follows it on this host, which knows these names, and not its own."""
+    """What runs the command after it on this host, which knows these names, not its own."""
     file.write_text(known)
     script = (
         f'hostname {name}.invalid && mount --bind {shlex.quote(str(file))} /etc/hosts && exec "$@"'
@@ -59,7 +59,7 @@ def commands_on(name: str, file: Path, known: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
-    """Two commands; what follows them runs on the first host, or on the second. There is no default route."""
+    """Two commands: what follows them runs on the first or the second host; no default route."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
         pytest.skip("needs root, and ip, nsenter and unshare")
     tag = uuid.uuid4().hex[:6]
@@ -90,7 +90,8 @@ with dist_util.friendly_errors():
     place = os.environ["MASTER_ADDR"]
     total = dist_util.all_sum(th.tensor(float(2 + world.rank))).item()
     trainer = trained(f"{sys.argv[1]}/run", 2, world=world)
-    result = {"place": place, "total": total, "local_rank": world.local_rank, "weights": weights(trainer)}
+    result = {"place": place, "total": total, "local_rank": world.local_rank}
+    result["weights"] = weights(trainer)
     th.save(result, f"{sys.argv[1]}/{world.rank}.pt")
 """
 

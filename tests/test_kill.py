@@ -1,4 +1,4 @@
-"""A run of two ranks, killed at random moments, ends with the weights of one that was left alone."""
+"""A run of two ranks, killed at random moments, ends with the weights of an uninterrupted one."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch as th
 
 from mm_diffusion import checkpoint
+from mm_diffusion.files import UNFINISHED
 from mm_diffusion.training.states import states_in
 
 KILLS = 20
@@ -30,8 +31,9 @@ with friendly_errors():
     th.set_num_threads(1)
     world = setup_dist()
     trainer = test_train.loop(
-        folder, world=world, lr_anneal_steps=steps, save_interval=save_interval, log_interval=1000, batch_size=1,
-        ema_rate="0.9999,0.9", schedule_sampler="loss-second-moment", flags={"dropout": 0.1}, keep_last=3,
+        folder, world=world, lr_anneal_steps=steps, save_interval=save_interval,
+        log_interval=1000, batch_size=1, ema_rate="0.9999,0.9",
+        schedule_sampler="loss-second-moment", flags={"dropout": 0.1}, keep_last=3,
     )
     with open(f"{folder}.rank{world.rank}", "w") as file:
         file.write(str(os.getpid()))
@@ -75,24 +77,27 @@ def wait_for_the_moment(folder: Path, process: subprocess.Popen, rng: random.Ran
         time.sleep(rng.uniform(0, 4))
         return
     until = time.monotonic() + rng.uniform(0, 3)
-    while process.poll() is None and (
-        time.monotonic() < until or not list(folder.glob("*.partial"))
-    ):
+    while process.poll() is None and (time.monotonic() < until or not is_saving(folder)):
         time.sleep(0.001)
 
 
-def assert_whole(folder: Path) -> None:
-    """Whatever stands under a final name is complete."""
+def is_saving(folder: Path) -> bool:
+    """Whether a file is being written in the folder."""
+    return any(UNFINISHED.fullmatch(path.name) for path in folder.glob(".*"))
+
+
+def assert_intact(folder: Path) -> None:
+    """Whatever has a final name is complete."""
     for state in states_in(str(folder)):
-        assert state.damage() == ""
-    for path in folder.glob("*.pt"):
+        assert state.corruption() == ""
+    for path in folder.glob("[!.]*.pt"):
         checkpoint.load(str(path))
-    for path in folder.glob("*.json"):
+    for path in folder.glob("[!.]*.json"):
         json.loads(path.read_text())
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_20_times_ends_with_the_very_weights_of_one_that_is_not(tmp_path):
+def test_a_run_that_is_killed_20_times_ends_with_the_weights_of_one_that_is_not(tmp_path):
     rng = random.Random(0)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     process, _ = start(straight)
@@ -103,12 +108,12 @@ def test_a_run_that_is_killed_20_times_ends_with_the_very_weights_of_one_that_is
         wait_for_the_moment(killed, process, rng)
         if process.poll() is not None:
             break
-        in_saves += bool(list(killed.glob("*.partial")))
+        in_saves += is_saving(killed)
         for rank in rng.sample(ranks, rng.choice([1, 2])):  # both, or one that takes the other down
             os.kill(rank, signal.SIGKILL)
         assert process.wait(60) != 0
         kills += 1
-        assert_whole(killed)
+        assert_intact(killed)
     process, _ = start(killed)
     assert process.wait(600) == 0, Path(f"{killed}.log").read_text()
     assert kills == KILLS, "the run was over too soon; raise STEPS"

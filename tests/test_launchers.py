@@ -20,12 +20,12 @@ NEEDED_PATH = {
 OTHER_PATHS = ("SR_MODEL_PATH", "LOAD_NOISE", "REF_PATH")
 NEEDS_PATH = pytest.mark.parametrize("name", NEEDED_PATH)
 
-# Stands in for python, mpiexec and srun: answers the launchers' questions about itself, writes down any other call.
+# Stands in for python, mpiexec and srun: answers questions about itself, records other calls.
 RECORDER = """#!/bin/bash
 if [ "$1" = -c ]; then echo "$0"; exit 0; fi
 printf '%s\\0' "$(basename "$0")" "$@" >"$RECORD"
 """
-# Stands in for an environment's python: pip fails where $PIP_FAILS is set; calls are counted in $RECORD.
+# Stands in for an environment's python: pip fails if $PIP_FAILS; calls are counted in $RECORD.
 FAKE_PIP = """#!/bin/bash
 [ "$3" = install ] || exit 0
 echo call >>"$RECORD"
@@ -224,7 +224,7 @@ def test_the_launcher_for_hosts_is_the_trainers_on_many_hosts(tmp_path):
 
 
 def slurm_job(tmp_path: Path, trainer: str, *args: str) -> tuple[subprocess.Popen, Path]:
-    """The batch script as Slurm runs it, a copy elsewhere; `trainer` is srun; and where scontrol writes its call."""
+    """The batch script as Slurm runs it, a copy elsewhere; `trainer` is srun."""
     copy = tmp_path / "spool/slurm_script"
     write_program(copy, (REPO / "ssh_scripts/multimodal_train_slurm.sh").read_text())
     for program, text in (("python", RECORDER), ("scontrol", RECORDER), ("srun", trainer)):

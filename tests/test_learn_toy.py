@@ -1,4 +1,4 @@
-"""The benchmark of learning: its coupling, distances, tables and samples. Training it is too slow for a test."""
+"""The benchmark of learning: coupling, distances, tables and samples; training is too slow here."""
 
 import sys
 from pathlib import Path
@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import learn_toy
 
 from mm_diffusion.checkpoint import save_weights
-from mm_diffusion.dist_util import ALONE
+from mm_diffusion.dist_util import SINGLE_PROCESS
 from mm_diffusion.script_util import model_and_diffusion_defaults
 
 
 class Copycat(th.nn.Module):
-    """Predicts noise as a multiple of what it is given, and of the other modality's mean as much as `across` says."""
+    """Predicts its input as the noise, plus `across` times the other modality's mean."""
 
     def __init__(self, across):
         super().__init__()
@@ -33,7 +33,7 @@ class Copycat(th.nn.Module):
 
 
 def tied_clips(count):
-    """Clips whose pictures are all as bright as their sounds are offset."""
+    """Clips whose frames are as bright as their audio is offset."""
     level = th.linspace(-1, 1, count)
     return {
         "video": level.view(-1, 1, 1, 1, 1).expand(-1, *tiny.SHAPES["video"]),
@@ -54,9 +54,9 @@ def test_coupling_is_positive_only_where_the_model_uses_the_other_modality(acros
             assert values == pytest.approx([0] * len(values), abs=1e-5)
 
 
-def test_mirroring_pictures_leaves_sounds():
+def test_mirroring_images_leaves_the_audio():
     clips = tiny.clips(0, 2)
-    mirrored, _ = learn_toy.mirror_pictures((clips, {}))
+    mirrored, _ = learn_toy.mirror_images((clips, {}))
     assert mirrored["audio"].equal(clips["audio"])
     assert mirrored["video"].flip(-1).equal(clips["video"])
 
@@ -75,32 +75,32 @@ def test_rows_come_back_as_they_were(tmp_path):
 
 
 def toy_clips(seed, count):
-    """Clips of the toy data as small as a model of the benchmark has them."""
+    """Clips of the toy data, as small as the benchmark's models have them."""
     config = toy.ToyConfig(height=16, width=16, fps=8, seconds=1, sample_rate=1024, seed=seed)
     made = [toy.make_clip(config, k)[:2] for k in range(count)]
     videos, audios = map(th.stack, zip(*made, strict=True))
     return {"video": images.to_float(videos), "audio": audios}
 
 
-SPOILT = {
-    "sounds of other clips": lambda audio: audio.roll(1, 0),
+MISMATCHES = {
+    "audio of other clips": lambda audio: audio.roll(1, 0),
     "channels swapped": lambda audio: audio.flip(1),
     "half a beat late": lambda audio: audio.roll(113, -1),
 }
 
 
-@pytest.mark.parametrize("how", SPOILT)
-def test_the_joint_distance_grows_where_sounds_do_not_fit_pictures(how):
+@pytest.mark.parametrize("how", MISMATCHES)
+def test_the_joint_distance_grows_where_audio_does_not_fit_video(how):
     held_out, data = toy_clips(1, 128), toy_clips(0, 64)
     own = learn_toy.distances(data, held_out)
-    others = learn_toy.distances(data | {"audio": SPOILT[how](data["audio"])}, held_out)
+    others = learn_toy.distances(data | {"audio": MISMATCHES[how](data["audio"])}, held_out)
     assert others["fd_joint"] > 4 * own["fd_joint"]
     assert others["fd_video"] == own["fd_video"]
 
 
-def test_distances_of_one_modality_do_not_see_which_clips_are_paired():
+def test_distances_of_one_modality_do_not_depend_on_which_clips_are_paired():
     held_out, data = toy_clips(1, 48), toy_clips(0, 32)
-    rows = learn_toy.judged_data(data, held_out)
+    rows = learn_toy.judge_data(data, held_out)
     for name in ("fd_video", "fd_audio"):
         assert rows["data, mismatched"][name] == pytest.approx(rows["data"][name])
     assert learn_toy.distances(data, data) == pytest.approx(
@@ -128,7 +128,7 @@ def folder_of_runs(root, **flags):
     """Two judged runs, of which `shift` is the better, with the checkpoint of a small model."""
     flags = model_and_diffusion_defaults() | tiny.FLAGS | flags
     flags |= {"video_fps": 4, "audio_fps": 64, "sample_fn": "dpm_solver++", "batch_size": 2}
-    flags |= {"drawn_clips": 3, "held_out_clips": 4}
+    flags |= {"generated_clips": 3, "held_out_clips": 4}
     for name, last in (("shift", 10), ("no_shift", 20)):
         (root / name).mkdir()
         learn_toy.write_rows(root / name / "learning.csv", judged(0, last))
@@ -140,7 +140,7 @@ def folder_of_runs(root, **flags):
 def test_the_end_is_a_table_curves_and_the_clips_of_the_best_run(tmp_path):
     flags = folder_of_runs(tmp_path, samples_dir=str(tmp_path / "fig"))
     data = {"data": judged(0)[0] | {"spatial": 0.75}, "data, mismatched": judged(0)[0]}
-    learn_toy.conclude(tmp_path, flags, data, ALONE)
+    learn_toy.conclude(tmp_path, flags, data, SINGLE_PROCESS)
     lines = (tmp_path / "learning.md").read_text().splitlines()
     tables = [line for line in lines if line.startswith("|")]
     assert sum(line.startswith("| untrained") for line in tables) == 2
@@ -159,7 +159,7 @@ def test_the_end_is_a_table_curves_and_the_clips_of_the_best_run(tmp_path):
         assert path.stat().st_size < 200_000
 
 
-def test_a_damaged_number_is_not_shown_as_a_whole_one():
+def test_nan_zero_integers_and_missing_values_each_have_a_cell_of_their_own():
     text = learn_toy.table(
         ["a", "b", "c", "d"], [("x", {"a": float("nan"), "b": -1e-5, "c": 7.0}, "abcd")]
     )

@@ -4,11 +4,10 @@ import pytest
 import tiny
 import torch as th
 
+from mm_diffusion.config import SamplerConfig, SamplingConfig
 from mm_diffusion.gaussian_diffusion import GaussianDiffusion
-from mm_diffusion.generation.load import check_sample_config, solver_settings
 from mm_diffusion.generation.run import generate_clips
 from mm_diffusion.sampling import SAMPLERS, bind, make_sampler, prepare, sample_joint
-from mm_diffusion.script_util import SampleConfig
 from mm_diffusion.tree import leaves, tree_map
 
 QUICK = {"dpm_solver": {"steps": 6}, "dpm_solver++": {"steps": 5, "method": "multistep"}}
@@ -39,7 +38,7 @@ def counted(model):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_clip_is_the_same_in_any_batch_and_any_order(name):
-    """Faults: seeds did nothing, and every rank drew the same clips. Adaptive steps must not couple a batch either."""
+    """Faults: seeds did nothing, and every rank sampled the same clips; adaptive steps coupled."""
     model, sampler = setup(name, settings={} if name == "dpm_solver++" else None)
     both = sample_joint(model, sampler, [0, 1], seed=5)
     turned = sample_joint(model, sampler, [1, 0], seed=5)
@@ -65,10 +64,9 @@ def test_ranks_draw_different_clips_which_together_are_those_of_one_process(name
             model,
             sampler,
             range(5)[rank::2],
-            2,
-            7,
-            "cpu",
             lambda k, video, audio, large: found.update({k: (video, audio)}),
+            batch_size=2,
+            seed=7,
         )
     together = sample_joint(model, sampler, range(5), seed=7)
     assert sorted(found) == [0, 1, 2, 3, 4]
@@ -158,7 +156,9 @@ def test_sampling_leaves_the_trained_model_untouched(name):
 def test_progress_rises_to_one_per_clip():
     seen = []
     model, sampler = setup("ddim")
-    generate_clips(model, sampler, [4, 5, 6], 2, 1, "cpu", lambda *args: None, seen.append)
+    generate_clips(
+        model, sampler, [4, 5, 6], lambda *_: None, batch_size=2, seed=1, progress=seen.append
+    )
     assert seen == sorted(seen)
     assert seen[-1] == 3
 
@@ -169,7 +169,7 @@ def test_an_error_while_saving_a_clip_is_not_lost():
 
     model, sampler = setup("ddim")
     with pytest.raises(OSError, match="disk full"):
-        generate_clips(model, sampler, [0], 1, 1, "cpu", fail)
+        generate_clips(model, sampler, [0], fail, batch_size=1, seed=1)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -179,17 +179,17 @@ def test_a_clip_that_is_not_finite_is_an_error_instead_of_a_black_and_silent_fil
         next(model.parameters()).fill_(th.nan)
     saved = []
     with pytest.raises(FloatingPointError, match="not finite"):
-        generate_clips(model, sampler, [0], 1, 1, "cpu", lambda *args: saved.append(args))
+        generate_clips(model, sampler, [0], lambda *_: saved.append(1), batch_size=1, seed=1)
     assert not saved
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"output_dir": "gs://bucket/out"}, "local folders only"), ({"seed": -1}, "seed -1")],
+    [({"output_dir": "gs://bucket/out"}, "local folders"), ({"seed": -1}, "seed -1")],
 )
 def test_what_cannot_be_sampled_is_said_in_words(wrong, words):
     with pytest.raises(ValueError, match=words):
-        check_sample_config(SampleConfig(**{"output_dir": "x", **wrong}))
+        SamplingConfig(**{"output_dir": "x", **wrong})
 
 
 def test_unknown_samplers_and_settings_are_named():
@@ -210,12 +210,12 @@ def test_respacing_does_not_go_with_the_solvers(name):
 
 
 def test_flags_of_the_solver_replace_its_own_settings():
-    assert solver_settings(SampleConfig()) == {}
+    assert SamplerConfig().solver_settings() == {}
     chosen = {"steps": 7, "order": 2, "method": "multistep", "skip_type": "time_uniform"}
-    flags = SampleConfig(
+    flags = SamplerConfig(
         sample_steps=7, solver_order=2, solver_method="multistep", skip_type="time_uniform"
     )
-    assert solver_settings(flags) == chosen
+    assert flags.solver_settings() == chosen
     model, sampler = setup("dpm_solver++", settings=chosen)
     model, calls = counted(model)
     sample_joint(model, sampler, [0], seed=1)

@@ -9,16 +9,14 @@ import pytest
 import tiny
 
 from mm_diffusion.checkpoint import published_state_dict
+from mm_diffusion.config import channel_multipliers, notes_on, parse, pick
+from mm_diffusion.config.flags import flag_name
 from mm_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from mm_diffusion.script_util import (
     TRAINED_FLAGS,
-    channel_multipliers,
     create_model_and_diffusion,
     merge_checkpoint_flags,
     model_and_diffusion_defaults,
-    notes_on,
-    parse,
-    pick,
 )
 
 MODEL = {
@@ -219,11 +217,28 @@ def test_help_lists_every_flag_with_its_default(command, capsys, script):
     assert all(f"--{name} " in out for name in PUBLISHED[script])
 
 
+def test_help_groups_the_flags_by_subject(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--help")
+    out = capsys.readouterr().out
+    titles = ["The coupled U-Net:", "Clips on disk:", "The trainer:"]
+    places = [out.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    groups = [out[start:end] for start, end in zip(places, [*places[1:], None], strict=True)]
+    for flag, owner in (("num_channels", 0), ("data_dir", 1), ("lr", 2), ("save_interval", 2)):
+        assert [f"--{flag} " in group for group in groups] == [k == owner for k in range(3)]
+
+
+REQUIRED = {"output_dir": "x"}
+
+
 def test_every_flag_has_a_help_text_and_a_simple_type():
     for config in {config for configs in CONFIGS.values() for config in configs}:
-        for field in dataclasses.fields(config):
-            assert field.metadata["help"], field.name
-            assert pick(config, {f.name: f.default for f in dataclasses.fields(config)}) == config()
+        fields = dataclasses.fields(config)
+        given = {f.name: REQUIRED[f.name] for f in fields if f.name in REQUIRED}
+        defaults = {flag_name(config, f): f.default for f in fields}
+        assert all(field.metadata["help"] for field in fields)
+        assert pick(config, defaults | given) == config(**given)
 
 
 # Factories
@@ -272,7 +287,7 @@ def test_an_unknown_flag_and_a_value_of_another_type_are_named():
         (512, (0.5, 1, 1, 2, 2, 4, 4)),
     ],
 )
-def test_the_width_of_the_picture_sets_the_multipliers_unless_they_are_given(size, wanted):
+def test_the_width_of_the_image_sets_the_multipliers_unless_they_are_given(size, wanted):
     assert channel_multipliers("", size) == wanted
     assert channel_multipliers("1,3", size) == (1, 3)
 

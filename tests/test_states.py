@@ -1,23 +1,23 @@
-"""States on disk: complete or absent, checked, thinned out; runs that stop and go on by themselves."""
+"""States on disk: complete or absent, verified, thinned out; runs that stop and resume."""
 
 import errno
+import io
 import json
 import os
+import re
 import signal
-import threading
 import time
 
 import blobfile as bf
 import pytest
 import torch as th
-from test_train import everything, loop, rows, save, trained
+from test_train import everything, loop, rows, trained
 
 from mm_diffusion import checkpoint
 from mm_diffusion.checkpoint import CheckpointError
-from mm_diffusion.script_util import TrainConfig
-from mm_diffusion.training import states
+from mm_diffusion.config import TrainConfig
 from mm_diffusion.training.resume import find_state
-from mm_diffusion.training.states import HostCopy, StateError, newest_intact, states_in
+from mm_diffusion.training.states import StateError, newest_intact, states_in
 
 FLIP = {
     "schedule_sampler": "loss-second-moment",
@@ -44,7 +44,7 @@ def flip_bit(path, where=0.5):
 
 
 def test_a_state_has_a_manifest_with_the_length_and_checksum_of_every_file(tmp_path):
-    save(trained(tmp_path, 1))
+    trained(tmp_path, 1).save()
     manifest = json.loads((tmp_path / "state000001.json").read_text())
     assert sorted(manifest["files"]) == ["ema_0.9999_000001.pt", "model000001.pt", "opt000001.pt"]
     for name, checksum in manifest["files"].items():
@@ -58,7 +58,7 @@ def test_a_state_has_a_manifest_with_the_length_and_checksum_of_every_file(tmp_p
     "name", ["model000002.pt", "opt000002.pt", "ema_0.9999_000002.pt", "state000002.json"]
 )
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_newest_state_falls_back_to_the_one_before_with_a_warning_that_names_it(
+def test_a_corrupt_newest_state_falls_back_to_the_one_before_with_a_warning_that_names_it(
     tmp_path, name, harm
 ):
     trainer = loop(tmp_path, lr_anneal_steps=2, save_interval=1)
@@ -74,7 +74,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before_with_a_warning_that
         pytest.skip("the flipped bit left the manifest as it was in meaning")
     warnings = []
     state = newest_intact(str(tmp_path), warnings.append)
-    if name == "state000002.json" and harm == "gone":  # whole files without a manifest are a state
+    if name == "state000002.json" and harm == "gone":  # intact files without a manifest are a state
         assert (state.step, warnings) == (2, [])
     else:
         assert state.step == 1
@@ -88,18 +88,18 @@ def _readable(path):
         return False
 
 
-def test_a_folder_without_a_whole_state_is_refused_and_not_overwritten(tmp_path):
-    save(trained(tmp_path, 1))
+def test_a_folder_without_an_intact_state_is_refused_and_not_overwritten(tmp_path):
+    trained(tmp_path, 1).save()
     flip_bit(tmp_path / "opt000001.pt")
-    with pytest.raises(CheckpointError, match="none of its 1 states is whole"):
+    with pytest.raises(CheckpointError, match="none of its 1 states is intact"):
         found(tmp_path)
 
 
-def test_sampling_refuses_a_file_that_its_manifest_calls_damaged(tmp_path):
-    save(trained(tmp_path, 1))
+def test_sampling_refuses_a_file_that_differs_from_its_manifest(tmp_path):
+    trained(tmp_path, 1).save()
     checkpoint.load_state(str(tmp_path / "ema_0.9999_000001.pt"))
     flip_bit(tmp_path / "ema_0.9999_000001.pt")
-    with pytest.raises(CheckpointError, match=r"ema_0.9999_000001.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"ema_0.9999_000001.pt is corrupt"):
         checkpoint.load_state(str(tmp_path / "ema_0.9999_000001.pt"))
 
 
@@ -117,99 +117,62 @@ def test_files_of_others_stay_when_old_states_go(tmp_path):
     assert {"model000001.pt.bak", "notes.txt"} <= set(os.listdir(tmp_path))
 
 
-def test_a_full_disk_stops_the_run_says_so_and_leaves_the_last_state_whole(tmp_path, monkeypatch):
-    trainer = loop(tmp_path, lr_anneal_steps=4, save_interval=2)
-    whole = os.fsync
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A function after whose call torch.save finds no space left."""
 
-    def full(handle):  # while a state is written, training goes on: the file tells which one it is
-        if "000004" in os.readlink(f"/proc/self/fd/{handle}"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        whole(handle)
+    def fill():
+        whole = th.save
 
-    monkeypatch.setattr(os, "fsync", full)
+        def save(content, file):
+            file.close()
+            with open("/dev/full", "wb", buffering=0) as full:
+                whole(content, full)
+
+        monkeypatch.setattr(th, "save", save)
+
+    return fill
+
+
+def test_a_full_disk_is_reported_with_the_state_that_is_intact(tmp_path, full_disk):
+    trainer = loop(tmp_path, save_interval=2)
+    at_step(trainer, 2, full_disk)
+    trainer.save()
     with pytest.raises(
-        StateError, match=r"cannot save step 4: the disk is full; the state of step 2 is intact"
+        StateError, match=r"cannot save step 2: the disk is full; the state of step 0 is intact"
     ):
         trainer.run_loop()
-    assert found(tmp_path) == (str(tmp_path), 2)
-    assert not [name for name in os.listdir(tmp_path) if "000004" in name]
+    assert found(tmp_path)[:2] == (str(tmp_path), 0)
+    assert not [name for name in os.listdir(tmp_path) if "000002" in name or name[0] == "."]
 
 
-def test_a_full_disk_stops_training_at_the_next_step(tmp_path, monkeypatch):
-    """The error comes from the file itself, as torch.save meets it."""
-    trainer, whole = loop(tmp_path), states._Hashing.write
-
-    def write(self, data):
-        self.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-        return whole(self, data)
-
-    monkeypatch.setattr(states._Hashing, "write", write)
-    trainer.run_step(*next(trainer.data))
-    trainer.save()
-    assert trainer.writer._running.exception(60)
-    with pytest.raises(
-        StateError, match=r"cannot save step 1: the disk is full; no state was saved before"
-    ):
-        trainer.run_step(*next(trainer.data))
-    assert [
-        name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial", ".json"))
-    ] == []
-
-
-def test_training_goes_on_while_a_state_is_written_and_what_is_written_is_of_its_step(
-    tmp_path, monkeypatch
-):
+def test_a_disk_that_is_full_from_the_start_is_reported_too(tmp_path, full_disk):
     trainer = loop(tmp_path)
-    gate, whole = threading.Event(), states.write_file
-
-    def slow(path, content):
-        gate.wait(30)
-        return whole(path, content)
-
-    monkeypatch.setattr("mm_diffusion.training.states.write_file", slow)
-    trainer.run_step(*next(trainer.data))
-    wanted = [p.detach().clone() for p in trainer.params]
-    trainer.save()
-    trainer.run_step(*next(trainer.data))
-    assert not states_in(str(tmp_path))
-    gate.set()
-    trainer.writer.wait()
-    resumed = loop(tmp_path)
-    assert resumed.step == 1
-    assert all(th.equal(a, b) for a, b in zip(resumed.params, wanted, strict=True))
+    full_disk()
+    with pytest.raises(
+        StateError, match=r"cannot save step 0: the disk is full; no state was saved before"
+    ):
+        trainer.save()
+    assert (
+        not list(tmp_path.glob("*.pt")) + list(tmp_path.glob("*.json")) + list(tmp_path.glob(".*"))
+    )
 
 
-def test_an_update_waits_for_the_copy_that_runs_beside_the_next_forward_and_backward(
-    tmp_path, monkeypatch
-):
-    trainer, whole = loop(tmp_path), HostCopy.take
+def test_a_failed_write_inside_torch_save_is_reported_as_what_it_is(tmp_path, monkeypatch):
+    """torch.save turns an error of its file into a RuntimeError about positions."""
 
-    def slow(self, name, tree):
-        if not name:
-            time.sleep(1)
-        return whole(self, name, tree)
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(HostCopy, "take", slow)
-    trainer.run_step(*next(trainer.data))
-    wanted = [x.detach().clone() for x in everything(trainer)]
-    trainer.save()
-    trainer.run_step(*next(trainer.data))
-    trainer.writer.wait()
-    resumed = loop(tmp_path)
-    assert all(th.equal(a, b) for a, b in zip(everything(resumed), wanted, strict=True))
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full())
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(str(tmp_path / "x.pt"), {"a": th.zeros(1000)})
 
 
-def test_copies_use_their_memory_again_and_keep_types():
-    copy, tree = HostCopy(), {"a": [th.ones(3), 5], "b": (th.zeros(2, dtype=th.int64), "x")}
-    first = copy.take("t", tree)
-    tree["a"][0].fill_(7)
-    assert first["a"][0].tolist() == [1, 1, 1]
-    second = copy.take("t", tree)
-    assert second["a"][0].tolist() == [7, 7, 7]
-    assert second["a"][0].data_ptr() == first["a"][0].data_ptr()
-    assert second["b"][0].dtype == th.int64
-    assert second["a"][1] == 5
-    assert second["b"][1] == "x"
+def test_a_save_tells_how_long_it_took(tmp_path, capsys):
+    trained(tmp_path, 1).save()
+    assert re.search(r"saved .*model000001.pt and its state in \d+\.\d s", capsys.readouterr().out)
 
 
 @pytest.fixture
@@ -224,7 +187,7 @@ def bucket(tmp_path, monkeypatch):
         monkeypatch.setattr(
             bf, name, lambda *args, f=whole, **kwargs: f(*map(here, args), **kwargs)
         )
-    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket/run").mkdir(parents=True)
     return tmp_path / "bucket"
 
 
@@ -248,18 +211,18 @@ def test_a_run_lives_in_a_remote_folder(bucket, tmp_path):
     path = "gs://bucket/run/ema_0.9_000004.pt"
     assert checkpoint.load_state(path)[1]["num_channels"] == 32
     flip_bit(bucket / "run/ema_0.9_000004.pt")
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="is corrupt"):
         checkpoint.load_state(path)
 
 
-def test_falling_back_with_few_states_to_keep_loses_none_that_is_whole(tmp_path):
+def test_falling_back_with_few_states_to_keep_loses_none_that_is_intact(tmp_path):
     loop(tmp_path, lr_anneal_steps=6, save_interval=2, keep_last=2).run_loop()
     flip_bit(tmp_path / "opt000006.pt")
     again = loop(tmp_path, lr_anneal_steps=6, save_interval=2, keep_last=1, max_steps=5)
     assert again.step == 4
     again.run_loop()
-    assert found(tmp_path) == (str(tmp_path), 5)
-    assert (tmp_path / "abandoned_1/opt000006.pt").exists()
+    assert found(tmp_path)[:2] == (str(tmp_path), 5)
+    assert (tmp_path / "opt000006.pt").exists()
 
 
 def test_old_states_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch, capsys):
@@ -268,62 +231,72 @@ def test_old_states_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch,
         bf, "remove", lambda path: (_ for _ in ()).throw(PermissionError(1, "not permitted", path))
     )
     trainer.run_loop()
-    assert "old states stay" in capsys.readouterr().out
-    assert [state.damage() for state in states_in(str(tmp_path))] == ["", ""]
+    assert "cannot remove old states" in capsys.readouterr().out
+    assert [state.corruption() for state in states_in(str(tmp_path))] == ["", ""]
 
 
-def test_an_error_lets_the_state_in_hand_be_finished(tmp_path, monkeypatch):
-    trainer, whole = loop(tmp_path, save_interval=1), states.write_file
-    monkeypatch.setattr(
-        "mm_diffusion.training.states.write_file", lambda *args: (time.sleep(0.1), whole(*args))[1]
-    )
-    poison_data = trainer.run_step
-
-    def run_step(*batch):
-        poison_data(*batch)
-        if trainer.step == 2:
-            raise ValueError("out of luck")
-
-    trainer.run_step = run_step
-    with pytest.raises(ValueError, match="out of luck"):
-        trainer.run_loop()
-    assert found(tmp_path) == (str(tmp_path), 1)
-
-
-def test_what_a_killed_save_left_goes_and_a_table_with_damage_is_read(tmp_path):
-    save(trained(tmp_path, 1))
-    (tmp_path / "model000002.pt.partial").write_text("half")
-    (tmp_path / "mine.partial").write_text("mine")
+def test_what_a_killed_save_left_is_removed_and_a_corrupt_table_is_read(tmp_path):
+    trained(tmp_path, 1).save()
+    unfinished = tmp_path / f".{32 * 'a'}.pt"
+    unfinished.write_text("half")
+    (tmp_path / ".mine").write_text("mine")
     with open(tmp_path / "progress.csv", "w") as file:
         file.write("step,loss\n1,2.0\nx,\n")
     resumed = loop(tmp_path)
-    assert not (tmp_path / "model000002.pt.partial").exists()
-    assert (tmp_path / "mine.partial").exists()
+    assert not unfinished.exists()
+    assert (tmp_path / ".mine").exists()
     resumed.run_step(*next(resumed.data))
     resumed._log()
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
 
 
-# Which state a run goes on from
+# Which state a run resumes
 
 
-def test_the_same_command_with_another_runs_checkpoint_goes_on_with_its_own_states(tmp_path):
+def test_the_same_command_with_another_runs_checkpoint_resumes_its_own_states(tmp_path):
     loop(tmp_path / "a", lr_anneal_steps=6, save_interval=2).run_loop()
     command = {"lr_anneal_steps": 6, "resume_checkpoint": str(tmp_path / "a/model000002.pt")}
-    for folder in ("b", "a"):  # elsewhere, or back in time
-        first = loop(tmp_path / folder, max_steps=3, **command)
-        assert first.step == 2
-        first.run_loop()
-        second = loop(tmp_path / folder, **command)
-        assert second.step == 3
-        second.run_loop()
-    assert sorted(path.name for path in (tmp_path / "a/abandoned_1").glob("model*")) == [
-        "model000004.pt",
-        "model000006.pt",
-    ]
+    first = loop(tmp_path / "b", max_steps=3, **command)
+    assert first.step == 2
+    first.run_loop()
+    between = loop(tmp_path / "b", max_steps=4, lr_anneal_steps=6)  # the record stays
+    assert between.step == 3
+    between.run_loop()
+    second = loop(tmp_path / "b", **command)
+    assert second.step == 4
+    second.run_loop()
+    assert json.loads((tmp_path / "b/state000006.json").read_text())["resumed_from"] == str(
+        tmp_path / "a/model000002.pt"
+    )
 
 
-def test_the_same_command_goes_on_where_it_was_bit_for_bit(tmp_path):
+def test_a_state_without_a_manifest_descends_from_what_the_one_before_does(tmp_path):
+    loop(tmp_path / "a", max_steps=2).run_loop()
+    command = {"resume_checkpoint": str(tmp_path / "a/model000002.pt"), "save_interval": 1}
+    loop(tmp_path / "b", max_steps=4, **command).run_loop()
+    (tmp_path / "b/state000004.json").unlink()  # killed before it was written
+    assert loop(tmp_path / "b", **command).step == 4
+
+
+def test_an_explicit_checkpoint_that_the_existing_run_does_not_descend_from_is_refused(tmp_path):
+    for folder in ("a", "b"):
+        loop(tmp_path / folder, max_steps=4, save_interval=2).run_loop()
+    for source in ("a/model000002.pt", "a", "b/model000002.pt"):  # elsewhere, or back in time
+        with pytest.raises(ValueError, match=r"do not descend from .*another --output_dir"):
+            found(tmp_path / "b", resume_checkpoint=str(tmp_path / source))
+    for source in ("b/model000004.pt", "b"):
+        state = found(tmp_path / "b", resume_checkpoint=str(tmp_path / source))
+        assert state[:2] == (str(tmp_path / "b"), 4)
+
+
+def test_initial_weights_are_ignored_with_a_note_where_a_run_is_resumed(tmp_path, capsys):
+    trained(tmp_path, 1).save()
+    loop(tmp_path, init_checkpoint="other.pt")
+    note = f"--init_checkpoint other.pt ignored: resuming the existing run in {tmp_path}"
+    assert note in capsys.readouterr().out
+
+
+def test_the_same_command_resumes_where_it_was_bit_for_bit(tmp_path):
     options = {"lr_anneal_steps": 6, "save_interval": 2, **FLIP}
     straight = loop(tmp_path / "a", **options)
     straight.run_loop()
@@ -331,29 +304,29 @@ def test_the_same_command_goes_on_where_it_was_bit_for_bit(tmp_path):
     for _ in range(3):
         broken.run_step(*next(broken.data))
         if broken.step == 2:
-            save(broken)
+            broken.save()
     resumed = loop(tmp_path / "b", **options)
     assert resumed.step == 2
     resumed.run_loop()
     assert same(resumed, straight)
 
 
-def test_an_explicit_checkpoint_comes_before_the_output_folder_and_that_before_initial_weights(
+def test_the_output_folder_comes_before_an_explicit_checkpoint_and_that_before_initial_weights(
     tmp_path,
 ):
-    loop(tmp_path, lr_anneal_steps=3, save_interval=1).run_loop()
-    path = str(tmp_path / "model000001.pt")
-    assert found(tmp_path, resume_checkpoint=path) == (str(tmp_path), 1)
-    assert found(tmp_path / "new", resume_checkpoint=path) == (str(tmp_path), 1)
-    assert found(tmp_path / "new", resume_checkpoint=str(tmp_path)) == (str(tmp_path), 3)
-    assert found(tmp_path, resume_checkpoint="auto") == found(tmp_path) == (str(tmp_path), 3)
-    assert found(tmp_path, init_checkpoint="other.pt") == (str(tmp_path), 3)
+    loop(tmp_path, max_steps=3, save_interval=1).run_loop()
+    path, folder = str(tmp_path / "model000001.pt"), str(tmp_path)
+    assert found(tmp_path / "new", resume_checkpoint=path)[:2] == (folder, 1)
+    assert found(tmp_path / "new", resume_checkpoint=folder)[:2] == (folder, 3)
+    for same in ("", "auto", folder):
+        assert found(tmp_path, resume_checkpoint=same)[:2] == (folder, 3)
+    assert found(tmp_path, init_checkpoint="other.pt")[:2] == (folder, 3)
     assert found(tmp_path / "new") is None
     assert found(tmp_path / "new", resume_checkpoint="none") is None
 
 
 def test_a_run_is_never_overwritten(tmp_path):
-    save(trained(tmp_path, 1))
+    trained(tmp_path, 1).save()
     with pytest.raises(ValueError, match="holds a run already"):
         found(tmp_path, resume_checkpoint="none")
     (tmp_path / "empty").mkdir()
@@ -370,8 +343,8 @@ def test_a_finished_run_does_nothing_when_started_again(tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")} == before
 
 
-def test_another_batch_size_goes_on_with_the_next_samples_and_a_note(tmp_path, capsys):
-    save(trained(tmp_path, 3, batch_size=2))
+def test_another_batch_size_continues_with_the_next_samples_and_a_note(tmp_path, capsys):
+    trained(tmp_path, 3, batch_size=2).save()
     starts = []
 
     def data(start_sample):
@@ -381,32 +354,32 @@ def test_another_batch_size_goes_on_with_the_next_samples_and_a_note(tmp_path, c
     resumed = loop(tmp_path, batch_size=4, data=data)
     assert starts == [6]
     assert (resumed.step, resumed.samples) == (3, 6)
-    assert "note: 1 ranks of 2 samples before, now 1 of 4" in capsys.readouterr().out
+    assert "note: batch_size was 2 and is 4 now" in capsys.readouterr().out
 
 
 # Stopping
 
 
-def press(number, trainer, step):
-    """Send this process a signal when the trainer has done that many steps."""
+def at_step(trainer, step, act):
+    """Call `act` when the trainer has done that many steps."""
     whole = trainer.run_step
 
     def run_step(*batch):
         whole(*batch)
         if trainer.step == step:
-            os.kill(os.getpid(), number)
+            act()
 
     trainer.run_step = run_step
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_ends_and_the_same_command_goes_on_bit_for_bit(tmp_path, number, capsys):
+def test_a_signal_saves_and_ends_and_the_same_command_resumes_bit_for_bit(tmp_path, number, capsys):
     options = {"lr_anneal_steps": 5, **FLIP}
     before = signal.getsignal(number)
     straight = loop(tmp_path / "a", **options)
     straight.run_loop()
     stopped = loop(tmp_path / "b", **options)
-    press(number, stopped, 2)
+    at_step(stopped, 2, lambda: os.kill(os.getpid(), number))
     stopped.run_loop()
     assert stopped.step == 2
     assert number.name in capsys.readouterr().out
@@ -419,15 +392,13 @@ def test_a_signal_saves_ends_and_the_same_command_goes_on_bit_for_bit(tmp_path, 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
     trainer = loop(tmp_path)
-    whole = trainer.run_step
 
-    def run_step(*batch):
-        whole(*batch)
+    def press_twice():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    trainer.run_step = run_step
+    at_step(trainer, 1, press_twice)
     with pytest.raises(KeyboardInterrupt):
         trainer.run_loop()
 
@@ -442,7 +413,7 @@ def test_training_ends_by_itself_at_the_first_limit(tmp_path):
         trainer = loop(folder, **limits)
         trainer.run_loop()
         assert trainer.step == steps
-        assert found(folder) == (str(folder), steps)
+        assert found(folder)[:2] == (str(folder), steps)
 
 
 def test_max_steps_does_not_change_the_learning_rates(tmp_path):
@@ -482,12 +453,12 @@ def poison(trainer, steps):
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, precision):
     trainer = loop(tmp_path, precision=precision, grad_clip=1.0)
     poison(trainer, [1])
-    seen = []
+    results = []
     for _ in range(3):
         before = [p.detach().clone() for p in trainer.params]
         trainer.run_step(*next(trainer.data))
-        seen.append(any(not th.equal(a, b) for a, b in zip(before, trainer.params, strict=True)))
-    assert seen == [True, False, True]
+        results.append(any(not th.equal(a, b) for a, b in zip(before, trainer.params, strict=True)))
+    assert results == [True, False, True]
     assert trainer.skipped.tolist() == [1, 0, 1]
     assert {float(moments["step"]) for moments in trainer.optimizer.state.values()} == {2}
     assert all(p.isfinite().all() for p in trainer.params)
@@ -511,20 +482,20 @@ def test_the_loss_scale_falls_at_an_overflow_grows_otherwise_and_is_kept(tmp_pat
     trainer.precision = "fp16"
     trainer.log_loss_scale += 4
     poison(trainer, [1])
-    seen = []
+    results = []
     for _ in range(3):
         trainer.run_step(*next(trainer.data))
-        seen.append(float(trainer.log_loss_scale))
-    assert seen == [4.25, 3.25, 3.5]
+        results.append(float(trainer.log_loss_scale))
+    assert results == [4.25, 3.25, 3.5]
 
 
 def test_only_a_float16_run_hands_its_loss_scale_on(tmp_path):
-    save(trained(tmp_path, 1, precision="fp32"))
+    trained(tmp_path, 1, precision="fp32").save()
     resumed = loop(tmp_path, precision="fp16")
     assert float(resumed.log_loss_scale) == 20
     resumed.log_loss_scale -= 7
     resumed.step = 2
-    save(resumed)
+    resumed.save()
     assert float(loop(tmp_path, precision="fp16").log_loss_scale) == 13
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from mm_diffusion.data.toy import ToyConfig, make_clip
-from mm_diffusion.evaluation.spatial import temporal_alignment
+from mm_diffusion.evaluation.bright_object import temporal_alignment
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Toy clips: what they promise of picture, sound and description, and the number that measures their agreement."""
+"""Toy clips: their frames, audio and metadata agree, and so do the scores that measure it."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch as th
 
 from mm_diffusion.data import decode
 from mm_diffusion.data.toy import ToyConfig, make_clip, write_toy_dataset
-from mm_diffusion.evaluation.spatial import (
+from mm_diffusion.evaluation.bright_object import (
     level_difference,
     mismatched_alignment,
     spatial_alignment,
@@ -19,7 +19,7 @@ def batch(config, count):
 
 
 @pytest.mark.parametrize(("side", "rate"), [(64, 16000), (8, 512)])
-def test_sound_comes_from_where_the_object_is_and_only_in_its_own_clip(side, rate):
+def test_audio_comes_from_where_the_object_is_and_only_in_its_own_clip(side, rate):
     videos, audios = batch(ToyConfig(height=side, width=side, seconds=2, sample_rate=rate), 48)
     assert spatial_alignment(videos, audios) > 0.95
     assert abs(mismatched_alignment(videos, audios)) < 0.1
@@ -29,11 +29,11 @@ def test_sound_comes_from_where_the_object_is_and_only_in_its_own_clip(side, rat
     )
 
 
-def test_alignment_ignores_frames_that_show_or_sound_next_to_nothing():
+def test_alignment_ignores_frames_that_are_dark_or_nearly_silent():
     videos, audios = batch(ToyConfig(height=16, width=16, seconds=2, sample_rate=2048), 16)
-    whole = spatial_alignment(videos[:, :4], audios[:, :, :2048])
+    first_second = spatial_alignment(videos[:, :4], audios[:, :, :2048])
     audios[:, :, 2048:] = 1e-6 * th.randn(16, 2, 2048)
-    assert spatial_alignment(videos, audios) == pytest.approx(whole, abs=0.02)
+    assert spatial_alignment(videos, audios) == pytest.approx(first_second, abs=0.02)
     assert np.isnan(spatial_alignment(videos, th.zeros_like(audios)))
 
 
@@ -58,7 +58,7 @@ def test_any_size_rate_and_length(shape):
     assert len(rows) == 2 * int(10 * shape[3])
 
 
-def test_sound_is_never_silent_for_long():
+def test_audio_is_never_silent_for_long():
     _, audios = batch(ToyConfig(height=8, width=8, seconds=4), 16)
     power = audios.square().sum(dim=1).unfold(-1, 1600, 1600).mean(dim=-1)  # of every 1/10 s
     assert power.min() > 1e-4

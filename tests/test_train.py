@@ -1,4 +1,4 @@
-"""The trainer: gradients do not depend on how the batch is cut, and a stopped run goes on as if it never stopped."""
+"""The trainer: one gradient however the batch is split; resuming changes nothing."""
 
 import csv
 import itertools
@@ -13,15 +13,9 @@ import torch.multiprocessing as mp
 
 from mm_diffusion import checkpoint, dist_util, logger
 from mm_diffusion.checkpoint import CheckpointError
+from mm_diffusion.config import TrainConfig
 from mm_diffusion.dist_util import World
-from mm_diffusion.script_util import TrainConfig
-from mm_diffusion.train_util import (
-    TrainLoop,
-    check_train_config,
-    parse_rates,
-    update_ema,
-    warm_rate,
-)
+from mm_diffusion.train_util import TrainLoop, update_ema, warm_rate
 from mm_diffusion.tree import leaves, tree_map
 
 
@@ -65,12 +59,6 @@ def trained(folder, steps, **options):
     return trainer
 
 
-def save(trainer):
-    """Save, and wait until it is on the disk."""
-    trainer.save()
-    trainer.writer.wait()
-
-
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
@@ -105,12 +93,12 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-# One gradient, however the batch is cut
+# One gradient, however the batch is split
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
 def test_microbatches_of_1_of_3_and_of_b_give_one_gradient(tmp_path, sampler):
-    """Faults: microbatching crashed, or trained on the first microbatch only. 3 leaves an uneven last one."""
+    """Faults: microbatching crashed, or trained on the first microbatch only. 3 leaves a rest."""
     whole = gradient(tmp_path, batch_size=4, schedule_sampler=sampler)
     for size in (1, 3, 4, 9):
         part = gradient(tmp_path, batch_size=4, microbatch=size, schedule_sampler=sampler)
@@ -157,7 +145,7 @@ CUT = {"lr": 2e-4, "microbatch": 1}
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two ranks with two clips each make: name of the run -> their weights and sampler states."""
+    """Name of a run -> weights and sampler states of two ranks with two clips each."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = {"whole": (3, WHOLE), "cut": (1, CUT)}
     mp.spawn(rank_main, (2, dist_util._free_port(), str(folder), jobs), nprocs=2)
@@ -171,8 +159,9 @@ def ranks(tmp_path_factory):
 def test_two_ranks_train_like_one_process_with_the_same_global_batch(ranks, tmp_path):
     """Fault: ranks on the CPU were not synchronised.
 
-    Cut alike, the weights are the same to the last bit. Cut otherwise, sums are rounded otherwise, and AdamW makes a
-    step of up to lr out of the rounding of a gradient that should be zero (biases before a norm, biases of keys).
+    Split alike, the weights are the same to the last bit. Split otherwise, sums are rounded
+    otherwise, and AdamW makes a step of up to lr out of the rounding of a gradient that should be
+    zero (biases before a norm, biases of keys).
     """
     first, second = ranks["whole"]
     assert relative(first["weights"], second["weights"]) == 0
@@ -245,7 +234,7 @@ def test_an_average_of_equal_weights_stays():
 @pytest.mark.parametrize("text", ["", "1", "-0.1", "0.9,", "high", "9e-1", "nan"])
 def test_impossible_ema_rates_are_named(text):
     with pytest.raises(ValueError, match="ema_rate"):
-        parse_rates(text)
+        TrainConfig(output_dir="x", ema_rate=text)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +247,10 @@ def test_impossible_ema_rates_are_named(text):
         {"seed": -1},
     ],
 )
-def test_numbers_that_make_no_sense_are_named(wrong):
+def test_impossible_values_are_named(wrong):
     (name,) = wrong
-    with pytest.raises(ValueError, match=f"{name} .*must be finite and not negative"):
-        check_train_config(TrainConfig(output_dir="x", **wrong))
+    with pytest.raises(ValueError, match=f"{name} .*a finite number that is not negative"):
+        TrainConfig(output_dir="x", **wrong)
 
 
 # Steps, learning rates, files
@@ -307,7 +296,7 @@ def test_warm_up_rises_linearly_to_the_rate_and_goes_with_annealing(tmp_path):
 
 
 def test_the_gradient_is_clipped_to_its_norm(tmp_path):
-    """With the epsilon of AdamW out of the way clipping shows in its first moments: (1 - beta1) times the gradient."""
+    """The first moments of AdamW after a step are (1 - beta1) times the clipped gradient."""
     norms = []
     for limit in (0.0, 0.01):
         trainer = trained(tmp_path, 1, grad_clip=limit)
@@ -340,7 +329,7 @@ def test_every_way_to_train_moves_every_weight_and_keeps_the_loss_in_float32(tmp
     for name, value in weights(trainer).items():
         assert value.isfinite().all(), name
         assert not th.equal(value, before[name]), name
-    assert {value.dtype for value in trainer.seen["term loss"]} == {th.float32}
+    assert {value.dtype for value in trainer.averages.values["loss"]} == {th.float32}
 
 
 def test_training_makes_the_loss_smaller(tmp_path):
@@ -348,7 +337,7 @@ def test_training_makes_the_loss_smaller(tmp_path):
     trainer = loop(tmp_path, data=lambda start: itertools.repeat((one, {})), lr=3e-3)
     for _ in range(24):
         trainer.run_step(*next(trainer.data))
-    losses = [value.mean().item() for value in trainer.seen["term loss"]]
+    losses = [value.mean().item() for value in trainer.averages.values["loss"]]
     assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:4])
 
 
@@ -382,7 +371,7 @@ def test_loss_second_moment_learns_from_the_unweighted_losses_of_every_sample(tm
         ("grad_clip", -1.0),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused_with_the_flag_named(tmp_path, flag, value):
+def test_impossible_values_are_refused_with_the_flag_named(tmp_path, flag, value):
     with pytest.raises(ValueError, match=flag):
         loop(tmp_path, **{flag: value})
 
@@ -394,7 +383,7 @@ def test_previews_come_from_the_average_after_every_save(tmp_path):
     seen = []
 
     def preview(model, step):
-        th.rand(7)  # whatever a preview draws must not change the training
+        th.rand(7)  # random numbers of a preview must not change the training
         seen.append(
             (step, model.training, flat({name: p.detach() for name, p in model.named_parameters()}))
         )
@@ -411,7 +400,7 @@ def test_previews_come_from_the_average_after_every_save(tmp_path):
     assert relative(weights(trainer), weights(without)) == 0
 
 
-# Going on
+# Resuming
 
 
 def everything(trainer):
@@ -426,9 +415,10 @@ def everything(trainer):
 )
 def test_2_and_2_steps_equal_4_bit_for_bit(tmp_path, case):
     options = {"ema_rate": "0.9999,0.9", "lr_anneal_steps": 4, "save_interval": 2, **case}
-    straight = loop(tmp_path, **options)
+    straight = loop(tmp_path / "a", **options)
     straight.run_loop()
-    resumed = loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000002.pt", **options)
+    source = f"{tmp_path}/a/model000002.pt"
+    resumed = loop(tmp_path / "b", resume_checkpoint=source, **options)
     assert resumed.step == 2
     resumed.run_loop()
     for found, wanted in zip(everything(resumed), everything(straight), strict=True):
@@ -436,16 +426,19 @@ def test_2_and_2_steps_equal_4_bit_for_bit(tmp_path, case):
 
 
 def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path):
+    first = loop(tmp_path)
+    for _ in range(3):
+        first.run_step(*next(first.data))
+        first._log()
+        if first.step == 2:
+            first.save()
     loop(tmp_path, lr_anneal_steps=4, save_interval=2).run_loop()
-    loop(
-        tmp_path, lr_anneal_steps=4, save_interval=2, resume_checkpoint=f"{tmp_path}/model000002.pt"
-    ).run_loop()
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
 
 
 def test_learning_rate_and_weight_decay_given_on_resuming_take_effect(tmp_path):
     """Fault: --lr was ignored on resume."""
-    save(trained(tmp_path, 2))
+    trained(tmp_path, 2).save()
     resume = f"{tmp_path}/model000002.pt"
     resumed = loop(tmp_path, resume_checkpoint=resume, lr=0.5e-3, weight_decay=0.1)
     resumed.run_step(*next(resumed.data))
@@ -456,29 +449,30 @@ def test_learning_rate_and_weight_decay_given_on_resuming_take_effect(tmp_path):
 @pytest.mark.parametrize("gone", ["ema_0.9999_000001.pt", "opt000001.pt", "model000001.pt"])
 def test_a_missing_file_beside_the_checkpoint_is_an_error_that_names_it(tmp_path, gone):
     """Fault: a missing EMA or optimizer file restarted silently."""
-    save(trained(tmp_path, 1))
+    trained(tmp_path, 1).save()
     os.remove(tmp_path / gone)
     with pytest.raises(CheckpointError, match=gone):
-        loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt")
+        loop(tmp_path / "new", resume_checkpoint=f"{tmp_path}/model000001.pt")
 
 
 def test_an_ema_rate_that_was_not_kept_is_an_error_that_names_its_file(tmp_path):
-    save(trained(tmp_path, 1))
+    trained(tmp_path, 1).save()
     with pytest.raises(CheckpointError, match=r"ema_0\.5_000001\.pt"):
         loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt", ema_rate="0.5")
 
 
 def test_another_timestep_sampler_on_resuming_is_an_error(tmp_path):
-    save(trained(tmp_path, 1, schedule_sampler="loss-second-moment"))
+    trained(tmp_path, 1, schedule_sampler="loss-second-moment").save()
     with pytest.raises(ValueError, match="schedule_sampler"):
         loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt")
 
 
 def test_an_optimizer_file_of_something_else_is_an_error_that_names_it(tmp_path):
-    save(trained(tmp_path, 1))
+    trained(tmp_path, 1).save()
+    (tmp_path / "state000001.json").unlink()  # which would call it corrupt
     checkpoint.save(f"{tmp_path}/opt000001.pt", {"lr": 1.0})
     with pytest.raises(CheckpointError, match="opt000001"):
-        loop(tmp_path, resume_checkpoint=f"{tmp_path}/model000001.pt")
+        loop(tmp_path / "new", resume_checkpoint=f"{tmp_path}/model000001.pt")
 
 
 def test_other_file_names_are_refused(tmp_path):
@@ -489,7 +483,7 @@ def test_other_file_names_are_refused(tmp_path):
 def test_runs_of_more_than_999999_steps_resume(tmp_path):
     trainer = loop(tmp_path)
     trainer.step = 1_234_567
-    save(trainer)
+    trainer.save()
     assert "model1234567.pt" in files(tmp_path)
     resumed = loop(tmp_path, resume_checkpoint=f"{tmp_path}/model1234567.pt")
     assert resumed.step == 1_234_567
@@ -500,7 +494,7 @@ def test_a_save_that_is_killed_leaves_no_file_under_the_final_name(tmp_path, mon
     trainer = trained(tmp_path, 1)
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        save(trainer)
+        trainer.save()
     assert files(tmp_path) == []
 
 
@@ -526,7 +520,7 @@ def test_the_log_has_losses_quartiles_norms_and_rates(tmp_path, capsys):
     assert "| grad_norm" in capsys.readouterr().out
 
 
-def test_ranks_other_than_0_say_nothing_and_write_nothing(tmp_path, capsys):
+def test_ranks_other_than_0_log_nothing_and_write_nothing(tmp_path, capsys):
     logger.configure(tmp_path / "log", enabled=False)
     logger.log("words")
     logger.logkv("loss", 1.0)

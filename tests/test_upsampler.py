@@ -1,5 +1,6 @@
-"""The upsampler: recorded figures of the published one, training, and what sampling with it promises."""
+"""The upsampler: recorded figures of the published one, training, and sampling with it."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -20,11 +21,21 @@ from mm_diffusion.checkpoint import (
     published_names,
     published_state_dict,
 )
+from mm_diffusion.config import (
+    SamplingConfig,
+    SRDiffusionConfig,
+    TrainConfig,
+    UpsamplerConfig,
+    parse,
+    pick,
+)
+from mm_diffusion.config.flags import flag_name
 from mm_diffusion.data.decode import probe, read_window
-from mm_diffusion.dist_util import ALONE
+from mm_diffusion.dist_util import SINGLE_PROCESS
 from mm_diffusion.generation import previews
 from mm_diffusion.generation.load import load_noise, load_upsampler
 from mm_diffusion.generation.output import claim_folder
+from mm_diffusion.generation.run import UPSAMPLING
 from mm_diffusion.sampling import (
     SAMPLERS,
     SR_SETTINGS,
@@ -33,19 +44,13 @@ from mm_diffusion.sampling import (
     make_sampler,
     prepare,
     sample_joint,
-    upscale_video,
+    upsample_video,
 )
 from mm_diffusion.script_util import (
     SR_CARRIED_FLAGS,
-    SampleConfig,
-    SRDiffusionConfig,
-    SRModelConfig,
-    TrainConfig,
     image_sr_create_model_and_diffusion,
     image_sr_model_and_diffusion_defaults,
     merge_checkpoint_flags,
-    parse,
-    sr_half,
 )
 from mm_diffusion.train_util import TrainLoop
 from mm_diffusion.training.resume import flags_to_start_with, start_from
@@ -196,9 +201,9 @@ def test_an_impossible_upsampler_is_refused_with_the_flag_named(flags, culprit):
 def test_half_precision_of_the_upsampler_follows_the_base_unless_it_is_set():
     """Fault: one command line set use_fp16 twice, and the last won for both models."""
     for base in (False, True):
-        assert sr_half({"use_fp16": base, "sr_use_fp16": None}) == base
+        assert UpsamplerConfig(use_fp16=base).half_precision == base
         for own in (False, True):
-            assert sr_half({"use_fp16": base, "sr_use_fp16": own}) == own
+            assert UpsamplerConfig(use_fp16=base, sr_use_fp16=own).half_precision == own
 
 
 # Sampling
@@ -220,13 +225,13 @@ def test_a_frame_does_not_depend_on_the_chunk_it_is_in(name):
     """Adaptive steps, too, are each frame's own."""
     name, *method = name.split()
     model, sampler = upsampler(name, method=method[0] if method else None)
-    whole = upscale_video(model, sampler, frames(), 3, 7, frames_at_once=5)
+    whole = upsample_video(model, sampler, frames(), 3, 7, frames_at_once=5)
     assert whole.shape == (5, 3, 32, 32)
     assert whole.isfinite().all()  # fault: alphas in float16 made the upsampler's solver give NaN
     assert whole.abs().max() <= 1
     for chunk in (0, 1, 2):
         th.testing.assert_close(
-            upscale_video(model, sampler, frames(), 3, 7, frames_at_once=chunk),
+            upsample_video(model, sampler, frames(), 3, 7, frames_at_once=chunk),
             whole,
             rtol=0,
             atol=3e-3,
@@ -235,29 +240,29 @@ def test_a_frame_does_not_depend_on_the_chunk_it_is_in(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_still_scene_stays_still_and_clips_differ(name):
-    """Fault: the ancestral loop added x_T as the noise of every step; ours draws anew, the same for all frames."""
+    """Fault: the ancestral loop added x_T as the noise of every step; ours draws anew."""
     model, sampler = upsampler(name)
     still = frames(1).expand(3, -1, -1, -1)
-    out = upscale_video(model, sampler, still, 3, 7, frames_at_once=2)
+    out = upsample_video(model, sampler, still, 3, 7, frames_at_once=2)
     th.testing.assert_close(out[1:], out[:1].expand(2, -1, -1, -1), rtol=0, atol=3e-3)
     for seed, index in ((3, 8), (4, 7)):
-        assert (upscale_video(model, sampler, still[:1], seed, index) - out[:1]).abs().max() > 0.05
+        assert (upsample_video(model, sampler, still[:1], seed, index) - out[:1]).abs().max() > 0.05
 
 
 def test_the_noise_of_the_steps_is_not_the_noise_of_the_start():
     """Fault as above: with x_T as every step's noise, the result is a function of x_T alone."""
     model, sampler = upsampler("ddpm")
     noise = golden_data.noise("start", (3, 32, 32))
-    a, b = (upscale_video(model, sampler, frames(1), seed, 0, noise=noise) for seed in (1, 2))
+    a, b = (upsample_video(model, sampler, frames(1), seed, 0, noise=noise) for seed in (1, 2))
     assert (a - b).abs().max() > 0.05
 
 
 def test_given_noise_takes_the_place_of_the_drawn_one():
     model, sampler = upsampler()
     noise = golden_data.noise("start", (3, 32, 32))
-    a, b = (upscale_video(model, sampler, frames(2), seed, seed, noise=noise) for seed in (1, 2))
+    a, b = (upsample_video(model, sampler, frames(2), seed, seed, noise=noise) for seed in (1, 2))
     assert th.equal(a, b)
-    assert not th.equal(a, upscale_video(model, sampler, frames(2), 1, 1))
+    assert not th.equal(a, upsample_video(model, sampler, frames(2), 1, 1))
 
 
 def test_published_settings_are_multistep_of_order_2_and_50_steps():
@@ -265,7 +270,7 @@ def test_published_settings_are_multistep_of_order_2_and_50_steps():
     calls = []
     model.register_forward_hook(lambda *args: calls.append(1))
     sampler = make_sampler("dpm_solver", diffusion, prefix="sr_", **SR_SETTINGS["dpm_solver"])
-    upscale_video(model, sampler, frames(1), 0, 0)
+    upsample_video(model, sampler, frames(1), 0, 0)
     assert len(calls) == 50
     assert SR_SETTINGS["dpm_solver"] == {
         "steps": 50,
@@ -283,15 +288,15 @@ def test_25_ddim_steps_of_1100_are_the_published_ones():
 def test_frames_of_another_size_are_refused():
     model, sampler = upsampler()
     with pytest.raises(ValueError, match=r"takes \[3, 8, 8\]"):
-        upscale_video(model, sampler, th.zeros(2, 3, 16, 16), 0, 0)
+        upsample_video(model, sampler, th.zeros(2, 3, 16, 16), 0, 0)
 
 
 def test_chunks_of_frames_are_alike_so_that_compiled_networks_fill_up_little():
-    """Cut at the limit, 19 of 20 frames would leave one, which a compiled network fills up to 19."""
+    """Cut at the limit, 19 of 20 frames would leave one, which a compiled network fills up."""
     model, sampler = upsampler("ddim")
     sizes = []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    upscale_video(model, sampler, frames().repeat(4, 1, 1, 1)[:20], 3, 7, frames_at_once=19)
+    upsample_video(model, sampler, frames().repeat(4, 1, 1, 1)[:20], 3, 7, frames_at_once=19)
     assert set(sizes) == {10}
 
 
@@ -377,10 +382,8 @@ def test_microbatches_give_the_gradients_of_the_whole_batch():
 
 def test_2_and_2_steps_of_the_upsampler_equal_4_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", 4)
-    train(tmp_path / "halves", 4)
-    resumed = train(
-        tmp_path / "halves", 4, resume_checkpoint=str(tmp_path / "halves/model000002.pt")
-    )
+    train(tmp_path / "halves", 4, max_steps=2)
+    resumed = train(tmp_path / "halves", 4)
     assert all(th.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
 
 
@@ -431,8 +434,9 @@ def test_flags_of_the_weights_to_start_from_yield_to_given_ones_and_those_of_a_r
     )
     for source, contradicts in (("init_checkpoint", False), ("resume_checkpoint", True)):
         line = ["script.py", f"--{source}", path, "--sr_diffusion_steps", "50"]
+        line += ["--output_dir", str(tmp_path / "run")]
         monkeypatch.setattr(sys, "argv", line)
-        values, given = parse("A script.", SRModelConfig, SRDiffusionConfig, TrainConfig)
+        values, given = parse("A script.", UpsamplerConfig, SRDiffusionConfig, TrainConfig)
         if contradicts:
             with pytest.raises(ValueError, match=r"--sr_diffusion_steps 50 contradicts"):
                 flags_to_start_with(values, given, SR_CARRIED_FLAGS)
@@ -445,9 +449,11 @@ def test_flags_of_the_weights_to_start_from_yield_to_given_ones_and_those_of_a_r
 def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_path):
     model, _ = tiny.build_upsampler()
     flags = image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS
+    process = pick(SRDiffusionConfig, flags)
+    config = TrainConfig(output_dir=str(tmp_path), sample_fn="ddim")
     large, cond = next(pairs())
     preview = previews.make_sr_preview(
-        flags, "ddim", lambda: (large, cond["low_res"]), str(tmp_path), ALONE
+        process, config, lambda: (large, cond["low_res"]), SINGLE_PROCESS
     )
     preview(model, 12)
     (path,) = (tmp_path / "samples/000012").glob("*.png")
@@ -588,31 +594,35 @@ def test_large_clip_k_is_that_of_seed_and_k_or_of_the_given_noise_in_any_batch(
     model, sampler = upsampler("ddim")
     start = golden_data.noise("start", (3, 32, 32)) if noise else None
     for k in range(3):
-        wanted = upscale_video(model, sampler, clips["video"][k], 9, k, noise=start)
+        wanted = upsample_video(model, sampler, clips["video"][k], 9, k, noise=start)
         for size in "13":
             large = written[f"{tmp_path / size}ddim_samples_1_9_{k:05d}"]
             th.testing.assert_close(large, wanted, rtol=0, atol=3e-3)
 
 
+def sampling_flags(**options):
+    """Values of all flags of a sampling script with an upsampler."""
+    configs = (SamplingConfig, *UPSAMPLING)
+    defaults = {flag_name(c, f): f.default for c in configs for f in dataclasses.fields(c)}
+    return defaults | {"output_dir": "out", **options}
+
+
 def loaded_upsampler(tmp_path, monkeypatch, **options):
-    """What `load_upsampler` makes of flags: (settings of the solver, precision, strictness, clip_denoised)."""
+    """What `load_upsampler` makes of flags: settings, precision, strictness, clip_denoised."""
     _, sr = saved(tmp_path)
     seen = {}
 
-    def filled(model, path, weights, config, precision, device):
+    def load(model, path, weights, config, precision):
         seen.update(strict=config.is_strict, precision=precision)
         return model
 
     def made(name, diffusion, clip_denoised, prefix, **settings):
         seen.update(clip_denoised=clip_denoised, settings=settings, steps=diffusion.num_timesteps)
 
-    monkeypatch.setattr("mm_diffusion.generation.load._filled", filled)
+    monkeypatch.setattr("mm_diffusion.generation.load._load", load)
     monkeypatch.setattr("mm_diffusion.generation.load.make_sampler", made)
-    flags = image_sr_model_and_diffusion_defaults() | {"use_fp16": False}
-    fields = SampleConfig.__dataclass_fields__
-    config = SampleConfig(sr_model_path=sr, **{k: v for k, v in options.items() if k in fields})
-    others = {k: v for k, v in options.items() if k not in fields}
-    load_upsampler(config, flags | others, set(others), th.device("cpu"))
+    flags = sampling_flags(sr_model_path=sr, **options)
+    load_upsampler(flags, set(options), th.device("cpu"))
     return seen
 
 
@@ -772,7 +782,7 @@ def test_a_misfit_blames_the_flag(flags, blamed):
 
 
 def test_flags_of_both_checkpoints_are_kept_apart():
-    """The upsampler's rates and widths say nothing about the joint model, nor the other way round."""
+    """The upsampler's factors and widths do not affect the joint model, nor the reverse."""
     values = image_sr_model_and_diffusion_defaults() | {
         "video_fps": 4,
         "num_channels": 128,
@@ -795,4 +805,4 @@ def test_the_note_of_a_folder_tells_which_upsampler_made_its_clips(tmp_path, mon
 
 def test_noise_without_an_upsampler_is_refused():
     with pytest.raises(ValueError, match="sr_model_path"):
-        load_upsampler(SampleConfig(load_noise="noise.npy"), {}, set(), th.device("cpu"))
+        load_upsampler(sampling_flags(load_noise="noise.npy"), set(), th.device("cpu"))

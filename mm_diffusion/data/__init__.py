@@ -1,9 +1,9 @@
-"""Files on disk -> tensors: video files, images, indexes of folders, and training data."""
+"""Data: video files, images, indexes of folders, and batches of training data."""
 
 
 class MediaError(ValueError):
-    """A file that cannot be used; one line, naming the file and the reason."""
+    """A file that cannot be used; one line with its name and the reason."""
 
 
 class DataError(ValueError):
-    """A data folder that cannot be used; one line, with the remedy."""
+    """A data folder that cannot be used; one line with the remedy."""

@@ -1,4 +1,4 @@
-"""What was decoded once, kept on disk."""
+"""A disk cache of decoded clips and images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,17 @@ from ..files import absolute, write_atomically
 from . import decode
 from .index import folders_in, identity
 
+Tensors = tuple[th.Tensor, ...]
 Parts = Sequence[tuple[tuple[int, ...], str]]  # shape and type of each array of a decoded item
-CACHE_FORMAT = (
-    1  # of the files in a cache folder; raised whenever the same settings decode to something else
-)
-SPARED_BYTES = 2**31  # of a disk are left to others: a full one would stop checkpoints, too
+CACHE_FORMAT = 1  # raised whenever the same settings decode to something else
+SPARE_BYTES = 2**31  # stay free: a full disk would stop checkpoints, too
 
 
 class DiskCache:
-    """What was decoded once, below a folder: a file for each item, shared by workers, ranks and runs.
+    """Decoded items below a folder, a file each, shared by workers, ranks and runs.
 
-    Nothing is ever deleted: it grows to one file for every item of a data set, for each way to decode it. A file is
-    there whole or not at all, and is taken only if its header and checksum are right. On a full disk nothing more is
-    written. ValueError for a folder that cannot be one.
+    Nothing is deleted. Files are written atomically and used only if header and checksum are right.
+    A full disk ends writing. ValueError for an unusable folder.
     """
 
     def __init__(self, folder: str, data_dir: str) -> None:
@@ -41,79 +39,65 @@ class DiskCache:
             raise ValueError(f"--cache_dir {folder}: must be a local folder")
         self.folder, self.writes = Path(folder).expanduser().absolute(), True
         if any(self.folder.is_relative_to(absolute(part)) for part in folders_in(data_dir)):
-            raise ValueError(
-                f"--cache_dir {folder}: lies in the data folder; choose one outside it"
-            )
+            raise ValueError(f"--cache_dir {folder}: lies in the data folder; choose another")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--cache_dir {folder}: cannot be made ({error.strerror})") from error
 
     def report(self, count: int, parts: Parts) -> str:
-        """What `count` such items will take, in words."""
+        """A line on the space that `count` such items need."""
         item = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in parts)
         free = shutil.disk_usage(self.folder).free
-        return (
-            f"{self.folder}: keeps what is decoded, up to {count:,} x {item / 1e6:.2f} MB = {count * item / 1e9:.2f} GB"
-            f" ({free / 1e9:.2f} GB are free)"
-        )
+        needed = f"{count:,} x {item / 1e6:.2f} MB = {count * item / 1e9:.2f} GB"
+        return f"{self.folder}: caches decoded data, up to {needed} ({free / 1e9:.2f} GB are free)"
 
     def get(
-        self,
-        path: str,
-        item: dict[str, Any],
-        parts: Parts,
-        make: Callable[[], tuple[th.Tensor, ...]],
-    ) -> tuple[th.Tensor, ...]:
-        """What `make()` makes of the file: tensors of the shapes and types `parts`, from disk if there.
+        self, path: str, item: dict[str, Any], parts: Parts, make: Callable[[], Tensors]
+    ) -> Tensors:
+        """`make()`, tensors of the shapes and types `parts`, from disk if they are there.
 
-        item: all that it depends on beside the file. MediaError where the file is gone, or as `make` raises it.
+        item: all that they depend on beside the file at `path`; MediaError where that is missing.
         """
         file = {"path": absolute(path), **identity(path)}
-        key = json.dumps(
-            [CACHE_FORMAT, decode.DECODER, file, item, parts], sort_keys=True, default=str
-        )
+        content = [CACHE_FORMAT, decode.DECODER, file, item, parts]
+        key = json.dumps(content, sort_keys=True, default=str)
         name = hashlib.sha256(key.encode()).hexdigest()
-        place = self.folder / name[:2] / f"{name[2:]}.raw"
-        held = self._read(place, key, parts)
-        if held is None:
-            held = make()
-            self._write(place, key, [part.contiguous().numpy() for part in held])
-        return held
+        target = self.folder / name[:2] / f"{name[2:]}.raw"
+        tensors = _read(target, key, parts)
+        if tensors is None:
+            tensors = make()
+            if self.writes:
+                self._write(target, key, [tensor.contiguous().numpy() for tensor in tensors])
+        return tensors
 
-    def _read(self, place: Path, key: str, parts: Parts) -> tuple[th.Tensor, ...] | None:
-        """The item of this key; None where there is no file, or one that is not as `_write` left it."""
-        try:
-            with open(place, "rb") as file:
-                checksum, told = file.readline().split(b" ", 1)
-                flat = [np.fromfile(file, dtype, math.prod(shape)) for shape, dtype in parts]
-            if told.decode() != key + "\n" or int(checksum) != _checksum(flat):
-                return None
-            return tuple(
-                th.from_numpy(array.reshape(shape))
-                for array, (shape, _) in zip(flat, parts, strict=True)
-            )
-        except (OSError, ValueError):
-            return None
-
-    def _write(self, place: Path, key: str, arrays: list[np.ndarray]) -> None:
+    def _write(self, target: Path, key: str, arrays: list[np.ndarray]) -> None:
         def write(temporary: str) -> None:
             with open(temporary, "wb") as file:
                 file.write(f"{_checksum(arrays)} {key}\n".encode())
-                for array in arrays:
-                    file.write(array.data)
+                file.writelines(array.data for array in arrays)
 
-        if not self.writes:
-            return
         try:
-            if shutil.disk_usage(self.folder).free < SPARED_BYTES:
-                raise OSError(errno.ENOSPC, f"less than {SPARED_BYTES / 1e9:.1f} GB are free")
-            write_atomically(place, write)
+            if shutil.disk_usage(self.folder).free < SPARE_BYTES:
+                raise OSError(errno.ENOSPC, f"less than {SPARE_BYTES / 1e9:.1f} GB are free")
+            write_atomically(target, write)
         except OSError as error:
             self.writes = False
-            logger.warn(
-                f"--cache_dir {self.folder}: takes no more ({error.strerror}); the rest is decoded every time"
-            )
+            logger.warn(f"--cache_dir {self.folder}: not written any more ({error.strerror})")
+
+
+def _read(target: Path, key: str, parts: Parts) -> Tensors | None:
+    """The item of this key; None where the file is missing, foreign or corrupt."""
+    try:
+        with open(target, "rb") as file:
+            checksum, header = file.readline().split(b" ", 1)
+            flat = [np.fromfile(file, dtype, math.prod(shape)) for shape, dtype in parts]
+        if header.decode() != key + "\n" or int(checksum) != _checksum(flat):
+            return None
+        arrays = zip(flat, parts, strict=True)
+        return tuple(th.from_numpy(array.reshape(shape)) for array, (shape, _) in arrays)
+    except (OSError, ValueError):
+        return None
 
 
 def _checksum(arrays: list[np.ndarray]) -> int:

@@ -1,15 +1,12 @@
-"""Clips and waveforms -> files."""
+"""Writing clips and waveforms."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 from fractions import Fraction
 
 import av
-import av.logging
-import av.video.reformatter
 import blobfile
 import numpy as np
 import soundfile
@@ -18,25 +15,19 @@ import torchaudio
 
 from ..files import write_atomically
 from .images import enlarge, to_uint8
+from .streams import AnyPath, Rate
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
-WATCH_PIXELS, WATCH_HZ = 256, 16000  # what any player takes
+WATCH_PIXELS, WATCH_HZ = 256, 16000  # that any player takes
 
 
-@contextmanager
-def _writing(path: str | os.PathLike) -> Iterator[None]:
-    """What stands in an encoder's way becomes an OSError of one line that names the file."""
+def _write(path: AnyPath, encode: Callable[[str], object]) -> None:
+    """`write_atomically`; whatever stops an encoder is an OSError of one line with the path."""
     try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        av.error.FFmpegError,
-        soundfile.LibsndfileError,
-        blobfile.Error,
-    ) as error:
-        _, _, told = getattr(error, "log", None) or ("", "", "")  # FFmpeg's own words
-        reason = told or getattr(error, "strerror", None) or error
+        write_atomically(path, encode)
+    except (OSError, ValueError, RuntimeError, av.error.FFmpegError, blobfile.Error) as error:
+        _, _, logged = getattr(error, "log", None) or ("", "", "")  # by FFmpeg
+        reason = logged or getattr(error, "strerror", None) or error
         raise OSError(f"{path}: cannot be written ({reason})") from error
 
 
@@ -47,43 +38,32 @@ def _to_int16(audio: th.Tensor) -> np.ndarray:
 
 
 def write_clip(
-    path: str | os.PathLike,
-    video: th.Tensor,
-    fps: float | Fraction,
-    audio: th.Tensor,
-    sample_rate: int,
+    path: AnyPath, video: th.Tensor, fps: Rate, audio: th.Tensor, sample_rate: int
 ) -> None:
-    """Write an mp4: H.264 picture (near transparent) and FLAC sound (16 bit, exactly L samples).
+    """Write an mp4: H.264 video (near transparent) and FLAC audio (16 bit, exactly L samples).
 
-    video: [F, 3, H, W] in [-1, 1], or uint8; audio: [2, L] in [-1, 1]; fps in frames per second, sample_rate in Hz.
+    video: [F, 3, H, W] in [-1, 1], or uint8; audio: [2, L] in [-1, 1]; sample_rate in Hz.
     ValueError for other shapes.
     """
-    if (
-        video.ndim != 4
-        or video.shape[1] != 3
-        or audio.ndim != 2
-        or audio.shape[0] != 2
-        or not audio.shape[1]
-    ):
-        raise ValueError(
-            f"{path}: need video [F, 3, H, W] and audio [2, L], got {[*video.shape]}, {[*audio.shape]}"
-        )
-    frames = np.ascontiguousarray(to_uint8(video.detach()).permute(0, 2, 3, 1).cpu().numpy())
+    found = f"{[*video.shape]}, {[*audio.shape]}"
+    is_stereo = audio.ndim == 2 and len(audio) == 2 and audio.numel() > 0
+    if video.ndim != 4 or video.shape[1] != 3 or not is_stereo:
+        raise ValueError(f"{path}: need video [F, 3, H, W] and audio [2, L], got {found}")
+    frames = to_uint8(video.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     samples = _to_int16(audio)
 
     def encode(temporary: str) -> None:
         with av.open(temporary, "w", format="mp4") as container:
-            picture = _add_video_stream(container, frames.shape[1:3], fps)
-            sound = container.add_stream("flac", rate=sample_rate, layout="stereo", format="s16")
-            _encode_video(container, picture, frames)
-            _encode_audio(container, sound, samples)
+            h264 = _add_video_stream(container, frames.shape[1:3], fps)
+            flac = container.add_stream("flac", rate=sample_rate, layout="stereo", format="s16")
+            _encode_video(container, h264, frames)
+            _encode_audio(container, flac, samples)
 
-    with _writing(path):
-        write_atomically(path, encode)
+    _write(path, encode)
 
 
-def _add_video_stream(container, size: tuple[int, int], fps: float | Fraction):
-    """An H.264 stream of (height, width); odd sides need unsubsampled colour."""
+def _add_video_stream(container, size: tuple[int, int], fps: Rate):
+    """An H.264 stream of (height, width); odd sides need full colour."""
     rate = Fraction(fps).limit_denominator(60_000)
     stream = container.add_stream("libx264", rate=rate, options={"crf": "10", "preset": "medium"})
     stream.height, stream.width = size
@@ -102,7 +82,7 @@ def _encode_video(container, stream, frames: np.ndarray) -> None:
 
 
 def _encode_audio(container, stream, samples: np.ndarray) -> None:
-    """Encode [2, L] int16 whole; the encoder cuts it into its own frames."""
+    """Encode [2, L] int16 as one frame; the encoder cuts it into its own."""
     interleaved = np.ascontiguousarray(samples.T).reshape(1, -1)
     frame = av.AudioFrame.from_ndarray(interleaved, format="s16", layout="stereo")
     frame.sample_rate, frame.pts, frame.time_base = stream.rate, 0, Fraction(1, stream.rate)
@@ -110,21 +90,15 @@ def _encode_audio(container, stream, samples: np.ndarray) -> None:
     container.mux(stream.encode(None))
 
 
-def write_wav(path: str | os.PathLike, audio: th.Tensor, sample_rate: int) -> None:
+def write_wav(path: AnyPath, audio: th.Tensor, sample_rate: int) -> None:
     """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
-    samples = _to_int16(audio).T
-    with _writing(path):
-        write_atomically(
-            path,
-            lambda temporary: soundfile.write(
-                temporary, samples, sample_rate, "PCM_16", format="WAV"
-            ),
-        )
+    samples, wav = _to_int16(audio).T, {"subtype": "PCM_16", "format": "WAV"}
+    _write(path, functools.partial(soundfile.write, data=samples, samplerate=sample_rate, **wav))
 
 
 def write_watchable(
-    path: str | os.PathLike, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int
+    path: AnyPath, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int
 ) -> None:
-    """As `write_clip`, frames and sample rate raised to what any player takes."""
-    loud = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
-    write_clip(path, enlarge(video, WATCH_PIXELS), fps, loud, WATCH_HZ)
+    """`write_clip` with frames and sample rate raised to what any player takes."""
+    resampled = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
+    write_clip(path, enlarge(video, WATCH_PIXELS), fps, resampled, WATCH_HZ)

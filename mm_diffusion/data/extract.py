@@ -1,4 +1,4 @@
-"""Frames of films written as image files, once, which load several times faster in training (extract_video.py)."""
+"""Frames of video files as image files, which load several times faster (extract_video.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from typing import Any
 import blobfile
 from tqdm import tqdm
 
+from ..config import require_positive
 from ..files import absolute
 from . import DataError, MediaError, decode, images
-from .clips import count_frames, require_positive
-from .index import VIDEO_EXTENSIONS, find_files, fingerprint, identity
+from .clips import count_frames
+from .index import VIDEO_EXTENSIONS, find_files, fingerprint
 
 FORMATS = ("png", "jpg")
-RECORD = "extracted.jsonl"  # first line: the settings; then one for each clip that is complete
+RECORD = "extracted.jsonl"  # first line: the settings; then one for each complete clip
 FRAME_NAME = re.compile(r"\.?image_(.+)_\d+\.(?:png|jpg)")  # hidden until the clip is complete
 
 
 @dataclasses.dataclass(frozen=True)
 class ExtractSettings:
-    """What one folder of frames has in common; ValueError naming a flag that is impossible."""
+    """What all frames of a folder share; ValueError naming an impossible flag."""
 
     fps: float = 4.0
     format: str = "png"
@@ -39,147 +40,111 @@ class ExtractSettings:
     def __post_init__(self) -> None:
         require_positive(fps=self.fps, quality=self.quality)
         if self.format not in FORMATS or self.quality > 100 or self.size < 0:
-            raise ValueError(
-                "--format is png or jpg, --quality 1 to 100, --size pixels (0: as the video has them)"
-            )
+            raise ValueError("--format is png or jpg, --quality 1 to 100, --size 0 or pixels")
 
-    def told(self) -> dict[str, Any]:
-        """What decides the frames."""
-        settings = dataclasses.asdict(self)
-        return (
-            settings
-            if self.format == "jpg"
-            else {name: settings[name] for name in settings if name != "quality"}
-        )
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide the frames: a png has no quality."""
+        used = dataclasses.asdict(self)
+        if self.format == "png":
+            del used["quality"]
+        return used
 
 
 def extract_videos(
     sources: Sequence[str], target: str, settings: ExtractSettings, num_workers: int = 4
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Write the frames of all films (files, or below folders) as `target`/image_<clip>_<n>.<format>, clips in parallel.
+    """Write all frames as `target`/image_<clip>_<n>.<format>; sources are files or folders.
 
-    -> (clip -> frames it has, path -> why it has none). What is complete already is kept, other clips are done anew.
-    DataError, before anything is written, where that would mix two sources or settings. Frames of a clip appear when
-    all of them are there.
+    -> (clip -> number of its frames, path -> why it has none). Complete clips are kept, others
+    extracted again; frames of a clip appear all at once. DataError, before anything is written,
+    where that would mix two sources or settings.
     """
     require_positive(num_workers=num_workers)
-    films, folder = films_by_name(sources), Path(target)
-    held, on_disk = _claim(folder, settings), _frames_by_clip(folder)
-    complete = {
-        clip: held[clip]["frames"]
-        for clip in films
-        if _is_complete(films[clip], held.get(clip), on_disk[clip])
-    }
+    paths, folder = paths_by_clip(sources), Path(target)
+    entries, on_disk = _open_record(folder, settings), _frames_by_clip(folder)
+    complete = {c for c in paths if _is_complete(paths[c], entries.get(c), on_disk[c])}
+    counts = {clip: entries[clip]["frames"] for clip in complete}
     bad, stop = {}, threading.Event()
-    pool = ThreadPoolExecutor(num_workers)  # decoders and encoders let go of the interpreter
+    pool = ThreadPoolExecutor(num_workers)  # decoders and encoders release the interpreter
     try:
-        todo = [clip for clip in films if clip not in complete]
-        running = {
-            pool.submit(_extract, films[clip], clip, folder, settings, on_disk[clip], stop): clip
-            for clip in todo
-        }
-        for done in tqdm(as_completed(running), "clips", len(running), unit="clip", leave=False):
+        jobs = {}
+        for clip in sorted(paths.keys() - complete):
+            _remove(folder / name for name in on_disk[clip])
+            jobs[pool.submit(_extract, paths[clip], folder, settings, stop)] = clip
+        for job in tqdm(as_completed(jobs), "clips", len(jobs), unit="clip", leave=False):
             try:
-                complete[running[done]] = done.result()
+                counts[jobs[job]] = job.result()
             except MediaError as error:
-                bad[films[running[done]]] = str(error)
+                bad[paths[jobs[job]]] = str(error)
     finally:
-        stop.set()  # where something failed or the user interrupts: no waiting for the ends of long films
+        stop.set()  # an error or interrupt does not wait for the ends of long files
         pool.shutdown(cancel_futures=True)
-    return complete, bad
+    return counts, bad
 
 
-def films_by_name(sources: Sequence[str]) -> dict[str, str]:
-    """Clip name (the file's, without its suffix) -> path; DataError where two files share one, or there is none."""
+def paths_by_clip(sources: Sequence[str]) -> dict[str, str]:
+    """Clip name (of the file, without suffix) -> path; DataError for a double name or no file."""
     sources = [os.path.expanduser(source) for source in sources]
-    paths = {os.path.abspath(source) for source in sources if os.path.isfile(source)}
-    if folders := [source for source in sources if not os.path.isfile(source)]:
-        if missing := [folder for folder in folders if not blobfile.isdir(folder)]:
-            raise DataError(f"{missing[0]}: no such file or folder; check -s")
-        found = find_files(folders, VIDEO_EXTENSIONS, "videos", "check -s")
-        paths |= {absolute(path) for path in found}
-    films: dict[str, str] = {}
-    for path in sorted(paths):
-        _refuse_two(films.setdefault(Path(path).stem, path), path)
-    return films
+    files = {source for source in sources if os.path.isfile(source)}
+    folders = sorted(set(sources) - files)
+    for folder in folders:
+        if not blobfile.isdir(folder):
+            raise DataError(f"{folder}: no such file or folder; check -s")
+    if folders:
+        files.update(find_files(folders, VIDEO_EXTENSIONS, "videos", "check -s"))
+    paths: dict[str, str] = {}
+    for path in sorted(set(map(absolute, files))):
+        _refuse_two(paths.setdefault(Path(path).stem, path), path)
+    return paths
 
 
 def _refuse_two(one: str, other: str) -> None:
     if one != other:
-        names = f"image_{Path(one).stem}_*"
-        raise DataError(
-            f"{one} and {other}: frames of both would be {names}; rename one, or extract it elsewhere (-t)"
-        )
+        clash = f"frames of both would be image_{Path(one).stem}_*"
+        raise DataError(f"{one} and {other}: {clash}; rename one, or choose another folder (-t)")
 
 
-def _claim(folder: Path, settings: ExtractSettings) -> dict[str, dict]:
-    """Clip -> what the folder's record says of it. Begins the record; DataError if it holds other frames."""
-    wanted, record = settings.told(), folder / RECORD
-    lines = []
+def _open_record(folder: Path, settings: ExtractSettings) -> dict[str, dict]:
+    """Clip -> its entry in the record, which is begun if missing; DataError for other frames."""
+    wanted, record, lines = settings.recorded(), folder / RECORD, []
+    remedy = "choose another folder (-t)"
     for line in record.read_text().splitlines() if record.exists() else []:
-        with contextlib.suppress(
-            json.JSONDecodeError
-        ):  # one that was cut short; its clip is done anew
+        with contextlib.suppress(json.JSONDecodeError):  # cut short: its clip is extracted again
             lines.append(json.loads(line))
     if not lines and _frames_by_clip(folder):
-        raise DataError(
-            f"{folder}: holds frames but no record ({RECORD}) of their source; choose another folder (-t)"
-        )
+        raise DataError(f"{folder}: has frames, no record ({RECORD}) of their source; {remedy}")
     if not lines:
         folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(wanted))
     elif not lines[0].items() >= wanted.items():
         flags = " ".join(f"--{name} {value}" for name, value in lines[0].items())
-        raise DataError(
-            f"{folder}: its frames were extracted with {flags}; use these, or another folder (-t)"
-        )
+        raise DataError(f"{folder}: its frames were extracted with {flags}; use these or {remedy}")
     return {entry["clip"]: entry for entry in lines[1:]}
 
 
 def _frames_by_clip(folder: Path) -> dict[str, list[str]]:
     """Clip -> names of its frames in the folder."""
-    names = sorted(os.listdir(folder)) if folder.exists() else []
     by_clip = defaultdict(list)
-    for name in names:
+    for name in os.listdir(folder) if folder.exists() else []:
         if match := FRAME_NAME.fullmatch(name):
             by_clip[match[1]].append(name)
     return by_clip
 
 
 def _is_complete(path: str, entry: dict | None, names: list[str]) -> bool:
-    """Whether a film's frames are all there; DataError if they are another film's."""
+    """Whether all frames of a file are there; DataError if they are of another file."""
     if entry is None:
         return False
-    is_same = _is_same(path, entry)
-    if not is_same:
+    if entry["fingerprint"] != fingerprint(path):
         _refuse_two(entry["path"], path)
-    return is_same and len(names) == entry["frames"]
+        return False
+    return len(names) == entry["frames"]
 
 
-def _is_same(path: str, entry: dict) -> bool:
-    """Whether a film is the one recorded, be it elsewhere or copied."""
-    now = identity(path)
-    if entry.items() >= now.items():
-        return True
-    return entry["size"] == now["size"] and entry.get("fingerprint") == fingerprint(path)
-
-
-def _extract(
-    path: str,
-    clip: str,
-    folder: Path,
-    settings: ExtractSettings,
-    leftovers: list[str],
-    stop: threading.Event,
-) -> int:
-    """Write and record all frames of a film; how many. MediaError if not all can be decoded: then none stays."""
-    entry = {
-        "clip": clip,
-        "path": path,
-        **identity(path),
-        "fingerprint": fingerprint(path),
-    }
-    _remove([folder / name for name in leftovers])
+def _extract(path: str, folder: Path, settings: ExtractSettings, stop: threading.Event) -> int:
+    """Write and record all frames of a file; their number. MediaError, and none, if one fails."""
+    clip = Path(path).stem
+    entry = {"clip": clip, "path": path, "fingerprint": fingerprint(path)}
     hidden: list[Path] = []
     try:
         count = count_frames(decode.video_duration(path), settings.fps)
@@ -187,20 +152,19 @@ def _extract(
             if stop.is_set():
                 raise InterruptedError(path)
             hidden.append(folder / f".image_{clip}_{number:06d}.{settings.format}")
-            frame = (
-                images.fit_image(frame, settings.size, settings.size) if settings.size else frame
-            )
+            if settings.size:
+                frame = images.fit_image(frame, settings.size, settings.size)
             images.write_image(hidden[-1], frame, settings.quality)
-        for place in hidden:
-            place.rename(place.with_name(place.name[1:]))
+        for temporary in hidden:
+            temporary.rename(temporary.with_name(temporary.name[1:]))
     except BaseException:
         _remove(hidden)
         raise
-    with open(folder / RECORD, "a") as record:  # one write, so that lines of threads do not mix
+    with open(folder / RECORD, "a") as record:  # one write: lines of threads do not mix
         record.write("\n" + json.dumps(entry | {"frames": count}))
     return count
 
 
-def _remove(paths: list[Path]) -> None:
+def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the clip files of a folder hold, probed once and remembered outside it."""
+"""What the files of a data folder hold, probed once and remembered outside the folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from . import DataError, MediaError, decode
 from .decode import ClipInfo
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
-FORMAT = 3  # of the cached index; raised whenever what is told of a file changes
+FORMAT = 3  # of the cached index; raised whenever an entry changes its meaning
 FINGERPRINT_BYTES = 2**20  # at either end of a file
 MAX_EXAMPLES = 3  # bad files named in an error
 Info = TypeVar("Info")
@@ -29,24 +29,21 @@ Info = TypeVar("Info")
 
 @dataclasses.dataclass(frozen=True)
 class ClipIndex(Generic[Info]):
-    """The clips that can be used, in order of their paths, with what is known of each, and why the others cannot."""
+    """Usable files with what is known of each, sorted by path, and why the others are bad."""
 
     clips: list[tuple[str, Info]]
     bad: dict[str, str]
-    data_dir: str = ""  # below which they were found
+    data_dir: str = ""  # the folders that hold them
 
     def report(self, count: str = "") -> str:
         """One line that counts (`count`, or the clips), and one for every file left out."""
-        count = count or f"{len(self.clips)} clips"
-        count += f", {len(self.bad)} files left out:" if self.bad else ""
-        return "\n".join([count, *(f"  {reason}" for reason in self.bad.values())])
+        left_out = f", {len(self.bad)} files left out:" if self.bad else ""
+        first = (count or f"{len(self.clips)} clips") + left_out
+        return "\n  ".join([first, *self.bad.values()])
 
 
-def build_index(data_dir: str, max_bad_share: float = 0.1, **options) -> ClipIndex[ClipInfo]:
-    """`probe_folders`, but a DataError where no file, or too few, can be used: more than `max_bad_share` are bad.
-
-    Must be called on every rank, too.
-    """
+def build_index(data_dir: str, max_bad_share: float = 0.1, **options: Any) -> ClipIndex[ClipInfo]:
+    """`probe_folders`, then `refuse_if_bad`; must be called on every rank."""
     index = probe_folders(data_dir, **options)
     refuse_if_bad(data_dir, index, max_bad_share)
     return index
@@ -59,38 +56,54 @@ def probe_folders(
     audio_stream: int | None = None,
     flag: str = "data_dir",
 ) -> ClipIndex[ClipInfo]:
-    """The index of all clips below `data_dir` (one folder or a comma list, local or remote), streams best or by index.
+    """The index of all clips below `data_dir`: one folder or a comma list, local or remote.
 
-    Rank 0 looks and tells the others: must be called on every rank. DataError, naming `flag`, where a folder is
-    missing or there are no clips.
+    Rank 0 probes for all: must be called on every rank. Streams: see `decode.probe`. DataError,
+    naming `flag`, where a folder is missing or there are no clips.
     """
+    streams = (video_stream, audio_stream)
 
-    def look(path: str) -> dict:
-        return dataclasses.asdict(decode.probe(path, video_stream, audio_stream))
+    def probe(path: str) -> dict[str, Any]:
+        return dataclasses.asdict(decode.probe(path, *streams))
 
     def find() -> ClipIndex[ClipInfo]:
         paths = find_files(folders_in(data_dir), VIDEO_EXTENSIONS, "clips", f"check --{flag}")
-        index = look_up(paths, look, cache_path(data_dir, video_stream, audio_stream), num_workers)
-        return ClipIndex(
-            [(path, ClipInfo(**info)) for path, info in index.clips], index.bad, data_dir
-        )
+        index = probe_files(paths, probe, cache_path(data_dir, *streams), num_workers)
+        return ClipIndex([(p, ClipInfo(**info)) for p, info in index.clips], index.bad, data_dir)
 
     return from_rank_0(find)
 
 
-def look_up(
-    paths: list[str], look: Callable[[str], Any], cache: Path, num_workers: int
+def probe_files(
+    paths: list[str], probe: Callable[[str], Any], cache: Path, num_workers: int
 ) -> ClipIndex[Any]:
-    """The index of these files by what `look(path)` tells (as JSON would hold it), unless that raises MediaError.
+    """The index of these files by `probe(path)`: JSON, or MediaError for a bad file.
 
-    Files that have not changed since they were found good are taken from `cache`.
+    Good files of unchanged size and time are taken from `cache`; what failed may work this time.
     """
-    entries = _look_up_changed(paths, look, _read_cache(cache), num_workers)
-    _write_cache(cache, entries)
-    return ClipIndex(
-        clips=[(path, entry["info"]) for path, entry in entries.items() if "info" in entry],
-        bad={path: entry["reason"] for path, entry in entries.items() if "reason" in entry},
-    )
+    known = _read_cache(cache)
+    entries, bad = {}, {}
+
+    def entry(path: str) -> dict[str, Any] | MediaError:
+        try:
+            current, old = identity(path), known.get(path, {})
+            if "info" in old and old.items() >= current.items():
+                return old
+            if not current["size"]:
+                raise MediaError(f"{path}: is empty (0 bytes)")
+            return {**current, "info": probe(path)}
+        except MediaError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:  # libav releases the interpreter
+        found = tqdm(pool.map(entry, paths), "files", len(paths), unit="file", leave=False)
+        for path, result in zip(paths, found, strict=True):
+            if isinstance(result, MediaError):
+                bad[path] = str(result)
+            else:
+                entries[path] = result
+    write_text(cache, json.dumps({"format": FORMAT, "entries": entries}))
+    return ClipIndex([(path, entries[path]["info"]) for path in entries], bad)
 
 
 def folders_in(text: str) -> list[str]:
@@ -101,124 +114,78 @@ def folders_in(text: str) -> list[str]:
 def find_files(
     folders: Sequence[str], extensions: tuple[str, ...], kind: str, remedy: str
 ) -> list[str]:
-    """All files below the folders with these extensions, sorted; DataError for a missing folder or none with any."""
+    """All files below the folders with these extensions, sorted; DataError where there are none."""
     if not folders:
         raise DataError(f"no data folder of {kind} given; {remedy}")
+    found: set[str] = set()
     for folder in folders:
         if not blobfile.isdir(folder):
             raise DataError(f"{folder}: no such data folder; {remedy}")
-    found = {path for folder in folders for path in _walk(folder, extensions)}
+        for root, _, names in blobfile.walk(folder):
+            visible = [name for name in names if not name.startswith(".")]
+            wanted = [name for name in visible if name.lower().endswith(extensions)]
+            found.update(blobfile.join(root, name) for name in wanted)
     if not found:
         raise DataError(f"{','.join(folders)}: holds no {kind} ({' '.join(extensions)}); {remedy}")
     return sorted(found)
 
 
-def _walk(folder: str, extensions: tuple[str, ...]) -> Iterable[str]:
-    for root, _, names in blobfile.walk(folder):
-        for name in names:
-            if name.lower().endswith(extensions) and not name.startswith("."):
-                yield blobfile.join(root, name)
-
-
 def cache_folder() -> Path:
-    """Where we keep what can be found out again: MM_DIFFUSION_CACHE, else below the user's cache folder."""
-    home = os.environ.get("MM_DIFFUSION_CACHE")
-    xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) if home else Path(xdg) / "mm_diffusion"
+    """MM_DIFFUSION_CACHE, else a folder below the user's cache folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MM_DIFFUSION_CACHE") or Path(user, "mm_diffusion"))
 
 
-def cache_path(
-    data_dir: str,
-    video_stream: int | None = None,
-    audio_stream: int | None = None,
-    kind: str = "clips",
-) -> Path:
-    """Where the index of this folder is kept."""
-    places = [absolute(folder) for folder in folders_in(data_dir)]
-    name = hashlib.sha256(json.dumps([places, video_stream, audio_stream]).encode()).hexdigest()[
-        :24
-    ]
-    return cache_folder() / f"{kind}_{name}.json"
+def cache_path(data_dir: str, *streams: int | None, kind: str = "clips") -> Path:
+    """The file of this folder's cached index for these streams (video, audio; None: the best)."""
+    folders = [absolute(folder) for folder in folders_in(data_dir)]
+    key = json.dumps([folders, *(streams or (None, None))])
+    return cache_folder() / f"{kind}_{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def _read_cache(path: Path) -> dict[str, dict]:
-    """Path -> entry of an earlier run; empty where there is none that we understand."""
+    """Path -> entry of an earlier run; empty where the cache is missing or corrupt."""
     try:
-        held = json.loads(path.read_text())
-        return dict(held["entries"]) if held["format"] == FORMAT else {}
+        content = json.loads(path.read_text())
+        return dict(content["entries"]) if content["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _write_cache(path: Path, entries: dict[str, dict]) -> None:
-    text = json.dumps({"format": FORMAT, "entries": entries})
-    write_text(path, text)
-
-
 def identity(path: str) -> dict[str, float]:
-    """What tells a changed file from an unchanged one; MediaError where it is gone."""
-    with _found(path):
+    """Size and time, which change with the file; MediaError where it is missing."""
+    with _missing_as_media_error(path):
         stat = blobfile.stat(path)
     return {"size": stat.size, "mtime": stat.mtime}
 
 
 def fingerprint(path: str) -> str:
-    """What tells films of one size apart, wherever they are: sha256 of the first and last MiB; MediaError as above."""
-    with _found(path), blobfile.BlobFile(path, "rb") as file:
-        first = file.read(FINGERPRINT_BYTES)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - FINGERPRINT_BYTES))
-        return hashlib.sha256(first + file.read()).hexdigest()
+    """sha256 of a file's size and first and last MiB; MediaError as above."""
+    with _missing_as_media_error(path), blobfile.BlobFile(path, "rb") as file:
+        first, size = file.read(FINGERPRINT_BYTES), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        return hashlib.sha256(b"%d " % size + first + file.read()).hexdigest()
 
 
 @contextmanager
-def _found(path: str) -> Iterator[None]:
+def _missing_as_media_error(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, blobfile.Error) as error:
-        raise MediaError(
-            f"{path}: cannot be found ({getattr(error, 'strerror', None) or error})"
-        ) from error
-
-
-def _look_up_changed(
-    paths: list[str], look: Callable[[str], Any], known: dict[str, dict], num_workers: int
-) -> dict[str, dict]:
-    """Path -> {"size", "mtime", and "info" or "reason"}; good files of unchanged size and mtime are as `known`.
-
-    Bad ones are looked at again: it may have been the disk, the network or the decoder that failed.
-    """
-
-    def entry(path: str) -> dict:
-        current: dict[str, Any] = {}
-        try:
-            current, held = identity(path), known.get(path, {})
-            if "info" in held and held.items() >= current.items():
-                return held
-            if not current["size"]:
-                raise MediaError(f"{path}: is empty (0 bytes)")
-            return current | {"info": look(path)}
-        except MediaError as error:
-            return current | {"reason": str(error)}
-
-    with ThreadPoolExecutor(
-        max(1, num_workers)
-    ) as pool:  # libav lets go of the interpreter; forks and MPI do not mix
-        looked_up = tqdm(pool.map(entry, paths), "files", len(paths), unit="file", leave=False)
-        return dict(zip(paths, looked_up, strict=True))
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{path}: cannot be found ({reason})") from error
 
 
 def refuse_if_bad(
-    data_dir: str, index: ClipIndex, max_bad_share: float, told_by: str = "py_scripts/check_data.py"
+    data_dir: str, index: ClipIndex, max_bad_share: float, lister: str = "py_scripts/check_data.py"
 ) -> None:
-    """DataError, with examples and the remedy, where nothing is left or more than that share is bad."""
+    """DataError, with examples, where no file is good or more than `max_bad_share` are bad."""
     bad, total = len(index.bad), len(index.bad) + len(index.clips)
-    examples = "; ".join(list(index.bad.values())[:MAX_EXAMPLES])
+    examples = "; ".join(list(index.bad.values())[:MAX_EXAMPLES]) + f"; {lister} lists all"
     if not index.clips:
-        raise DataError(
-            f"{data_dir}: none of its {total} files can be used ({examples}); {told_by} lists them"
-        )
+        raise DataError(f"{data_dir}: none of its {total} files can be used ({examples})")
     if bad > max_bad_share * total:
         raise DataError(
-            f"{data_dir}: {bad} of {total} files cannot be used ({examples}): more than --max_bad_share"
-            f" {max_bad_share}; remove them ({told_by} lists them) or raise that flag"
+            f"{data_dir}: {bad} of {total} files cannot be used ({examples}); remove them,"
+            f" or raise --max_bad_share {max_bad_share}"
         )

@@ -1,1 +1,1 @@
-"""Figures of merit for generated clips."""
+"""Metrics of generated clips, by themselves and against reference clips."""

@@ -1,102 +1,113 @@
-"""How far two sets of points lie apart: Frechet, polynomial kernel, histograms, nearest neighbours. All in float64."""
+"""Distances between sets of points: Frechet, polynomial kernel, histograms, nearest neighbours.
+
+All are computed in float64.
+"""
 
 from __future__ import annotations
 
 import torch as th
 
-KERNEL_DEGREE = 3  # of the kernel distances as published: (x . y / D + 1)^3
-BLOCK = 1024  # rows that are compared with everything at a time
+KERNEL_DEGREE = 3  # of the published kernel distance: (x . y / D + 1)^3
+BLOCK = 1024  # rows compared with all others at a time
 
 
 class TooFewError(ValueError):
-    """A set that is too small for a distance."""
+    """A set is too small for a distance."""
 
 
 def frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> squared Frechet distance of the Gaussians with their means and (unbiased) covariances.
+    """[N, D], [M, D] -> squared Frechet distance of Gaussians with their means and covariances.
 
-    |mu_x - mu_y|^2 + tr A + tr B - 2 tr (A B)^(1/2), arXiv 1706.08500. With A = R^T R and B = S^T S from the QR
-    decompositions of the centred points the last trace is the nuclear norm of R S^T: no root of a matrix is taken, so
-    sets smaller than D are as exact as others. TooFewError for fewer than 2 points.
+    |mu_x - mu_y|^2 + tr A + tr B - 2 tr (A B)^(1/2), arXiv 1706.08500, covariances unbiased.
+    With A = R^T R and B = S^T S from QR decompositions of the centred points, the last trace is
+    the nuclear norm of R S^T. No matrix root is taken, so sets smaller than D are exact, too.
+    TooFewError for fewer than 2 points.
     """
     _require("a Frechet distance", 2, x, y)
     x, y = x.double(), y.double()
-    r, s = _root_of_covariance(x), _root_of_covariance(y)
-    apart = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
-    shared = th.linalg.svdvals(r @ s.T).sum()
-    return max(0.0, (apart + r.square().sum() + s.square().sum() - 2 * shared).item())
+    between_means = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    r, s = _covariance_root(x), _covariance_root(y)
+    cross = th.linalg.svdvals(r @ s.T).sum()
+    distance = between_means + r.square().sum() + s.square().sum() - 2 * cross
+    return max(0.0, distance.item())
 
 
 def standard_frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """As `frechet_distance`, each dimension in units of y's standard deviation, so that all of them count alike.
+    """`frechet_distance` with each dimension divided by the standard deviation of y.
 
-    A dimension in which y does not vary is taken as it is.
+    A dimension in which y is constant is not scaled.
     """
-    _require("a Frechet distance", 2, x, y)
     spread = y.double().std(dim=0)
     spread = th.where(spread > 0, spread, 1.0)
     return frechet_distance(x / spread, y / spread)
 
 
-def _root_of_covariance(x: th.Tensor) -> th.Tensor:
-    """[N, D] -> R [min(N, D), D] with R^T R the covariance."""
-    return th.linalg.qr((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5, mode="r")[1]
+def _covariance_root(x: th.Tensor) -> th.Tensor:
+    """[N, D] -> R [min(N, D), D] such that R^T R is the covariance."""
+    centred = x - x.mean(dim=0)
+    return th.linalg.qr(centred / (len(x) - 1) ** 0.5, mode="r").R
 
 
 def kernel_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> unbiased estimate of the squared maximum mean discrepancy under (x . y / D + 1)^3.
+    """[N, D], [M, D] -> unbiased squared maximum mean discrepancy under k = (x . y / D + 1)^3.
 
-    mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j), arXiv 1801.01401: about 0, and
-    as often below as above it, for sets of one distribution. TooFewError for fewer than 2 points.
+    mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),
+    arXiv 1801.01401. For two sets of one distribution it is 0 on average and often negative.
+    TooFewError for fewer than 2 points.
     """
     _require("a kernel distance", 2, x, y)
     x, y = x.double(), y.double()
-
-    def within(z: th.Tensor) -> float:
-        return (_kernel_sum(z, z) - _kernel(z.square().sum(dim=1), z.shape[1]).sum().item()) / (
-            len(z) * (len(z) - 1)
-        )
-
-    return within(x) + within(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))
+    between = 2 * _kernel_sum(x, y) / (len(x) * len(y))
+    return _mean_within(x) + _mean_within(y) - between
 
 
-def _kernel(dot: th.Tensor, dimensions: int) -> th.Tensor:
-    return (dot / dimensions + 1) ** KERNEL_DEGREE
+def _mean_within(x: th.Tensor) -> float:
+    """Mean of k over all pairs of different points."""
+    diagonal = _kernel(x.square().sum(dim=1), x.shape[1])
+    return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
 def _kernel_sum(x: th.Tensor, y: th.Tensor) -> float:
-    return sum(_kernel(rows @ y.T, x.shape[1]).sum().item() for rows in x.split(BLOCK))
+    return sum(_kernel(rows @ y.T, x.shape[1]) for rows in x.split(BLOCK))
 
 
-def _require(what: str, least: int, *sets: th.Tensor) -> None:
-    if min(map(len, sets)) < least:
-        raise TooFewError(
-            f"{what} needs at least {least} in either set, got {' and '.join(str(len(s)) for s in sets)}"
-        )
+def _kernel(dot: th.Tensor, dimensions: int) -> float:
+    """Sum of k over these scalar products."""
+    return ((dot / dimensions + 1) ** KERNEL_DEGREE).sum().item()
+
+
+def _require(what: str, least: int, x: th.Tensor, y: th.Tensor) -> None:
+    if min(len(x), len(y)) < least:
+        raise TooFewError(f"{what} needs at least {least} in each set, got {len(x)} and {len(y)}")
 
 
 def earth_movers_distance(x: th.Tensor, y: th.Tensor, bin_width: float = 1.0) -> float:
-    """Counts [K], [K] in equal bins -> Wasserstein-1 distance of the two distributions, in the unit of `bin_width`.
+    """Counts [K], [K] in equal bins -> Wasserstein-1 distance, in the unit of `bin_width`.
 
     TooFewError for an empty histogram.
     """
-    if not (x.sum() > 0 and y.sum() > 0):
-        raise TooFewError("a distance of histograms needs something in both")
+    if not (x.any() and y.any()):
+        raise TooFewError("a distance of histograms needs counts in both")
     x, y = x.double(), y.double()
-    return bin_width * (x / x.sum() - y / y.sum()).cumsum(dim=0).abs().sum().item()
+    difference = (x / x.sum() - y / y.sum()).cumsum(dim=0)
+    return bin_width * difference.abs().sum().item()
 
 
-def nearest(x: th.Tensor, y: th.Tensor, leave_own_out: bool = False) -> tuple[th.Tensor, th.Tensor]:
-    """[N, D], [M, D] -> (root mean square difference to the nearest of y [N], its number [N]).
+def nearest(
+    x: th.Tensor, y: th.Tensor, skip_same_index: bool = False
+) -> tuple[th.Tensor, th.Tensor]:
+    """[N, D], [M, D] -> (RMS difference to the nearest point of y [N], its index [N]).
 
-    `leave_own_out`: x is y, perhaps mirrored, and a point is no neighbour of itself. TooFewError where none is left.
+    `skip_same_index`: x is y, perhaps flipped, and a point is no neighbour of itself.
+    TooFewError where no neighbour is left.
     """
-    _require("a nearest neighbour", 2 if leave_own_out else 1, x, y)
+    _require("a nearest neighbour", 2 if skip_same_index else 1, x, y)
     found = []
     for start in range(0, len(x), BLOCK):
         rows = x[start : start + BLOCK].double()
         distance = th.cdist(rows, y.double(), compute_mode="donot_use_mm_for_euclid_dist")
-        if leave_own_out:
-            distance[th.arange(len(rows)), start + th.arange(len(rows))] = th.inf
+        if skip_same_index:
+            distance.diagonal(start).fill_(th.inf)
         found.append(distance.min(dim=1))
-    return th.cat([f.values for f in found]) / x.shape[1] ** 0.5, th.cat([f.indices for f in found])
+    values, indices = (th.cat(parts) for parts in zip(*found, strict=True))
+    return values / x.shape[1] ** 0.5, indices

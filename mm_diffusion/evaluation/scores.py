@@ -1,16 +1,16 @@
-"""From what was seen in clips to scores, with the counts and warnings without which they mean nothing."""
+"""Scores from what was computed of each clip, with the counts and notes needed to judge them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
 
-from . import stereo, temporal_align
+from . import stereo, temporal_av_align
+from .clips import Results
 from .distances import (
     TooFewError,
     earth_movers_distance,
@@ -20,22 +20,21 @@ from .distances import (
 )
 from .features import VIEWS
 
-Seen = Mapping[str, dict[str, th.Tensor]]  # measure -> rows [N, ...]
-FEW = 30  # scores of fewer clips mean little
-BLACK = -0.98  # the brightest spot of a black clip
-CLOSEST = 3  # pairs of a sample and its nearest true clip that are named
-MIRRORED = " (mirrored)"
-EDGES = {
-    "levels": stereo.LEVEL_BINS_DB,
-    "delays": 1e3 * stereo.DELAY_BINS_SECONDS,
-}  # of the histograms: dB, ms
+FEW = 30  # scores of fewer clips are unreliable
+BLACK = -0.98  # the brightest pixel of a black clip
+NUM_CLOSEST = 3  # pairs of a sample and its nearest reference clip that are named
+SEGMENTS = "segments of 0.1 s"
+# Bin edges of the histograms: dB, ms.
+EDGES = {"ild": stereo.ILD_EDGES_DB, "itd": 1e3 * stereo.ITD_EDGES_SECONDS}
+Figure = tuple[float | None, int, str]  # value, number of clips (events, ...) behind it, note
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A figure of the samples, and of the true clips where it can be had of them; None comes with a note that says why.
+    """A figure of the samples and, where defined, of the reference clips.
 
-    `better` is "lower", "higher", or "" where the true clips' figure is the aim; counts are of what it is made from.
+    A value of None comes with a note that says why. `better` is "lower", "higher", or "" where
+    the reference's value is the aim. Counts are of `unit`.
     """
 
     name: str
@@ -49,63 +48,73 @@ class Score:
 
 
 def compute_scores(
-    ours: Seen, true: Seen, name: Callable[[int], str], true_name: Callable[[int], str]
+    generated: Results,
+    reference: Results,
+    name: Callable[[int], str] = str,
+    reference_name: Callable[[int], str] = str,
 ) -> tuple[list[Score], list[str]]:
-    """All scores of what was seen, and notes on it; `name` and `true_name` tell what a clip is called."""
-    scores = [
-        *_distances(ours, true),
-        _compared("Temporal AV-Align", _mean_overlap, ours, true, "higher"),
-    ]
-    if "spatial" in ours:
-        scores.append(_compared("Spatial AV-Align", _hit_share, ours, true, "higher", "events"))
-    scores += _stereo(ours["stereo"], true.get("stereo"))
-    notes = [
-        note
-        for which, seen in (("samples", ours), ("reference", true))
-        for note in _oddities(which, seen)
-    ]
-    if true:
-        score, pairs = _memorisation(
-            ours["thumbnail"]["seen"], true["thumbnail"]["seen"], name, true_name
-        )
-        return [*scores, score], notes + pairs
+    """All scores, and notes on them, in which clips have these names; `reference` may be empty."""
+    scores = _feature_distances(generated, reference)
+    both = generated, reference
+    if "temporal" in generated:
+        scores.append(_compare("Temporal AV-Align", _mean_overlap, *both, "higher"))
+    if "spatial" in generated:
+        scores.append(_compare("Spatial AV-Align", _hit_share, *both, "higher", "events"))
+    scores += _stereo_scores(*both)
+    notes = _set_notes("samples", generated)
+    if reference:
+        notes += _set_notes("reference", reference)
+        score, pairs = _memorisation(*both, name, reference_name)
+        scores.append(score)
+        notes += pairs
     return scores, notes
 
 
-def _oddities(which: str, seen: Seen) -> list[str]:
-    if not seen:
-        return []
-    count = len(seen["stereo"]["heard"])
-    odd = {
-        "silent": seen["stereo"]["heard"] == 0,
-        "black": seen["thumbnail"]["seen"].flatten(1).amax(dim=1) < BLACK,
-    }
-    notes = [
-        f"{which}: {int(which_ones.sum())} of {count} clips {kind}"
-        for kind, which_ones in odd.items()
-    ]
-    notes = [note for note, which_ones in zip(notes, odd.values(), strict=True) if which_ones.any()]
+def _set_notes(which: str, results: Results) -> list[str]:
+    """Notes on silent, black and few clips."""
+    audible, pixels = results["stereo"]["audible"], results["thumbnail"]["pixels"]
+    count = len(audible)
+    notes = []
+    if silent := int((audible == 0).sum()):
+        notes.append(f"{which}: {silent} of {count} clips silent")
+    if black := int((pixels.flatten(1).amax(dim=1) < BLACK).sum()):
+        notes.append(f"{which}: {black} of {count} clips black")
     if count < FEW:
-        notes.append(f"{which}: {count} clips only; scores of fewer than {FEW} mean little")
+        notes.append(f"{which}: {count} clips only; scores of fewer than {FEW} are unreliable")
     return notes
 
 
-# ---------------------------------------------------------------- distances to the true clips
+def _compare(
+    name: str,
+    figure: Callable[[Results], Figure],
+    generated: Results,
+    reference: Results,
+    better: str = "",
+    unit: str = "clips",
+) -> Score:
+    """The same figure of the samples and, if there are any, of the reference clips."""
+    value, count, note = figure(generated)
+    true_value, true_count, true_note = figure(reference) if reference else (None, 0, "")
+    if true_note:
+        note = "; ".join(filter(None, [note, f"reference: {true_note}"]))
+    return Score(name, value, true_value, better, count, true_count, unit, note)
 
 
-def _distances(ours: Seen, true: Seen) -> list[Score]:
-    made = []
-    if "i3d" in ours and true:
-        points = ours["i3d"]["features"], true["i3d"]["features"]
-        made += [
-            _distance("FVD", frechet_distance, *points),
-            _distance("KVD", kernel_distance, *points),
-        ]
-    if "embedding" in ours and true:
+# ---------------------------------------------------------------- distances to the reference
+
+
+def _feature_distances(generated: Results, reference: Results) -> list[Score]:
+    scores = []
+    if "i3d" in reference:
+        points = generated["i3d"]["features"], reference["i3d"]["features"]
+        scores.append(_distance("FVD", frechet_distance, *points))
+        scores.append(_distance("KVD", kernel_distance, *points))
+    if "embedding" in reference:
         for view in VIEWS:
-            points = ours["embedding"][view].flatten(0, 1), true["embedding"][view].flatten(0, 1)
-            made.append(_distance(f"FAD {view}", frechet_distance, *points, unit="patches"))
-    return made
+            x = generated["embedding"][view].flatten(0, 1)
+            y = reference["embedding"][view].flatten(0, 1)
+            scores.append(_distance(f"FAD {view}", frechet_distance, x, y, unit="patches"))
+    return scores
 
 
 def _distance(
@@ -115,191 +124,152 @@ def _distance(
     y: th.Tensor,
     unit: str = "clips",
 ) -> Score:
-    score = Score(name, None, better="lower", count=len(x), reference_count=len(y), unit=unit)
+    size, note = x.shape[1], ""
+    if distance is frechet_distance and min(len(x), len(y)) <= size:
+        note = f"too few: not more than the {size} features, far too large"
     try:
         value = distance(x, y)
     except TooFewError as error:
-        return dataclasses.replace(score, note=str(error))
-    few = distance is frechet_distance and min(len(x), len(y)) <= x.shape[1]
-    note = f"too few: not more than the {x.shape[1]} features, far too large" if few else ""
-    return dataclasses.replace(score, value=value, note=note)
+        value, note = None, str(error)
+    return Score(name, value, None, "lower", len(x), len(y), unit, note)
 
 
-# ---------------------------------------------------------------- picture and sound
+# ---------------------------------------------------------------- alignment
 
 
-Figure = tuple[
-    float | None, int, str
-]  # what it is, how many it is made from, and what to know of it
+def _mean_overlap(results: Results) -> Figure:
+    """Mean over the clips that have onsets or peaks."""
+    overlap = temporal_av_align.overlap(**results["temporal"])
+    undefined = len(results["temporal"]["pairs"]) - len(overlap)
+    note = f"{undefined} clips without onsets or peaks of motion left out" if undefined else ""
+    value = overlap.double().mean().item() if len(overlap) else None
+    return value, len(overlap), note
 
 
-def _compared(
-    name: str,
-    figure: Callable[[Any], Figure],
-    ours: Any,
-    true: Any,
-    better: str = "",
-    unit: str = "clips",
-) -> Score:
-    """The same figure of the samples and, where there are any, of the true clips, with what to know of either."""
-    value, count, note = figure(ours)
-    reference, reference_count, true_note = figure(true) if true else (None, 0, "")
-    notes = [note, f"true clips: {true_note}" if true_note else ""]
-    return Score(
-        name, value, reference, better, count, reference_count, unit, "; ".join(filter(None, notes))
-    )
-
-
-def _mean_overlap(seen: Seen) -> Figure:
-    """Mean over the clips that have anything to compare."""
-    overlap = temporal_align.overlap(**seen["temporal"])
-    undecided = len(seen["temporal"]["pairs"]) - len(overlap)
-    note = f"{undecided} clips without onsets or peaks of motion left out" if undecided else ""
-    return overlap.double().mean().item() if len(overlap) else None, len(overlap), note
-
-
-def _hit_share(seen: Seen) -> Figure:
+def _hit_share(results: Results) -> Figure:
     """TP / (TP + FN) over all events of all clips."""
-    if "spatial" not in seen:
-        return None, 0, "the CSV files are of the samples"
-    found, missed = (int(seen["spatial"][name].double().sum()) for name in ("hits", "misses"))
-    every = found + missed
-    return found / every if every else None, every, "" if every else "no sound events"
+    if "spatial" not in results:
+        return None, 0, "the CSV files are of the samples only"
+    hits = int(results["spatial"]["hits"].double().sum())
+    events = hits + int(results["spatial"]["misses"].double().sum())
+    return (hits / events, events, "") if events else (None, 0, "no audio events")
 
 
-# ---------------------------------------------------------------- sound alone
+# ---------------------------------------------------------------- stereo
 
 
-def _stereo(ours: dict[str, th.Tensor], true: dict[str, th.Tensor] | None) -> list[Score]:
-    unit = "tenths of a second"
-    levels, delays = (functools.partial(_mean_of_bins, row) for row in EDGES)
-    made = [
-        _compared("level difference, mean |R - L| (dB)", levels, ours, true, unit=unit),
-        _compared("delay, mean |L - R| (ms)", delays, ours, true, unit=unit),
-        _compared("left-right correlation", _mean_correlation, ours, true),
+def _stereo_scores(generated: Results, reference: Results) -> list[Score]:
+    both = generated, reference
+    mean_ild, mean_itd = functools.partial(_mean_size, "ild"), functools.partial(_mean_size, "itd")
+    scores = [
+        _compare("ILD, mean |R - L| (dB)", mean_ild, *both, unit=SEGMENTS),
+        _compare("ITD, mean |L - R| (ms)", mean_itd, *both, unit=SEGMENTS),
+        _compare("left-right correlation", _mean_correlation, *both),
     ]
-    if true:
-        made.append(_histograms_apart("level differences apart (dB)", ours, true, "levels"))
-        made.append(_histograms_apart("delays apart (ms)", ours, true, "delays"))
-    return made
+    if reference:
+        scores.append(_histogram_distance("ILD distance (dB)", *both, "ild"))
+        scores.append(_histogram_distance("ITD distance (ms)", *both, "itd"))
+    return scores
 
 
-def _mean_of_bins(row: str, seen: dict[str, th.Tensor]) -> Figure:
-    """Mean distance from 0 of what the histograms [N, K] count, each bin by its centre."""
-    total = seen[row].double().sum(dim=0)
+def _counts(results: Results, row: str) -> th.Tensor:
+    """Histogram [K] over all clips."""
+    return results["stereo"][row].double().sum(dim=0)
+
+
+def _mean_size(row: str, results: Results) -> Figure:
+    """Mean absolute value of a histogram, each bin by its centre."""
+    counts = _counts(results, row)
+    total = counts.sum()
+    if not total:
+        return None, 0, _why_undefined(results)
     centres = (EDGES[row][1:] + EDGES[row][:-1]) / 2
-    count = total.sum()
-    mean = ((total * centres.abs()).sum() / count).item() if count > 0 else None
-    return mean, int(count), "" if count > 0 else _why_none(seen)
+    return ((counts * centres.abs()).sum() / total).item(), int(total), ""
 
 
-def _mean_correlation(seen: dict[str, th.Tensor]) -> Figure:
-    known = seen["correlation"][~seen["correlation"].isnan()]
-    count = len(known)
-    return known.double().mean().item() if count else None, count, "" if count else _why_none(seen)
+def _mean_correlation(results: Results) -> Figure:
+    values = results["stereo"]["correlation"]
+    defined = values[~values.isnan()]
+    if not len(defined):
+        return None, 0, _why_undefined(results)
+    return defined.double().mean().item(), len(defined), ""
 
 
-def _why_none(seen: dict[str, th.Tensor]) -> str:
-    """Why nothing is known of how channels differ."""
-    return "never heard in both channels" if seen["heard"].any() else "nothing is heard"
+def _why_undefined(results: Results) -> str:
+    """Why differences between the channels are undefined."""
+    is_audible = results["stereo"]["audible"].any()
+    return "one channel is always silent" if is_audible else "all clips are silent"
 
 
-def _histograms_apart(name: str, ours: dict, true: dict, row: str) -> Score:
-    x, y = ours[row].double().sum(dim=0), true[row].double().sum(dim=0)
-    score = Score(name, None, None, "lower", int(x.sum()), int(y.sum()), "tenths of a second")
-    try:
-        return dataclasses.replace(
-            score, value=earth_movers_distance(x, y, float(EDGES[row][1] - EDGES[row][0]))
-        )
-    except TooFewError:
-        empty = {"samples": ours} if not x.any() else {}
-        empty |= {"true clips": true} if not y.any() else {}
-        return dataclasses.replace(
-            score, note="; ".join(f"{who}: {_why_none(seen)}" for who, seen in empty.items())
-        )
+def _histogram_distance(name: str, generated: Results, reference: Results, row: str) -> Score:
+    """Wasserstein-1 distance."""
+    x, y = _counts(generated, row), _counts(reference, row)
+    notes = []
+    if not x.any():
+        notes.append(f"samples: {_why_undefined(generated)}")
+    if not y.any():
+        notes.append(f"reference: {_why_undefined(reference)}")
+    bin_width = float(EDGES[row][1] - EDGES[row][0])
+    value = None if notes else earth_movers_distance(x, y, bin_width)
+    counts = int(x.sum()), int(y.sum())
+    return Score(name, value, None, "lower", *counts, SEGMENTS, "; ".join(notes))
 
 
-def histograms(ours: Seen, true: Seen) -> dict[str, Any]:
-    """{"level difference, R - L (dB)", "delay, L - R (ms)"} -> bin edges [K + 1], and the share [K] of what is heard.
+def histograms(generated: Results, reference: Results) -> dict[str, Any]:
+    """For ILD and ITD {"edges": [K + 1], "samples": [K], "reference": [K]}.
 
-    Shares are of "samples" and "reference", None where there is nothing; what is beyond is in the outermost bins.
+    The shares of audible segments, None where there are none. Values beyond the edges are in the
+    outermost bins.
     """
+    found = {}
+    for row, title in {"ild": "ILD, R - L (dB)", "itd": "ITD, L - R (ms)"}.items():
+        shares = {"samples": _shares(generated, row), "reference": _shares(reference, row)}
+        found[title] = {"edges": EDGES[row].tolist(), **shares}
+    return found
 
-    def shares(seen: Seen, row: str) -> list[float] | None:
-        counts = seen["stereo"][row].double().sum(dim=0) if seen else th.zeros(1)
-        return (counts / counts.sum()).tolist() if counts.any() else None
 
-    names = {"levels": "level difference, R - L (dB)", "delays": "delay, L - R (ms)"}
-    return {
-        name: {
-            "edges": EDGES[row].tolist(),
-            "samples": shares(ours, row),
-            "reference": shares(true, row),
-        }
-        for row, name in names.items()
-    }
+def _shares(results: Results, row: str) -> list[float] | None:
+    if not results:
+        return None
+    counts = _counts(results, row)
+    return (counts / counts.sum()).tolist() if counts.any() else None
 
 
 # ---------------------------------------------------------------- memorisation
 
 
 def _memorisation(
-    x: th.Tensor, y: th.Tensor, name: Callable[[int], str], true_name: Callable[[int], str]
+    generated: Results,
+    reference: Results,
+    name: Callable[[int], str],
+    reference_name: Callable[[int], str],
 ) -> tuple[Score, list[str]]:
-    """Thumbnails [N, F, 3, h, w] of samples and true clips -> how near the nearest is, and the closest pairs.
+    """Distance of thumbnails to the nearest reference clip, and the closest pairs.
 
-    Training shows clips mirrored, too, so a sample may be near a mirrored one. The figure of the true clips is that
-    between each and its nearest other one, also mirrored: samples that are much nearer have been learnt by heart.
+    Training flips clips, so a sample may be close to a flipped one. The reference's value is the
+    distance of each clip to its nearest other one, also flipped: samples that are much closer
+    are memorised.
     """
-    distance, index, side = _nearest_of_either_side(x, y)
-    try:
-        reference, note = _nearest_of_either_side(y, y, leave_own_out=True)[0].median().item(), ""
-    except TooFewError:
-        reference, note = None, "one true clip only"
-    pairs = [
-        f"nearest true clip, {distance[k]:.3f} away: {name(k)} and {true_name(int(index[k]))}{MIRRORED * bool(side[k])}"
-        for k in distance.argsort()[:CLOSEST].tolist()
-    ]
-    value = distance.median().item()
-    return Score(
-        "nearest true clip (RMS, median)", value, reference, "", len(x), len(y), note=note
-    ), pairs
+    x, y = generated["thumbnail"]["pixels"], reference["thumbnail"]["pixels"]
+    distance, index, is_flipped = _nearest_or_flipped(x, y)
+    own_value, note = None, "one reference clip only"
+    if len(y) > 1:
+        own_value, note = _nearest_or_flipped(y, y, skip_same_index=True)[0].median().item(), ""
+    pairs = []
+    for k in distance.argsort()[:NUM_CLOSEST].tolist():
+        pair = f"{name(k)} and {reference_name(int(index[k]))}"
+        flipped = " (flipped)" if is_flipped[k] else ""
+        pairs.append(f"nearest reference clip, distance {distance[k]:.3f}: {pair}{flipped}")
+    title, value = "nearest reference clip (RMS, median)", distance.median().item()
+    return Score(title, value, own_value, "", len(x), len(y), note=note), pairs
 
 
-def _nearest_of_either_side(
-    x: th.Tensor, y: th.Tensor, **options: bool
+def _nearest_or_flipped(
+    x: th.Tensor, y: th.Tensor, skip_same_index: bool = False
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-    """`nearest` for each of x [N, ...] as it is or mirrored -> (distance [N], number [N], whether mirrored [N])."""
-    seen = [nearest(side.flatten(1), y.flatten(1), **options) for side in (x, x.flip(-1))]
-    distance, side = th.stack([distances for distances, _ in seen]).min(dim=0)
-    return (
-        distance,
-        th.stack([indices for _, indices in seen]).gather(0, side[None])[0],
-        side.bool(),
-    )
-
-
-# ---------------------------------------------------------------- telling
-
-
-def table(scores: list[Score]) -> str:
-    """The scores as text, a row each; a figure that cannot be had is a dash."""
-
-    def figure(value: float | None) -> str:
-        assert value is None or math.isfinite(value)
-        return "-" if value is None else f"{value:.4g}"
-
-    rows = [("metric", "samples", "true clips", "better", "from", "")]
-    for s in scores:
-        counts = (
-            f"{s.count} / {s.reference_count} {s.unit}"
-            if s.reference_count
-            else f"{s.count} {s.unit}"
-        )
-        rows.append((s.name, figure(s.value), figure(s.reference), s.better, counts, s.note))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    """`nearest` of x [N, ...] as it is or flipped -> (distance, index, is flipped), each [N]."""
+    as_is = nearest(x.flatten(1), y.flatten(1), skip_same_index)
+    flipped = nearest(x.flip(-1).flatten(1), y.flatten(1), skip_same_index)
+    is_flipped = flipped[0] < as_is[0]
+    distance = th.minimum(as_is[0], flipped[0])
+    return distance, th.where(is_flipped, flipped[1], as_is[1]), is_flipped

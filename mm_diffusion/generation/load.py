@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,194 +11,166 @@ import torch as th
 from torch import nn
 
 from .. import checkpoint, logger
-from ..compiling import compile_mode
+from ..config import (
+    SR,
+    SamplingConfig,
+    SRDiffusionConfig,
+    SRSamplerConfig,
+    UpsamplerConfig,
+    UpsamplingConfig,
+    pick,
+)
 from ..respace import SpacedDiffusion
 from ..sampling import (
-    SAMPLERS,
     SR_SETTINGS,
     InferenceModel,
+    Progress,
+    Sampler,
     choose_precision,
     frames_that_fit,
     make_sampler,
     prepare,
-    upscale_video,
+    upsample_video,
 )
 from ..script_util import (
-    SR,
     SR_CARRIED_FLAGS,
-    SampleConfig,
     create_model_and_diffusion,
     image_sr_create_model_and_diffusion,
     image_sr_model_and_diffusion_defaults,
     merge_checkpoint_flags,
     model_and_diffusion_defaults,
-    numbers,
-    sr_half,
-    sr_process,
 )
 
 SR_DDIM_STEPS = 25  # as published
 
-Upscale = Callable[[int, th.Tensor, Callable[[float], None]], th.Tensor]
-
-
-def solver_settings(config: SampleConfig, prefix: str = "") -> dict[str, Any]:
-    """Flags (of the upsampler, with its prefix) -> settings; 0 and empty leave the sampler's own."""
-    flags = {
-        "steps": "sample_steps",
-        "order": "solver_order",
-        "method": "solver_method",
-        "skip_type": "skip_type",
-    }
-    chosen = {setting: getattr(config, prefix + name) for setting, name in flags.items()}
-    return {setting: value for setting, value in chosen.items() if value}
+Weights = dict[str, th.Tensor]
 
 
 def load_model(
     path: str,
-    weights: dict[str, th.Tensor],
+    weights: Weights,
     flags: Mapping[str, Any],
-    config: SampleConfig,
+    config: SamplingConfig,
     device: th.device,
 ) -> tuple[InferenceModel, SpacedDiffusion]:
-    """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion; misfits are listed."""
-    model, diffusion = create_model_and_diffusion(
-        **{name: flags[name] for name in model_and_diffusion_defaults()}
-    )
+    """The joint model of a checkpoint, ready for the samplers on `device`, and its diffusion."""
+    names = model_and_diffusion_defaults()
+    model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in names})
     precision = choose_precision(config.precision, flags["use_fp16"], device)
-    return _filled(model, path, weights, config, precision, device), diffusion
+    return _load(model.to(device), path, weights, config, precision), diffusion
 
 
-def _filled(
-    model: nn.Module,
-    path: str,
-    weights: dict[str, th.Tensor],
-    config: SampleConfig,
-    precision: str,
-    device: th.device,
+def _load(
+    model: nn.Module, path: str, weights: Weights, config: SamplingConfig, precision: str
 ) -> InferenceModel:
-    mode = compile_mode(config.compile)
-    misfits = checkpoint.load_weights(model, weights, config.is_strict, name=path)
-    if misfits:
-        logger.warn(f"{path}: {len(misfits)} tensors left out: {', '.join(misfits)}")
-    return prepare(model.to(device), precision, mode)
+    """The model with these weights; with --is_strict False mismatched tensors are listed."""
+    mismatched = checkpoint.load_weights(model, weights, config.is_strict, name=path)
+    if mismatched:
+        logger.warn(f"{path}: {len(mismatched)} tensors left out: {', '.join(mismatched)}")
+    return prepare(model, precision, config.compile)
 
 
-def load_upsampler(
-    config: SampleConfig, flags: dict, given: set[str], device: th.device
-) -> tuple[Upscale | None, dict[str, Any]]:
-    """The upsampler as a function `(index, frames [F, 3, h, w], progress) -> [F, 3, H, W]`, and what describes it.
+@dataclass
+class Upsampler:
+    """`upsampler(index, frames [F, 3, h, w], progress) -> [F, 3, H, W]` for clip `index`."""
 
-    (None, {}) without `sr_model_path`. Errors, naming the flag, where checkpoint, noise file and flags do not fit.
-    """
-    if not config.sr_model_path:
-        if config.load_noise:
-            raise ValueError(
-                f"load_noise {config.load_noise}: is for the upsampler; give its --sr_model_path too"
-            )
-        return None, {}
-    path, *more = checkpoint.find_checkpoints(config.sr_model_path)
-    if more:
-        raise ValueError(f"sr_model_path {config.sr_model_path}: need one checkpoint")
-    weights, trained = checkpoint.load_state(path)
-    flags = merge_checkpoint_flags(flags, given, trained, path, SR_CARRIED_FLAGS)
-    if "sr_timestep_respacing" not in given and config.sr_sample_fn == "ddim":
-        flags["sr_timestep_respacing"] = usual_respacing(flags["sr_diffusion_steps"])
-    model, diffusion = image_sr_create_model_and_diffusion(
-        **{name: flags[name] for name in image_sr_model_and_diffusion_defaults()}
-    )
-    settings = SR_SETTINGS.get(config.sr_sample_fn, {}) | solver_settings(config, SR)
-    process = vars(sr_process(flags))
-    sampler = make_sampler(config.sr_sample_fn, diffusion, config.clip_denoised, SR, **settings)
-    noise = load_noise(config.load_noise, model.large_size) if config.load_noise else None
-    own = config.precision if flags["sr_use_fp16"] is None else ""
-    precision = choose_precision(own, sr_half(flags), device)
-    prepared = _filled(model, path, weights, config, precision, device)
-    frames_at_once = config.sr_batch_size
+    model: InferenceModel
+    sampler: Sampler
+    seed: int
+    device: th.device
+    frames_at_once: int  # 0: decided at the first clip, as free memory changes afterwards
+    noise: th.Tensor | None
+    description: dict[str, Any]
 
-    def upscale(index: int, video: th.Tensor, progress: Callable[[float], None]) -> th.Tensor:
-        nonlocal frames_at_once  # decided once: the free memory changes, and other sizes would be compiled anew
-        frames_at_once = frames_at_once or frames_that_fit(prepared.model, device, len(video))
-        return upscale_video(
-            prepared,
-            sampler,
+    @property
+    def small_size(self) -> int:
+        """Side of the frames it takes, in pixels."""
+        return self.model.model.small_size
+
+    def __call__(self, index: int, video: th.Tensor, progress: Progress) -> th.Tensor:
+        if not self.frames_at_once:
+            self.frames_at_once = frames_that_fit(self.model.model, self.device, len(video))
+        return upsample_video(
+            self.model,
+            self.sampler,
             video,
-            config.seed,
+            self.seed,
             index,
-            frames_at_once=frames_at_once,
-            noise=noise,
-            device=device,
+            frames_at_once=self.frames_at_once,
+            noise=self.noise,
+            device=self.device,
             progress=progress,
         )
 
+
+def load_upsampler(
+    flags: dict[str, Any], explicit: set[str], device: th.device
+) -> Upsampler | None:
+    """The upsampler that the flags name, None without --sr_model_path.
+
+    Errors, naming the flag, where checkpoint, noise file and flags do not fit.
+    """
+    config, upsampling = pick(SamplingConfig, flags), pick(UpsamplingConfig, flags)
+    how = pick(SRSamplerConfig, flags)
+    if not upsampling.sr_model_path:
+        if upsampling.load_noise:
+            raise ValueError(f"--load_noise {upsampling.load_noise}: needs --sr_model_path too")
+        return None
+    path, *others = checkpoint.find_checkpoints(upsampling.sr_model_path)
+    if others:
+        raise ValueError(f"--sr_model_path {upsampling.sr_model_path}: need one checkpoint")
+    weights, trained = checkpoint.load_state(path)
+    flags = merge_checkpoint_flags(flags, explicit, trained, path, SR_CARRIED_FLAGS)
+    if "sr_timestep_respacing" not in explicit and how.sample_fn == "ddim":
+        flags["sr_timestep_respacing"] = usual_respacing(flags["sr_diffusion_steps"])
+    names = image_sr_model_and_diffusion_defaults()
+    model, diffusion = image_sr_create_model_and_diffusion(**{name: flags[name] for name in names})
+    settings = SR_SETTINGS.get(how.sample_fn, {}) | how.solver_settings()
+    sampler = make_sampler(how.sample_fn, diffusion, config.clip_denoised, SR, **settings)
+    noise = load_noise(upsampling.load_noise, model.large_size) if upsampling.load_noise else None
+    network = pick(UpsamplerConfig, flags)
+    own_precision = "" if network.sr_use_fp16 is not None else config.precision
+    precision = choose_precision(own_precision, network.half_precision, device)
     description = {
         "upsampler": checkpoint.fingerprint(weights),
-        "sr_sampler": [config.sr_sample_fn, settings, config.clip_denoised],
-        "sr_process": process,
+        "sr_sampler": [how.sample_fn, settings, config.clip_denoised],
+        "sr_process": vars(pick(SRDiffusionConfig, flags)),
         "sr_precision": precision,
         "sr_noise": checkpoint.fingerprint({"noise": noise}) if noise is not None else "",
         "sr_sizes": [model.small_size, model.large_size],
     }
-    return upscale, description
+    prepared = _load(model.to(device), path, weights, config, precision)
+    frames_at_once = upsampling.sr_batch_size
+    return Upsampler(prepared, sampler, config.seed, device, frames_at_once, noise, description)
 
 
 def usual_respacing(steps: int) -> str:
-    """The steps that DDIM keeps in the upsampler unless told otherwise."""
-    return f"ddim{SR_DDIM_STEPS}" if steps % SR_DDIM_STEPS == 0 else str(min(SR_DDIM_STEPS, steps))
+    """The steps that DDIM keeps in the upsampler by default."""
+    count = min(SR_DDIM_STEPS, steps)
+    return str(count) if steps % SR_DDIM_STEPS else f"ddim{count}"
 
 
-def check_frames_fit(video_size: str, upsampler: Mapping[str, Any]) -> None:
-    """ValueError where the joint model makes frames that the upsampler (as described) does not take."""
-    _, _, height, width = numbers("video_size", video_size, 4)
-    small = upsampler["sr_sizes"][0] if upsampler else None
-    if small not in (None, height) or small not in (None, width):
-        raise ValueError(
-            f"sr_model_path: this upsampler takes frames of {small} x {small}, the joint model makes"
-            f" {width} x {height}; choose checkpoints that fit"
-        )
+def check_frames_fit(video_size: tuple[int, ...], upsampler: Upsampler | None) -> None:
+    """ValueError where the joint model makes frames that the upsampler does not take."""
+    *_, height, width = video_size
+    if upsampler and {height, width} != {upsampler.small_size}:
+        taken = f"{upsampler.small_size} x {upsampler.small_size}"
+        made = f"the joint model makes {width} x {height}"
+        raise ValueError(f"--sr_model_path: this upsampler takes frames of {taken}, {made}")
 
 
 def load_noise(path: str, size: int) -> th.Tensor:
-    """A noise picture [3, size, size] from a .npy file; ValueError, naming the file, if it is no such thing."""
+    """A noise image [3, size, size] from a .npy file; ValueError, naming the file, for others."""
+    culprit = f"--load_noise {path}"
     try:
         noise = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"load_noise {path}: is no readable .npy file ({error})") from None
-    if (
-        not isinstance(noise, np.ndarray)
-        or noise.shape != (3, size, size)
-        or noise.dtype.kind not in "fiu"
-    ):
-        found = (
-            f"{noise.dtype} {list(noise.shape)}"
-            if isinstance(noise, np.ndarray)
-            else "several arrays"
-        )
-        raise ValueError(
-            f"load_noise {path}: holds {found}, need numbers of shape [3, {size}, {size}]"
-        )
+        raise ValueError(f"{culprit}: no readable .npy file ({error})") from None
+    if not isinstance(noise, np.ndarray):
+        raise ValueError(f"{culprit}: holds several arrays, need one")
+    if noise.shape != (3, size, size) or noise.dtype.kind not in "fiu":
+        found = f"{noise.dtype} {list(noise.shape)}"
+        raise ValueError(f"{culprit}: holds {found}, need numbers of shape [3, {size}, {size}]")
     if not np.isfinite(noise).all():
-        raise ValueError(f"load_noise {path}: holds numbers that are not finite")
+        raise ValueError(f"{culprit}: contains NaN or Inf")
     return th.from_numpy(noise.astype(np.float32))
-
-
-def check_sample_config(config: SampleConfig) -> None:
-    """ValueError, naming the flag, for what cannot be sampled."""
-    if not config.output_dir:
-        raise ValueError("output_dir is empty: say where the clips go with --output_dir")
-    if "://" in config.output_dir:
-        raise ValueError(f"output_dir {config.output_dir}: clips are written to local folders only")
-    if config.seed < 0:
-        raise ValueError(f"seed {config.seed}: must not be negative")
-    for name in ("all_save_num", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} {getattr(config, name)}: need at least 1")
-    if config.sr_batch_size < 0:
-        raise ValueError(
-            f"sr_batch_size {config.sr_batch_size}: need at least 1, or 0 for what fits in memory"
-        )
-    compile_mode(config.compile)
-    for prefix in ("", SR):
-        name = getattr(config, f"{prefix}sample_fn")
-        if name not in SAMPLERS:
-            raise ValueError(f"{prefix}sample_fn {name!r}: choose from {', '.join(SAMPLERS)}")

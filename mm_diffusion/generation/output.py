@@ -1,32 +1,37 @@
-"""Folders of generated clips."""
+"""Folders of generated clips: files, names, and the record of what they are."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch as th
 
 from .. import logger
+from ..config import SR
 from ..data import encode
-from ..files import remove_unfinished, write_text
-from ..script_util import (
-    SR,
-)
+from ..files import is_remote, remove_unfinished, write_text
 from ..viewing import gallery
 
 LARGE, TRUTH = "sr_mp4", "ground_truth"  # folders of clips beside original/
+RECORD = "sampling.json"
+
+
+def clip_name(stem: str, number: int) -> str:
+    """The name of the files of a clip."""
+    return f"{stem}_{number:05d}"
 
 
 def clip_paths(folder: str | os.PathLike, name: str, *more: str) -> list[Path]:
-    """The files of a clip below an output folder: wav, mp4 and the mp4 in folders `more` (LARGE, TRUTH)."""
-    return [
-        Path(folder, "audios", f"{name}.wav"),
-        *(Path(folder, kind, f"{name}.mp4") for kind in ("original", *more)),
-    ]
+    """The files of a clip: wav, mp4, and the mp4 in the folders `more` (LARGE, TRUTH)."""
+    videos = [Path(folder, kind, f"{name}.mp4") for kind in ("original", *more)]
+    return [Path(folder, "audios", f"{name}.wav"), *videos]
 
 
 def write_sample(
@@ -38,9 +43,9 @@ def write_sample(
     audio_fps: int,
     large: th.Tensor | None = None,
 ) -> None:
-    """A clip [F, C, H, W], [C, L] -> audios/NAME.wav, original/NAME.mp4 and, if it is upsampled, sr_mp4/NAME.mp4.
+    """A clip [F, C, H, W], [C, L] -> audios/NAME.wav and original/NAME.mp4.
 
-    Both mp4 files have the sound.
+    `large`, the upsampled video, goes to sr_mp4/NAME.mp4; both mp4 files have the audio.
     """
     wav, mp4, sr_mp4 = clip_paths(folder, name, LARGE)
     encode.write_wav(wav, audio, audio_fps)
@@ -50,70 +55,87 @@ def write_sample(
 
 
 def write_truth(
-    folder: str | os.PathLike,
-    name: str,
-    truth: Mapping[str, th.Tensor],
-    video_fps: int,
-    audio_fps: int,
+    folder: str, name: str, truth: Mapping[str, th.Tensor], video_fps: int, audio_fps: int
 ) -> None:
-    """The clip that a modality was taken from -> ground_truth/NAME.mp4."""
+    """The clip that the conditioning modality is from -> ground_truth/NAME.mp4."""
     *_, mp4 = clip_paths(folder, name, TRUTH)
     encode.write_clip(mp4, truth["video"], video_fps, truth["audio"], audio_fps)
 
 
 def show_gallery(folder: str) -> None:
-    """Write the gallery of a folder of clips and say where it is; what stands in its way is told, and no more."""
-    if "://" in folder:
+    """Write the gallery of a local folder of clips and log where it is; a failure is a warning."""
+    if is_remote(folder):
         return
     try:
-        logger.log(f"look at the clips: {gallery.write_gallery(folder)}")
+        logger.log(f"gallery of the clips: {gallery.write_gallery(folder)}")
     except (ValueError, OSError) as error:
         logger.warn(f"{folder}: no gallery ({error})")
 
 
 def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:
-    """Note in sampling.json what the clips of this folder are, or ValueError where it holds other ones.
+    """Record in sampling.json what the clips of this folder are; ValueError where it holds others.
 
-    What says how large clips are made ("upsampler", "sr_...") must agree once there are large clips, the rest once
-    there are any.
+    What describes the upsampling ("upsampler", "sr_...") must agree once there are upsampled clips,
+    the rest once there are any.
     """
-    note = Path(folder, "sampling.json")
+    record, remedy = Path(folder, RECORD), "choose another --output_dir"
     try:
-        known: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
+        known: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     except ValueError:
-        raise ValueError(f"{note} is damaged: choose another --output_dir") from None
+        raise ValueError(f"{record} is corrupt: {remedy}") from None
+    has_clips, has_large = _holds_clips(folder, "original"), _holds_clips(folder, LARGE)
+    if has_clips and not record.exists():
+        raise ValueError(f"{folder} holds clips of unknown origin (no {RECORD}): {remedy}")
     wanted: dict[str, Any] = json.loads(json.dumps(description))
-    any_clips, any_large = (
-        any(Path(folder, kind).glob("[!.]*.mp4")) for kind in ("original", LARGE)
-    )
-    if any_clips and not note.exists():
-        raise ValueError(
-            f"{folder} holds clips of unknown origin (no sampling.json): choose another --output_dir"
-        )
-    known = {
-        key: v
-        for key, v in known.items()
-        if (any_large if key.startswith(("upsampler", SR)) else any_clips)
-    }
-    different = [key for key in wanted if known.get(key, wanted[key]) != wanted[key]]
+    kept = {}
+    for key, value in known.items():
+        is_kept = has_large if key.startswith(("upsampler", SR)) else has_clips
+        if is_kept:
+            kept[key] = value
+    different = ", ".join(key for key in wanted if kept.get(key, wanted[key]) != wanted[key])
     if different:
-        raise ValueError(
-            f"{folder} holds clips of another run ({', '.join(different)} differ): choose another --output_dir"
-        )
-    text = json.dumps(known | wanted, indent=1, sort_keys=True)
-    write_text(note, text)
+        raise ValueError(f"{folder} holds clips of another run ({different} differ): {remedy}")
+    write_text(record, json.dumps(kept | wanted, indent=1, sort_keys=True))
+
+
+def _holds_clips(folder: str | os.PathLike, kind: str) -> bool:
+    return any(Path(folder, kind).glob("[!.]*.mp4"))
 
 
 def missing_clips(
-    folder: str | os.PathLike, names: Sequence[str], description: dict[str, Any]
+    folder: str | os.PathLike, names: Sequence[str], description: dict[str, Any], *more: str
 ) -> list[int]:
-    """Claim the folder, and the numbers of the clips of these names that it does not hold whole."""
+    """Claim the folder -> numbers of the clips of these names whose files are not all there."""
     claim_folder(folder, description)
-    more = [LARGE] * ("upsampler" in description) + [TRUTH] * bool(description["given"])
     for path in clip_paths(folder, "", *more):
         remove_unfinished(path.parent)
-    return [
-        k
-        for k, name in enumerate(names)
-        if not all(p.exists() for p in clip_paths(folder, name, *more))
-    ]
+    paths = [clip_paths(folder, name, *more) for name in names]
+    return [number for number, files in enumerate(paths) if not all(map(Path.exists, files))]
+
+
+@contextmanager
+def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
+    """`call(name, function, *args)` that returns at once: files are encoded beside the model.
+
+    At most `most_waiting` calls wait; one more waits for the oldest. Leaving waits for all of them.
+    The first error of a call, with a note of its `name`, is raised by the next call or on leaving;
+    what was generated before is still written.
+    """
+    waiting: deque[Future] = deque()
+
+    def named(name: str, function: Callable, *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            error.add_note(f"while saving {name}")
+            raise
+
+    def call(name: str, function: Callable, *args: Any) -> None:
+        while waiting and (len(waiting) >= most_waiting or waiting[0].done()):
+            waiting.popleft().result()
+        waiting.append(pool.submit(named, name, function, *args))
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder") as pool:
+        yield call
+        for future in waiting:
+            future.result()

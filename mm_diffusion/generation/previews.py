@@ -1,52 +1,52 @@
-"""Previews beside training."""
+"""Previews beside training: a few clips, or upsampled images, at every save."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import blobfile as bf
 import torch as th
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
 from .. import logger
+from ..config import DataConfig, SRDiffusionConfig, TrainConfig
 from ..data import encode, images
 from ..dist_util import World, barrier
 from ..respace import SpacedDiffusion
 from ..sampling import (
+    LOOPS,
     PREVIEW_SETTINGS,
     SR_SETTINGS,
+    Progress,
     make_sampler,
     part_of,
     sample_joint,
-    upscale_video,
+    upsample_video,
 )
-from ..script_util import (
-    DataConfig,
-    create_diffusion,
-    sr_process,
-)
+from ..script_util import create_diffusion
 from .load import usual_respacing
 from .output import show_gallery
 
+BAR = "{l_bar}{bar}| {remaining} left"
+
 
 @contextmanager
-def preview_bar(world: World) -> Iterator[Callable[[float], None]]:
+def preview_bar(world: World) -> Iterator[Progress]:
     """A progress function, which rank 0 shows as a bar."""
-    form = "{l_bar}{bar}| {remaining} left"
-    with tqdm(
-        total=1.0, desc="preview", leave=False, disable=world.rank > 0, bar_format=form
-    ) as bar:
+    hidden = world.rank > 0
+    with tqdm(total=1.0, desc="preview", leave=False, disable=hidden, bar_format=BAR) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 
 @contextmanager
 def warned_if_not_finite(step: int) -> Iterator[None]:
-    """A preview that fails for it is told, and training goes on."""
+    """A preview that contains NaN or Inf becomes a warning, and training continues."""
     try:
         yield
     except FloatingPointError as error:
@@ -54,99 +54,80 @@ def warned_if_not_finite(step: int) -> Iterator[None]:
 
 
 def make_preview(
-    diffusion: SpacedDiffusion,
-    sample_fn: str,
-    save_type: str,
-    clips_per_rank: int,
-    folder: str,
-    data: DataConfig,
-    world: World,
+    diffusion: SpacedDiffusion, config: TrainConfig, data: DataConfig, world: World
 ) -> Callable[[nn.Module, int], None] | None:
-    """A function `(model, step)` that draws a few clips into `folder`/samples/NNNNNN, always the same numbers.
+    """A function `(model, step)` that samples a few clips into `output_dir`/samples/NNNNNN.
 
-    Films are shown in `folder`/samples/index.html.
+    Always the same numbers; `output_dir`/samples/index.html shows them. None for no preview_clips.
     """
-    if save_type not in ("mp4", "wav"):
-        raise ValueError(f"save_type {save_type!r}: choose mp4 or wav")
-    sampler = make_sampler(sample_fn, diffusion, **PREVIEW_SETTINGS.get(sample_fn, {}))
-    if clips_per_rank == 0:
-        return None
-    indices = range(world.rank * clips_per_rank, (world.rank + 1) * clips_per_rank)
+    name, count = config.sample_fn, config.preview_clips
+    sampler = make_sampler(name, diffusion, **PREVIEW_SETTINGS.get(name, {}))
+    indices = range(world.rank * count, (world.rank + 1) * count)
+    samples = bf.join(config.output_dir, "samples")
+
+    def save(index: int, video: th.Tensor, audio: th.Tensor, step: int) -> None:
+        file = f"{name}_samples_{step}_0_{index:05d}.{config.save_type}"
+        path = bf.join(samples, f"{step:06d}", file)
+        if config.save_type == "wav":
+            encode.write_wav(path, audio, data.audio_fps)
+        else:
+            encode.write_clip(path, video, data.video_fps, audio, data.audio_fps)
+        logger.log_clip(f"clip {index}", video, data.video_fps, audio, data.audio_fps, step)
 
     def preview(model: nn.Module, step: int) -> None:
-        sample: dict[str, th.Tensor] = {}
+        sample: dict[str, th.Tensor] = {"video": th.empty(0), "audio": th.empty(0)}
         with preview_bar(world) as progress, warned_if_not_finite(step):
             sample = sample_joint(model, sampler, indices, 0, world.device, progress)
-        for k, video, audio in (
-            zip(indices, sample["video"], sample["audio"], strict=True) if sample else ()
-        ):
-            path = bf.join(
-                folder,
-                "samples",
-                f"{step:06d}",
-                f"{sample_fn}_samples_{step}_0_{k:05d}.{save_type}",
-            )
-            if save_type == "wav":
-                encode.write_wav(path, audio, data.audio_fps)
-            else:
-                encode.write_clip(path, video, data.video_fps, audio, data.audio_fps)
-            logger.log_clip(f"clip {k}", video, data.video_fps, audio, data.audio_fps, step)
+        for index, video, audio in zip(indices, sample["video"], sample["audio"], strict=False):
+            save(index, video, audio, step)
         barrier()
-        if save_type == "mp4" and world.rank == 0:
-            show_gallery(bf.join(folder, "samples"))
+        if config.save_type == "mp4" and world.rank == 0:
+            show_gallery(samples)
 
-    return preview
+    return preview if count else None
 
 
-def psnr(images: th.Tensor, true: th.Tensor) -> float:
+def psnr(generated: th.Tensor, reference: th.Tensor) -> float:
     """Peak signal to noise ratio in dB of images in [-1, 1]."""
-    return float(10 * th.log10(4 / (images - true).square().mean()))
+    return float(10 * th.log10(4 / (generated - reference).square().mean()))
 
 
 def make_sr_preview(
-    flags: Mapping[str, Any],
-    sample_fn: str,
-    pictures: Callable[[], tuple[th.Tensor, th.Tensor]],
-    folder: str,
+    process: SRDiffusionConfig,
+    config: TrainConfig,
+    pairs: Callable[[], tuple[th.Tensor, th.Tensor]],
     world: World,
-) -> Callable[[nn.Module, int], None]:
-    """A function `(model, step)` that upsamples the low-res ones of `pictures()` into `folder`/samples/NNNNNN.
+) -> Callable[[nn.Module, int], None] | None:
+    """A function `(model, step)` that upsamples images into `output_dir`/samples/NNNNNN.
 
-    pictures: -> true [B, 3, H, W] and low-res [B, 3, h, w], always the same. A row of the contact sheet shows one:
-    low-res, upsampled, bicubic, true.
+    pairs: -> large [B, 3, H, W] and low-res [B, 3, h, w], always the same. A row of the contact
+    sheet shows one: low-res, upsampled, bicubic, large. None for no preview_clips.
     """
-    process = sr_process(flags)
-    respacing = usual_respacing(process.diffusion_steps) if sample_fn in ("ddpm", "ddim") else ""
-    process = dataclasses.replace(process, timestep_respacing=respacing)
-    sampler = make_sampler(sample_fn, create_diffusion(process), **SR_SETTINGS.get(sample_fn, {}))
-
-    def upscale(
-        model: nn.Module, small: th.Tensor, k: int, progress: Callable[[float], None]
-    ) -> th.Tensor:
-        part = part_of(progress, k / len(small), (k + 1) / len(small))
-        return upscale_video(
-            model, sampler, small[k : k + 1], 0, k, device=world.device, progress=part
-        )
+    name = config.sample_fn
+    respacing = usual_respacing(process.diffusion_steps) if name in LOOPS else ""
+    diffusion = create_diffusion(dataclasses.replace(process, timestep_respacing=respacing))
+    sampler = make_sampler(name, diffusion, **SR_SETTINGS.get(name, {}))
+    upsample = partial(upsample_video, device=world.device)
 
     def preview(model: nn.Module, step: int) -> None:
-        true, small = pictures()
-        size = true.shape[-2:]
-        upsampled = None
+        large, small = pairs()
+        done = []
         with preview_bar(world) as progress, warned_if_not_finite(step):
-            upsampled = th.cat([upscale(model, small, k, progress) for k in range(len(small))])
-        if upsampled is None:
-            return
-        bicubic = F.interpolate(small, size, mode="bicubic").clamp(-1, 1)
-        columns = [F.interpolate(small, size, mode="nearest"), upsampled, bicubic, true]
-        logger.log(
-            f"upsampled {psnr(upsampled, true):.1f} dB, bicubic {psnr(bicubic, true):.1f} dB (PSNR) in the preview"
-        )
-        path = bf.join(folder, "samples", f"{step:06d}", f"upsampled_{step}_0_{world.rank:05d}.png")
-        images.save_contact_sheet(path, th.stack(columns, dim=1))
-        logger.log_image(
-            "upsampled",
-            th.cat([th.cat(list(row), dim=-1) for row in zip(*columns, strict=True)], dim=1),
-            step,
-        )
+            for k, image in enumerate(small.split(1)):
+                part = part_of(progress, k / len(small), (k + 1) / len(small))
+                done.append(upsample(model, sampler, image, 0, k, progress=part))
+            compare(large, small, th.cat(done), step)
 
-    return preview
+    def compare(large: th.Tensor, small: th.Tensor, upsampled: th.Tensor, step: int) -> None:
+        size = large.shape[-2:]
+        bicubic = F.interpolate(small, size, mode="bicubic").clamp(-1, 1)
+        ours, base = psnr(upsampled, large), psnr(bicubic, large)
+        logger.log(f"preview: upsampled {ours:.1f} dB, bicubic {base:.1f} dB (PSNR)")
+        nearest = F.interpolate(small, size, mode="nearest")
+        rows = th.stack([nearest, upsampled, bicubic, large], dim=1)  # [B, 4, 3, H, W]
+        file = f"upsampled_{step}_0_{world.rank:05d}.png"
+        path = bf.join(config.output_dir, "samples", f"{step:06d}", file)
+        images.save_contact_sheet(path, rows)
+        logger.log_image("upsampled", rearrange(rows, "b k c h w -> c (b h) (k w)"), step)
+
+    return preview if config.preview_clips else None

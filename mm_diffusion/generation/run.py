@@ -1,13 +1,10 @@
-"""From checkpoints to files: models as they are sampled, folders of clips, and previews beside training."""
+"""A sampling script from its flags to its folders: new clips, or one modality from the other."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,211 +14,210 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from .. import checkpoint, logger
-from ..data.decode import ClipInfo
-from ..data.index import ClipIndex
-from ..dist_util import World, barrier, from_rank_0, setup_dist
-from ..evaluation import evaluation
-from ..files import absolute, short_names
-from ..sampling import (
-    Sampler,
-    make_sampler,
-    part_of,
-    sample_joint,
-)
-from ..script_util import (
+from ..config import (
+    ClipReadingConfig,
+    Config,
+    CrossModalConfig,
     DataConfig,
     DiffusionConfig,
-    DrawConfig,
-    GivenConfig,
     MetricsConfig,
     ModelConfig,
-    SampleConfig,
+    SamplerConfig,
+    SamplingConfig,
     SRDiffusionConfig,
-    SRModelConfig,
-    merge_checkpoint_flags,
+    SRSamplerConfig,
+    UpsamplerConfig,
+    UpsamplingConfig,
     notes_on,
     parse,
     pick,
 )
-from .conditioning import ConditioningClips, clip_name, find_given
-from .load import (
-    Upscale,
-    check_frames_fit,
-    check_sample_config,
-    load_model,
-    load_upsampler,
-    solver_settings,
-)
-from .output import LARGE, TRUTH, missing_clips, show_gallery, write_sample, write_truth
+from ..data.decode import ClipInfo
+from ..data.index import ClipIndex, probe_folders
+from ..dist_util import World, barrier, from_rank_0, setup_dist
+from ..evaluation.evaluate import check_metrics_config, evaluate_samples, sizes_of_samples
+from ..evaluation.measures import make_measures
+from ..files import absolute, short_names
+from ..sampling import Progress, Sampler, make_sampler, part_of, sample_joint
+from ..script_util import merge_checkpoint_flags
+from . import output
+from .conditioning import ConditioningClips
+from .load import Upsampler, check_frames_fit, load_model, load_upsampler
 
 BAR = "{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left"
 UPSAMPLING_SHARE = 0.85  # of the work of a clip, at the published sizes; for the progress bar
 
+JOINT = (ModelConfig, DiffusionConfig, DataConfig, SamplingConfig, SamplerConfig, MetricsConfig)
+UPSAMPLING = (UpsamplerConfig, SRDiffusionConfig, SRSamplerConfig, UpsamplingConfig)
 
-@contextmanager
-def background(most_waiting: int = 16) -> Iterator[Callable[..., None]]:
-    """`call(name, function, *args)` that returns at once: files are encoded beside the model, in order.
-
-    At most `most_waiting` calls wait; one more waits for the oldest. Leaving waits for all of them. The first error of
-    a call, with a note of its `name`, is raised by the next call, or on leaving; what has been drawn is still written.
-    """
-    waiting: deque[Future] = deque()
-
-    def named(name: str, function: Callable, *args: Any) -> None:
-        try:
-            function(*args)
-        except Exception as error:
-            error.add_note(f"while saving {name}")
-            raise
-
-    def call(name: str, function: Callable, *args: Any) -> None:
-        while waiting and (len(waiting) >= most_waiting or waiting[0].done()):
-            waiting.popleft().result()
-        waiting.append(pool.submit(named, name, function, *args))
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder") as pool:
-        yield call
-        for future in waiting:
-            future.result()
+Save = Callable[[int, th.Tensor, th.Tensor, th.Tensor | None], None]
 
 
 def generate_clips(
     model: nn.Module,
     sampler: Sampler,
     indices: Sequence[int],
+    save: Save,
+    *,
     batch_size: int,
     seed: int,
-    device: th.device | str,
-    save: Callable[[int, th.Tensor, th.Tensor, th.Tensor | None], None],
-    progress: Callable[[float], None] | None = None,
-    upscale: Upscale | None = None,
-    given: Callable[[int], dict[str, th.Tensor]] | None = None,
+    device: th.device | str = "cpu",
+    progress: Progress | None = None,
+    upsampler: Callable[[int, th.Tensor, Progress], th.Tensor] | None = None,
+    conditioning: Callable[[int], dict[str, th.Tensor]] | None = None,
 ) -> None:
-    """Draw clips number `indices` and `save(index, video [F, C, H, W], audio [C, L], large)` each, beside the model.
+    """Generate clips number `indices` and `save(index, video, audio, large)` each meanwhile.
 
-    `large` is the upsampled video, None without `upscale`. `given(index)` is the modality of a clip that is known.
-    `progress` is called with the number of clips done, fractions included.
+    video [F, C, H, W], audio [C, L]; `large` is the upsampled video, None without `upsampler`.
+    conditioning: index -> the modality that is known. progress: called with the number of clips
+    done, fractions included.
     """
-    share = UPSAMPLING_SHARE if upscale else 0.0
-    with background() as call:
+    share = UPSAMPLING_SHARE if upsampler else 0.0
+    with output.background() as call:
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            drawn = start + len(batch) * (1 - share)
-            known = default_collate([given(index) for index in batch]) if given else None
-            sample = sample_joint(
-                model, sampler, batch, seed, device, part_of(progress, start, drawn), known
-            )
-            for k, (index, video, audio) in enumerate(
-                zip(batch, sample["video"], sample["audio"], strict=True)
-            ):
-                span = drawn + k * share, drawn + (k + 1) * share
-                large = upscale(index, video, part_of(progress, *span)) if upscale else None
+            sampled = start + len(batch) * (1 - share)  # clips' worth of work done after sampling
+            known = default_collate([conditioning(k) for k in batch]) if conditioning else None
+            part = part_of(progress, start, sampled)
+            sample = sample_joint(model, sampler, batch, seed, device, part, known)
+            clips = zip(batch, sample["video"], sample["audio"], strict=True)
+            for k, (index, video, audio) in enumerate(clips):
+                large = None
+                if upsampler:
+                    part = part_of(progress, sampled + k * share, sampled + (k + 1) * share)
+                    large = upsampler(index, video, part)
                 call(f"clip {index}", save, index, video, audio, large)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleRun:
-    """What all checkpoints of one command line have in common. `told`: the flags that were given explicitly."""
+@dataclass(frozen=True)
+class SamplingRun:
+    """What all checkpoints of one command line have in common."""
 
     flags: dict[str, Any]
-    told: set[str]
-    config: SampleConfig
+    explicit: set[str]
+    config: SamplingConfig
     world: World
-    upsampler: tuple[Upscale | None, dict[str, Any]]
-    known: str = ""
+    upsampler: Upsampler | None
+    modality: str = ""  # that conditions the other one
     index: ClipIndex[ClipInfo] | None = None
 
 
 def run(
     text: str,
-    flag_configs: Sequence[type],
+    configs: Sequence[type[Config]],
     defaults: Mapping[str, Any] | None = None,
-    known: str = "",
+    modality: str = "",
 ) -> None:
-    """A sampling script: `text` is its help, `flag_configs` its flags, `known` what it is given, if anything."""
-    flags, told = parse(text, *flag_configs, defaults=defaults)
-    draws = pick(SampleConfig if SampleConfig in flag_configs else DrawConfig, flags)
-    config = SampleConfig(**dataclasses.asdict(draws))
-    check_sample_config(config)
-    judge = pick(MetricsConfig, flags)
-    evaluation.check_metrics_config(judge)
+    """A sampling script: `text` is its help, `modality` the conditioning one, if any."""
+    flags, explicit = parse(text, *configs, defaults=defaults)
+    config, metrics = pick(SamplingConfig, flags), pick(MetricsConfig, flags)
+    pick(SamplerConfig, flags)  # an early error
+    check_metrics_config(metrics)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
-    for note in notes_on(told, *flag_configs):
+    for note in notes_on(explicit, *configs):
         logger.log(note)
     paths = checkpoint.find_checkpoints(config.multimodal_model_path)
-    upsampler = load_upsampler(config, flags, told, world.device)
-    this = SampleRun(
-        flags, told, config, world, upsampler, known, find_given(flags) if known else None
-    )
-    measures = evaluation.make_measures(judge, world.device) if judge.ref_path else {}
-    names = (
-        [""]
-        if len(paths) == 1
-        else short_names([Path(absolute(path)).with_suffix("") for path in paths])
-    )
-    for path, name in zip(paths, names, strict=True):
-        folder = os.path.join(config.output_dir, name) if name else config.output_dir
+    has_upsampler = UpsamplingConfig in configs
+    upsampler = load_upsampler(flags, explicit, world.device) if has_upsampler else None
+    index = find_clips(flags) if modality else None
+    this = SamplingRun(flags, explicit, config, world, upsampler, modality, index)
+    measures = make_measures(metrics, world.device) if metrics.ref_path else {}
+    for path, folder in zip(paths, output_folders(config.output_dir, paths), strict=True):
         sizes = sample_from(path, folder, this)
-        if judge.ref_path:
-            evaluation.evaluate_drawn(folder, judge, sizes, measures, world)
+        if metrics.ref_path:
+            evaluate_samples(folder, metrics, sizes, measures, world)
 
 
-def configs(draws: type = SampleConfig, given: bool = False) -> tuple[type, ...]:
-    """The flags of a sampling script, with those of an upsampler unless it only `draws` as DrawConfig says."""
-    upsampler = (SRModelConfig, SRDiffusionConfig) if draws is SampleConfig else ()
-    known = (GivenConfig,) if given else ()
-    return (ModelConfig, DiffusionConfig, *upsampler, DataConfig, draws, *known, MetricsConfig)
+def output_folders(output_dir: str, checkpoints: Sequence[str]) -> list[str]:
+    """The output folder of each checkpoint: a folder of its own if there are several."""
+    if len(checkpoints) == 1:
+        return [output_dir]
+    names = short_names([Path(absolute(path)).with_suffix("") for path in checkpoints])
+    return [os.path.join(output_dir, name) for name in names]
 
 
-def sample_from(path: str, folder: str, this: SampleRun) -> dict[str, evaluation.Sizes]:
-    """Fill `folder` with clips of one checkpoint; those that are there are kept. -> its folders, how to read them."""
-    config, world = this.config, this.world
+def find_clips(flags: Mapping[str, Any]) -> ClipIndex[ClipInfo]:
+    """The index of `data_dir`; DataError where it is no folder of clips."""
+    config = pick(DataConfig, flags)
+    streams = config.video_stream, config.audio_stream
+    return probe_folders(config.data_dir, config.num_workers, *streams)
+
+
+def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipReadingConfig]:
+    """Fill `folder` with clips of one checkpoint, keeping those that are there.
+
+    Returns its folders of clips and how to read them.
+    """
+    config, world, upsampler = this.config, this.world, this.upsampler
     weights, trained = checkpoint.load_state(path)
-    flags = merge_checkpoint_flags(this.flags, this.told, trained, path)
-    upscale, upsampler_description = this.upsampler
-    check_frames_fit(flags["video_size"], upsampler_description)
+    flags = merge_checkpoint_flags(this.flags, this.explicit, trained, path)
+    data, how = pick(DataConfig, flags), pick(SamplerConfig, flags)
+    check_frames_fit(data.video_size, upsampler)
     model, diffusion = load_model(path, weights, flags, config, world.device)
-    settings = solver_settings(config)
-    scale = pick(GivenConfig, flags).classifier_scale if this.known else 0.0
-    sampler = make_sampler(
-        config.sample_fn, diffusion, config.clip_denoised, classifier_scale=scale, **settings
-    )
-    clips = ConditioningClips(this.known, this.index, flags) if this.index else None
+    scale = pick(CrossModalConfig, flags).classifier_scale if this.modality else 0.0
+    guidance = {"classifier_scale": scale, **how.solver_settings()}
+    sampler = make_sampler(how.sample_fn, diffusion, config.clip_denoised, **guidance)
+    clips = ConditioningClips(this.modality, this.index, data) if this.index else None
     count = min(config.all_save_num, len(clips)) if clips else config.all_save_num
-    stem = f"{config.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
-    names = [clip_name(stem, k) for k in range(count)]
-    rates = flags["video_fps"], flags["audio_fps"]
+    stem = f"{how.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
+    names = [output.clip_name(stem, k) for k in range(count)]
+    more = [output.LARGE] if upsampler else []
+    more += [output.TRUTH] if clips else []
+    upsampling = upsampler.description if upsampler else {}
     description = {
         "checkpoint": checkpoint.fingerprint(weights),
-        "sampler": [config.sample_fn, settings, config.clip_denoised],
+        "precision": model.precision,
+        "given": [this.modality, scale, from_rank_0(clips.fingerprint)] if clips else [],
+        **describe(flags),
+        **upsampling,
+    }
+    todo = from_rank_0(lambda: output.missing_clips(folder, names, description, *more))
+    if clips and world.rank == 0:
+        report = clips.index.report(f"{len(clips)} conditioning clips")
+        logger.log(f"{clips.index.data_dir}: {report}")
+        clips.write_sources(folder, stem)
+    logger.log(f"{path}: {count - len(todo)} clips exist, generating {len(todo)} in {folder}")
+    save = saver(folder, names, data, clips)
+    mine = todo[world.rank :: world.size]
+    with tqdm(total=len(mine), disable=world.rank > 0, bar_format=BAR) as bar:
+        options: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "device": world.device,
+            "progress": lambda done: bar.update(done - bar.n),
+            "upsampler": upsampler,
+            "conditioning": clips.conditioning if clips else None,
+        }
+        generate_clips(model, sampler, mine, save, **options)
+    barrier()
+    logger.log(f"{count} clips in {folder}: {', '.join(['original', *more])} and audios")
+    if config.gallery and world.rank == 0:
+        output.show_gallery(folder)
+    return sizes_of_samples(flags, upsampling)
+
+
+def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the clips of a checkpoint, as far as flags do."""
+    config, how = pick(SamplingConfig, flags), pick(SamplerConfig, flags)
+    data = pick(DataConfig, flags)
+    return {
+        "sampler": [how.sample_fn, how.solver_settings(), config.clip_denoised],
         "process": vars(pick(DiffusionConfig, flags)),
         "seed": config.seed,
-        "precision": model.precision,
-        "rates": rates,
-        "given": [this.known, scale, from_rank_0(clips.fingerprint)] if clips else [],
-        **upsampler_description,
+        "rates": [data.video_fps, data.audio_fps],
     }
-    todo = from_rank_0(lambda: missing_clips(folder, names, description))
-    mine = todo[world.rank :: world.size]
-    if clips and world.rank == 0:
-        logger.log(f"{clips.data_dir}: {clips.index.report(f'{len(clips)} clips to be given')}")
-        clips.write_sources(folder, stem)
-    logger.log(f"{path}: {count - len(todo)} clips are there, drawing {len(todo)} into {folder}")
+
+
+def saver(
+    folder: str, names: Sequence[str], data: DataConfig, clips: ConditioningClips | None
+) -> Save:
+    """A function that writes the files of a clip, and of the one it is conditioned on."""
+    rates = data.video_fps, data.audio_fps
 
     def save(index: int, video: th.Tensor, audio: th.Tensor, large: th.Tensor | None) -> None:
         if clips:
-            write_truth(folder, names[index], clips.truth(index), *rates)
-        write_sample(folder, names[index], video, audio, *rates, large)
+            output.write_truth(folder, names[index], clips.truth(index), *rates)
+        output.write_sample(folder, names[index], video, audio, *rates, large)
 
-    with tqdm(total=len(mine), disable=world.rank > 0, bar_format=BAR) as bar:
-        options = (model, sampler, mine, config.batch_size, config.seed, world.device, save)
-        generate_clips(
-            *options, lambda done: bar.update(done - bar.n), upscale, clips.given if clips else None
-        )
-    barrier()
-    kinds = ["original", *([LARGE] if upscale else []), *([TRUTH] if clips else [])]
-    logger.log(f"{count} clips in {folder}: {', '.join(kinds)} and audios")
-    if config.gallery and world.rank == 0:
-        show_gallery(folder)
-    return evaluation.sizes_of_samples(flags, upsampler_description)
+    return save

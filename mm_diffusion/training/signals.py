@@ -1,4 +1,4 @@
-"""Signals that ask for an end."""
+"""Signals that stop a run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that receives the names of the signals that ask for an end; a second Ctrl-C interrupts at once."""
+    """A list that receives the names of stop signals; a second Ctrl-C interrupts at once."""
     received: list[str] = []
 
-    def note(number: int, frame: Any) -> None:
+    def receive(number: int, frame: Any) -> None:
         received.append(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    try:
-        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    except ValueError:  # not the main thread, which alone may ask for signals
-        before = {}
+    handlers = {}
+    with contextlib.suppress(ValueError):  # outside of the main thread
+        handlers = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,175 +1,127 @@
-"""Where numbers, pictures and clips of a run can go beside the console and progress.csv, each if it is installed.
-
-A tracker has `name`, `start(step, flags)`, where the run goes on after `step` steps, and then `numbers(values, step)`,
-`image(name, image, step)` and `clip(name, video, fps, audio, sample_rate, step)`, in the units of `logger`. Making one
-and starting it fail with a ValueError, in one line, where it cannot work.
-"""
+"""TensorBoard and Weights & Biases as trackers of the logger, each if it is installed."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch as th
-from torchvision.utils import make_grid
 
 from ..data import encode, images
+from ..files import is_remote
+from ..logger import Clip, Tracker
 
 PROJECT = "mm-diffusion-stereo"  # in Weights & Biases, unless WANDB_PROJECT names another
-RUN_NOTE = "wandb_run.txt"  # in the output folder: the id by which a resumed run is found again
-WITHOUT_KEY = ("offline", "dryrun", "disabled")  # modes that talk to nobody
+RUN_NOTE = "wandb_run.txt"  # in the output folder: the id of the run, to resume it
+MODES_WITHOUT_KEY = ("offline", "dryrun", "disabled")  # of WANDB_MODE
 
 
-@contextmanager
-def _clip_files(
-    video: th.Tensor | None, fps: float | Fraction, audio: th.Tensor, sample_rate: int
-) -> Iterator[tuple[Path, Path]]:
-    """Paths of an mp4 with sound (written if there is a video) and of a wav, gone afterwards."""
-    with TemporaryDirectory() as folder:
-        mp4, wav = Path(folder, "clip.mp4"), Path(folder, "clip.wav")
-        encode.write_wav(wav, audio, sample_rate)
-        if video is not None:
-            stereo = audio.expand(2, -1) if len(audio) == 1 else audio
-            encode.write_clip(mp4, video, fps, stereo, sample_rate)
-        yield mp4, wav
+def make_trackers(flags: Mapping[str, Any], rank: int) -> list[Tracker]:
+    """The trackers that `use_tensorboard` and `use_db` ask for, on rank 0, for `output_dir`.
+
+    ValueError where a package, a key or a local folder is missing.
+    """
+    made: list[Tracker] = []
+    folder = flags["output_dir"]
+    if rank == 0 and flags["use_tensorboard"]:
+        made.append(TensorBoard(folder))
+    if rank == 0 and flags["use_db"]:
+        made.append(WeightsAndBiases(folder))
+    return made
 
 
 class TensorBoard:
-    """Event files in FOLDER/tensorboard. What was written there about steps that are made anew is hidden."""
+    """Event files in OUTPUT_DIR/tensorboard. Steps that a resumed run repeats are hidden."""
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, output_dir: str) -> None:
         try:
-            from tensorboard.compat.proto import summary_pb2
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError(
-                "use_tensorboard True needs TensorBoard: pip install tensorboard, or leave the flag out"
-            ) from None
-        if folder is None:
-            raise ValueError("use_tensorboard True needs a place for its files: give --output_dir")
-        self.folder, self.protocol, self.make = folder / "tensorboard", summary_pb2, SummaryWriter
+            raise ValueError("use_tensorboard True needs pip install tensorboard") from None
+        if not output_dir or is_remote(output_dir):
+            raise ValueError("use_tensorboard True needs a local --output_dir for its files")
+        self.folder, self.make_writer = Path(output_dir, "tensorboard"), SummaryWriter
         self.writer: Any = None
 
     def start(self, step: int, flags: Mapping[str, Any]) -> None:
-        self.writer = self.make(str(self.folder), purge_step=step + 1)
+        self.writer = self.make_writer(str(self.folder), purge_step=step + 1)
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
             group = "quartiles" if re.search(r"_q\d$", key) else "training"
             self.writer.add_scalar(f"{group}/{key}", value, step)
-        self.writer.flush()  # raises what has failed in its thread since
+        self.writer.flush()  # raises errors of its thread
 
-    def image(self, name: str, image: th.Tensor, step: int) -> None:
+    def log_image(self, name: str, image: th.Tensor, step: int) -> None:
         self.writer.add_image(name, images.to_uint8(image.detach().cpu()), step)
         self.writer.flush()
 
-    def clip(
-        self,
-        name: str,
-        video: th.Tensor,
-        fps: float | Fraction,
-        audio: th.Tensor,
-        sample_rate: int,
-        step: int,
-    ) -> None:
-        """All frames in one picture, and the sound with all its channels, which `add_audio` would refuse."""
-        frames = images.to_uint8(video.detach().cpu())
-        self.writer.add_image(
-            f"{name}/frames",
-            make_grid(frames, math.isqrt(len(frames) - 1) + 1, pad_value=255),
-            step,
-        )
-        with _clip_files(None, fps, audio, sample_rate) as (_, wav):
-            sound = self.protocol.Summary.Audio(
-                sample_rate=sample_rate,
-                num_channels=audio.shape[0],
-                length_frames=audio.shape[1],
-                encoded_audio_string=wav.read_bytes(),
-                content_type="audio/wav",
-            )
-        value = self.protocol.Summary.Value(tag=f"{name}/sound", audio=sound)
-        self.writer.file_writer.add_summary(self.protocol.Summary(value=[value]), step)
+    def log_clip(self, name: str, clip: Clip, step: int) -> None:
+        """All frames as a grid, and each channel of the audio, as `add_audio` takes one."""
+        self.writer.add_images(f"{name}/frames", images.to_uint8(clip.video.detach().cpu()), step)
+        for number, channel in enumerate(clip.audio.detach().cpu()):
+            self.writer.add_audio(f"{name}/audio/{number}", channel, step, clip.sample_rate)
         self.writer.flush()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; its key comes from WANDB_API_KEY alone, and WANDB_MODE=offline needs none.
+    """A run of Weights & Biases. WANDB_API_KEY holds the key; WANDB_MODE=offline needs none.
 
-    A resumed run goes on in the one that was noted in the folder. Weights & Biases cannot take rows back: it keeps
-    those that it has, and the ones of the same steps are not sent again.
+    A resumed run continues the one noted in the output folder. Its rows cannot be taken back, so
+    steps that it has already are not sent again.
     """
 
     name = "Weights & Biases"
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, output_dir: str) -> None:
         try:
             import wandb
         except ImportError:
-            raise ValueError(
-                "use_db True needs Weights & Biases: pip install wandb, or leave the flag out"
-            ) from None
-        if os.environ.get("WANDB_MODE") not in WITHOUT_KEY and not os.environ.get("WANDB_API_KEY"):
-            raise ValueError(
-                "use_db True: set WANDB_API_KEY to your key for Weights & Biases, or WANDB_MODE=offline to keep the run"
-                " in the output folder"
-            )
+            raise ValueError("use_db True needs pip install wandb") from None
+        needs_key = os.environ.get("WANDB_MODE") not in MODES_WITHOUT_KEY
+        if needs_key and not os.environ.get("WANDB_API_KEY"):
+            raise ValueError("use_db True: set WANDB_API_KEY to your key, or WANDB_MODE=offline")
         self.wandb: Any = wandb
-        self.folder = folder
+        self.output_dir = output_dir
+        self.folder = None if is_remote(output_dir) else Path(output_dir)
         self.run: Any = None
 
     def start(self, step: int, flags: Mapping[str, Any]) -> None:
         note = self.folder / RUN_NOTE if self.folder else None
-        known = note.read_text().strip() if note and step and note.exists() else None
-        label = os.environ.get("WANDB_NAME") or (
-            self.folder.resolve().name if self.folder else None
-        )
-        project = os.environ.get("WANDB_PROJECT") or PROJECT
+        resumed_id = note.read_text().strip() if note and step and note.exists() else None
+        names = {
+            "project": os.environ.get("WANDB_PROJECT") or PROJECT,
+            "name": os.environ.get("WANDB_NAME") or Path(self.output_dir).resolve().name,
+        }
+        options = {"id": resumed_id, "resume": "allow", "dir": self.folder, "config": dict(flags)}
         try:
-            self.run = self.wandb.init(
-                project=project,
-                name=label,
-                id=known,
-                resume="allow",
-                dir=self.folder,
-                config=dict(flags),
-            )
+            self.run = self.wandb.init(**names, **options)
         except Exception as error:
             raise ValueError(
-                f"use_db True: Weights & Biases cannot start ({error}); check WANDB_API_KEY and the network, or set"
+                f"use_db True: Weights & Biases cannot start ({error}); check WANDB_API_KEY, or set"
                 " WANDB_MODE=offline"
             ) from error
         if note:
             note.write_text(self.run.id + "\n")
 
-    def numbers(self, values: Mapping[str, Any], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, Any], step: int) -> None:
         if step >= self.run.starting_step:
             self.run.log(dict(values), step=step)
 
-    def image(self, name: str, image: th.Tensor, step: int) -> None:
+    def log_image(self, name: str, image: th.Tensor, step: int) -> None:
         pixels = images.to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy()
-        self.numbers({name: self.wandb.Image(pixels)}, step)
+        self.log_scalars({name: self.wandb.Image(pixels)}, step)
 
-    def clip(
-        self,
-        name: str,
-        video: th.Tensor,
-        fps: float | Fraction,
-        audio: th.Tensor,
-        sample_rate: int,
-        step: int,
-    ) -> None:
-        with _clip_files(video, fps, audio, sample_rate) as (mp4, wav):
-            clip = {
-                f"{name}/video": self.wandb.Video(str(mp4)),
-                f"{name}/sound": self.wandb.Audio(str(wav)),
-            }
-            self.numbers(clip, step)
+    def log_clip(self, name: str, clip: Clip, step: int) -> None:
+        """A video file with audio; mono is played on both sides."""
+        stereo = clip.audio.expand(2, -1) if len(clip.audio) == 1 else clip.audio
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "clip.mp4")
+            encode.write_clip(path, clip.video, clip.fps, stereo, clip.sample_rate)
+            self.log_scalars({f"{name}/video": self.wandb.Video(str(path))}, step)

@@ -1,0 +1,32 @@
+"""All settings: one frozen dataclass per subject, and the command line that is made from them.
+
+A field stands once, with its default and help text; what subjects share is a base class. Flags have
+the fields' names, those of the upsampler begin with "sr_". A list is text with commas on the
+command line and in checkpoints ("2,4,8"), and a tuple in a config.
+"""
+
+# ruff: noqa: F401 (names for other modules)
+
+from .command_line import Parser, flag_defaults, notes_on, parse, pick
+from .flags import SR, Config, channel_multipliers, require_positive
+from .subjects import (
+    BatchConfig,
+    ClipConfig,
+    ClipReadingConfig,
+    CrossModalConfig,
+    DataConfig,
+    DeviceConfig,
+    DiffusionConfig,
+    EvalConfig,
+    FilesConfig,
+    FrameDataConfig,
+    MetricsConfig,
+    ModelConfig,
+    SamplerConfig,
+    SamplingConfig,
+    SRDiffusionConfig,
+    SRSamplerConfig,
+    TrainConfig,
+    UpsamplerConfig,
+    UpsamplingConfig,
+)

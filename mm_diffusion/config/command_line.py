@@ -1,0 +1,96 @@
+"""Configs -> a command line -> configs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
+
+from ..dist_util import end_job
+from .flags import Config, convert, flag_name
+from .subjects import SRDiffusionConfig, UpsamplerConfig
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+def flag_defaults(*configs: type[Config]) -> dict[str, Any]:
+    """The flags of these configs with their defaults, each flag once."""
+    return {flag_name(c, f): f.default for c in configs for f in dataclasses.fields(c)}
+
+
+# Published flags that are accepted where nothing reads them, and why nothing does.
+WITHOUT_EFFECT = {
+    "t_lr": "nor had it in the published code",
+    "frame_gap": "nor had it in the published code",
+    "ref_path": "this script computes no metrics",
+    "save_type": "this script writes clips as mp4 and their audio as wav",
+    "classifier_scale": "this script generates no modality from the other",
+    **dict.fromkeys(
+        flag_defaults(UpsamplerConfig, SRDiffusionConfig), "this script has no upsampler"
+    ),
+    "sr_model_path": "this script upsamples no clips",
+    "sr_sample_fn": "this script upsamples no clips",
+    "load_noise": "this script upsamples no clips",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports what is wrong in one line and exits with status 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        end_job(f"error: {message} (--help lists the flags)", status=2)
+
+
+def parse(
+    description: str, *configs: type[Config], defaults: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], set[str]]:
+    """The command line -> values of all flags of `configs`, and the names of the explicit ones.
+
+    `defaults` replace those of the fields. --help groups the flags by config.
+    """
+    parser = Parser(description=description, usage="%(prog)s [--FLAG VALUE ...]")
+    values = flag_defaults(*configs) | dict(defaults or {})
+    added: set[str] = set()
+    for config in configs:
+        group = parser.add_argument_group((config.__doc__ or "").splitlines()[0].rstrip("."))
+        for field in dataclasses.fields(config):
+            name = flag_name(config, field)
+            if name not in added:
+                _add_flag(group, name, field, values[name])
+                added.add(name)
+    idle = parser.add_argument_group("Accepted, without effect here")
+    for name in sorted(WITHOUT_EFFECT.keys() - added):
+        idle.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE")
+    explicit = vars(parser.parse_args())
+    return values | explicit, set(explicit)
+
+
+def _add_flag(group: Any, name: str, field: dataclasses.Field, default: Any) -> None:
+    kind = field.metadata["kind"]
+    text = f"{field.metadata['help']} (default: {default!r})".replace("%", "%%")
+
+    def read(value: str) -> Any:
+        is_none = value == "None" and field.default is None
+        return None if is_none else convert(kind, name, value)
+
+    options = {"default": argparse.SUPPRESS, "metavar": kind.__name__.upper(), "help": text}
+    group.add_argument(f"--{name}", type=read, **options)
+
+
+def pick(config: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
+    """The config made of its flags among `values`; ValueError naming an impossible one."""
+    fields = dataclasses.fields(config)
+    return config(**{f.name: values[flag_name(config, f)] for f in fields})
+
+
+def notes_on(explicit: set[str], *configs: type[Config]) -> list[str]:
+    """What to report about explicit flags of a script that has `configs`."""
+    idle = explicit - flag_defaults(*configs).keys()
+    return [
+        f"--{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in idle
+    ]

@@ -1,0 +1,110 @@
+"""Random-shift multi-modal attention, RS-MMA (arXiv 2212.09478, section 4.3).
+
+Each modality has n = tokens // frames tokens per frame. The tokens of frame i (of the last frame
+also what remains) attend to the other modality's tokens `(i + shift) n' + [0 .. window n')`, modulo
+all of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch as th
+from einops import rearrange
+from torch import Tensor, nn
+
+from .modality import AUDIO, VIDEO, from_tokens, tokens
+from .nn import GroupNorm32, PointwiseConv, attend, require_heads, zero_init
+
+Shift = str | th.Generator | None
+
+_window_shift: Shift = None
+
+
+@contextmanager
+def window_shift(shift: Shift) -> Iterator[None]:
+    """Fix the random shift of the cross-attention windows.
+
+    "zero", "max" (clip length - window), a generator to draw from, or None: torch's global state.
+    """
+    global _window_shift
+    if isinstance(shift, str) and shift not in ("zero", "max"):
+        raise ValueError(f"window shift {shift!r}: use 'zero', 'max', a generator or None")
+    before, _window_shift = _window_shift, shift
+    try:
+        yield
+    finally:
+        _window_shift = before
+
+
+def draw_shift(largest: int) -> int:
+    """Uniform in {0 .. largest} unless fixed, on the host, so that no device waits for it."""
+    if isinstance(_window_shift, str):
+        return largest if _window_shift == "max" else 0
+    return int(th.randint(largest + 1, (), generator=_window_shift))
+
+
+class CrossStream(nn.Module):
+    """One modality's norm, projection to query, key and value, and projection of the result."""
+
+    def __init__(self, channels: int, grid_axes: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm32(channels)
+        self.qkv = PointwiseConv(channels, 3 * channels, 1)
+        self.proj = zero_init(PointwiseConv(channels, channels, grid_axes))
+
+
+class CrossAttention(nn.Module):
+    """{"video": [B, C, F, H, W], "audio": [B, C, L]} -> the same, each attending to the other."""
+
+    def __init__(
+        self, channels: int, num_heads: int, window_frames: int, shifts: bool = True
+    ) -> None:
+        super().__init__()
+        require_heads(channels, num_heads)
+        self.num_heads, self.window_frames, self.shifts = num_heads, window_frames, shifts
+        self.video = CrossStream(channels, len(VIDEO.stride))
+        self.audio = CrossStream(channels, len(AUDIO.stride))
+
+    def draw_shift(self, num_frames: int) -> int:
+        """The shift of one call, in frames."""
+        return draw_shift(num_frames - self.window_frames) if self.shifts else 0
+
+    def forward(
+        self, x: dict[str, Tensor], emb: Tensor | None = None, shift: int = 0
+    ) -> dict[str, Tensor]:
+        num_frames = x["video"].shape[2]
+        qkv = {}
+        for name, h in x.items():
+            stream = getattr(self, name)
+            qkv[name] = stream.qkv.on_tokens(tokens(stream.norm(h)).flatten(1, -2)).chunk(3, dim=-1)
+        out = {}
+        for name, other in (("video", "audio"), ("audio", "video")):
+            query, (_, key, value) = qkv[name][0], qkv[other]
+            y = self._attend(query, key, value, num_frames, shift)
+            y = from_tokens(y.view_as(tokens(x[name])))
+            out[name] = x[name] + getattr(self, name).proj(y)
+        return out
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, num_frames: int, shift: int
+    ) -> Tensor:
+        """[B, T, C] on [B, T', C] -> [B, T, C]"""
+        total = key.shape[1]
+        per_frame, other_per_frame = query.shape[1] // num_frames, total // num_frames
+        window = self.window_frames * other_per_frame
+        if window == total:  # every frame attends to every token, and their order does not matter
+            return attend(query, key, value, self.num_heads)
+        first = (th.arange(num_frames, device=query.device) + shift) * other_per_frame
+        index = (first[:, None] + th.arange(window, device=query.device)) % total
+        frames, rest = query.tensor_split([num_frames * per_frame], dim=1)
+        split = partial(rearrange, pattern="b (f t) c -> (b f) t c", f=num_frames)
+        key, value = (split(x.index_select(1, index.flatten())) for x in (key, value))
+        out = attend(split(frames), key, value, self.num_heads)
+        out = rearrange(out, "(b f) t c -> b (f t) c", f=num_frames)
+        if not rest.shape[1]:
+            return out
+        key, value = (x[num_frames - 1 :: num_frames] for x in (key, value))
+        return th.cat([out, attend(rest, key, value, self.num_heads)], dim=1)

@@ -1,0 +1,196 @@
+"""The audio of a video file: samples of its decoded frames, placed in time and resampled."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import torch as th
+import torchaudio
+
+from .streams import AnyPath, decode_from, decode_stream, open_media, stream_start
+
+# A gap or an overlap displaces at least so many frames by more than so many seconds, which is less
+# than one lost frame of the common codecs.
+STEP_FRAMES = 5
+STEP_SECONDS = 0.015
+LEVEL_FRAMES = 8  # that a step is measured against: slow drift is no step
+MAX_COUNTED_SECONDS = 120  # that may be decoded only to place a window to the sample
+EXACT = 1e-3  # samples by which offsets differ if timestamps are not rounded
+MAX_RESAMPLING_KERNEL = 8e6  # taps; odd pairs of rates are approximated (to about 1e-7)
+RESAMPLING_CONTEXT = 64  # samples of the lower rate around a window: more than the filter reaches
+
+_resampler = functools.lru_cache(maxsize=8)(torchaudio.transforms.Resample)
+
+
+def resampled(
+    read: Callable[[int, int], th.Tensor], in_rate: int, out_rate: int, first: int, count: int
+) -> th.Tensor:
+    """Samples [first, first + count) of the stream at `out_rate`; read(begin, end): at `in_rate`.
+
+    A polyphase filter repeats every `ratio.denominator` input samples, so a piece that begins at
+    a multiple of it, with enough context, gives the same values as resampling everything.
+    """
+    if in_rate == out_rate:
+        return read(first, first + count)
+    ratio = Fraction(out_rate, in_rate)
+    ratio = ratio.limit_denominator(max(1, int(math.sqrt(MAX_RESAMPLING_KERNEL / ratio))))
+    context = math.ceil(RESAMPLING_CONTEXT * max(1.0, float(1 / ratio)))  # input samples
+    block = math.floor((first / ratio - context) / ratio.denominator)
+    begin, skip = block * ratio.denominator, first - block * ratio.numerator
+    end = math.ceil((first + count) / ratio) + context
+    piece = _resampler(ratio.denominator, ratio.numerator)(read(begin, end))
+    return piece[:, skip : skip + count].contiguous()
+
+
+def read_samples(
+    path: AnyPath, index: int, zero: Fraction, rate: int, begin: int, end: int
+) -> th.Tensor:
+    """[2, end - begin]: samples [begin, end) of stream `index`, counted from `zero` s; else 0."""
+    window = th.zeros(2, end - begin)
+    for origin, samples in audio_segments(path, index, zero, rate, begin, end):
+        low, high = max(origin, begin), min(origin + samples.shape[1], end)
+        if low < high:
+            window[:, low - begin : high - begin] = samples[:, low - origin : high - origin]
+    return window
+
+
+class FirstFrame(NamedTuple):
+    """The first frame of an audio stream, in samples from the file's zero."""
+
+    position: float
+    length: int
+    stated: float  # where the stream begins by its header
+
+
+def audio_segments(
+    path: AnyPath, index: int, zero: Fraction, rate: int, begin: int, end: int
+) -> list[tuple[int, th.Tensor]]:
+    """(first sample, [2, n]) of each gapless stretch of stream `index` around [begin, end).
+
+    Samples count from `zero` s at `rate`. A frame's offset is its timestamp less all samples
+    decoded before it. Offsets wobble: timestamps are rounded to ticks, wrong in single frames
+    (Vorbis), or taken from a wall clock. So frames are contiguous whatever their timestamps, until
+    the offset takes a step that lasts. Where neither timestamps nor frame lengths place a segment
+    to the sample, samples are counted from the stream's start, unless that is too far.
+    """
+    positions, pieces, half_tick = _decode_audio(path, index, zero, rate, begin, end)
+    if not pieces:
+        return []
+    lengths = [piece.shape[1] for piece in pieces]
+    before = [0, *itertools.accumulate(lengths)]
+    offsets = np.array(positions) - before[:-1]
+    first = None
+    if half_tick > 0.5 or np.ptp(offsets) > EXACT:
+        first = _first_audio_frame(path, index, zero, rate)
+        wobble = np.median(abs(offsets - np.median(offsets)))
+        unclear = half_tick < wobble and _common_length(lengths) < 4 * wobble
+        if unclear and 0 < positions[0] - first.position < MAX_COUNTED_SECONDS * rate:
+            earliest = math.floor(min(first.position, first.stated))
+            return audio_segments(path, index, zero, rate, earliest, end)
+    segments = []
+    for low, high in itertools.pairwise([0, *_lasting_steps(offsets, rate), len(pieces)]):
+        origin = _origin(offsets[low:high] + before[low], lengths[low:high], half_tick, first)
+        segments.append((origin, th.cat(pieces[low:high], dim=1)))
+    return segments
+
+
+def _decode_audio(
+    path: AnyPath, index: int, zero: Fraction, rate: int, begin: int, end: int
+) -> tuple[list[float], list[th.Tensor], float]:
+    """Positions in samples from `zero` s, waveforms [2, n], half a tick in samples (at least 0.5).
+
+    From before `begin` to so many frames after `end` that a step before it shows whether it lasts.
+    """
+    positions, pieces, half_tick = [], [], 0.5
+    to_stereo, late = stereo_converter(), 0
+    for seconds, frame in decode_from(path, index, zero + Fraction(begin, rate)):
+        position = float((seconds - zero) * rate)
+        late = late + 1 if position >= end + STEP_SECONDS * rate else 0
+        if late > STEP_FRAMES:
+            break
+        half_tick = max(0.5, float(frame.time_base) * rate / 2)
+        positions.append(position)
+        pieces.append(to_stereo(frame))
+    return positions, pieces, half_tick
+
+
+def _first_audio_frame(path: AnyPath, index: int, zero: Fraction, rate: int) -> FirstFrame:
+    with open_media(path) as container:
+        stream = container.streams[index]
+        seconds, frame = next(decode_stream(container, stream))
+        position, stated = (float((at - zero) * rate) for at in (seconds, stream_start(stream)))
+        return FirstFrame(position, frame.samples, stated)
+
+
+def _lasting_steps(offsets: np.ndarray, rate: int) -> list[int]:
+    """Frames from which on offsets stay away from those before, for STEP_FRAMES or to the end.
+
+    Away is more than STEP_SECONDS, and more than three times what offsets usually differ from
+    their neighbours. The last frame alone takes no step.
+    """
+    if np.ptp(offsets) <= STEP_SECONDS * rate:
+        return []
+    tolerance = max(STEP_SECONDS * rate, 3 * np.median(abs(np.diff(offsets))))
+    steps = [0]
+    for k in range(1, len(offsets) - 1):
+        level = np.median(offsets[max(steps[-1], k - LEVEL_FRAMES) : k])
+        if (abs(offsets[k : k + STEP_FRAMES] - level) > tolerance).all():
+            steps.append(k)
+    return steps[1:]
+
+
+def _origin(
+    estimates: np.ndarray, lengths: list[int], half_tick: float, first: FirstFrame | None
+) -> int:
+    """The first sample of a segment, as each of its frames estimates it.
+
+    Where estimates differ, the origin has to be the same wherever decoding began: it is the
+    stream's first timestamp, or lies a multiple of the frames' common length after the stream's
+    first frame, or of 64 samples, which all common codecs keep.
+    """
+    distances = abs(estimates - np.median(estimates))
+    plausible = estimates[distances <= max(2 * half_tick + 1, 3 * np.median(distances))]
+    middle, wobble = (plausible.max() + plausible.min()) / 2, np.ptp(plausible) / 2
+    if first is None or (half_tick <= 0.5 and wobble < EXACT):
+        return round(middle)
+    position = first.position
+    if half_tick < wobble and abs(first.stated - position) <= 2 * wobble:
+        position = first.stated  # unlike a timestamp that wobbles
+    if estimates[0] == first.position:
+        return round(position)
+    reach = max(2 * half_tick - wobble, wobble) + 1
+    grid = round(position) + first.length
+    common = _common_length(lengths)
+    for step in (common, math.gcd(common, 64)):
+        snapped = grid + step * round((middle - grid) / step)
+        if abs(snapped - middle) <= reach:
+            return snapped
+    return round(middle)
+
+
+def _common_length(lengths: list[int]) -> int:
+    """The length that all frames are multiples of, but the last, which may be cut."""
+    return math.gcd(*(lengths[:-1] or lengths))
+
+
+def stereo_converter() -> Callable[[Any], th.Tensor]:
+    """A function frame -> [2, n] float32 in [-1, 1]: mono doubled, stereo as is, more downmixed."""
+    converters: dict[tuple, av.AudioResampler] = {}
+
+    def convert(frame) -> th.Tensor:
+        layout = frame.layout  # which may change within a stream, like all of the key
+        key = frame.format.name, layout.name, frame.sample_rate, layout.nb_channels
+        if key not in converters:
+            target = layout if layout.nb_channels <= 2 else "stereo"
+            converters[key] = av.AudioResampler("fltp", target)
+        (frame,) = converters[key].resample(frame)
+        return th.from_numpy(frame.to_ndarray()).expand(2, -1)
+
+    return convert
