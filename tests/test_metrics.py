@@ -558,8 +558,8 @@ def toy_events(index):
     return [Event(*map(int, row.split(",")[:3])) for row in toy.make_clip(TOY, index)[2]]
 
 
-def hits(events, boxes, fps, match_categories=False):
-    return count_hits(Events(events), Boxes(boxes, fps), match_categories)
+def hits(events, boxes, fps, match_categories=False, num_frames=100):
+    return count_hits(Events(events), Boxes(boxes, fps, num_frames), match_categories)
 
 
 def test_where_the_metadata_is_true_every_event_is_a_hit():
@@ -575,7 +575,7 @@ def test_where_the_metadata_is_true_every_event_is_a_hit():
 
 
 def test_for_boxes_that_are_shifted_the_score_is_that_of_interval_arithmetic():
-    """|x - centre| <= radius + 40 in one of the three frames around floor(0.4 e)."""
+    """|x - centre| <= radius + 40 in one of the three frames around round(0.4 e), at most 7."""
     found = set()
     for index, shift in itertools.product(range(3), [-150, -90, 85, 100]):
         boxes = [
@@ -585,9 +585,10 @@ def test_for_boxes_that_are_shifted_the_score_is_that_of_interval_arithmetic():
         x = np.array([event.x for event in toy_events(index)])
         centre = np.array([(b.x0 + b.x1) / 2 for b in boxes])
         gap = np.abs(x[:, None] - centre) - (boxes[0].x1 - boxes[0].x0) / 2
-        near = np.abs(np.arange(8) - (4 * np.arange(20) // 10)[:, None]) <= 1
+        frame = np.round(0.4 * np.arange(20)).clip(max=7)
+        near = np.abs(np.arange(8) - frame[:, None]) <= 1
         expected = int(((gap <= 40) & near).any(axis=1).sum())
-        assert hits(toy_events(index), boxes, TOY.fps) == (expected, 20 - expected)
+        assert hits(toy_events(index), boxes, TOY.fps, num_frames=8) == (expected, 20 - expected)
         found.add(expected)
     assert len(found - {0, 20}) > 2
 
@@ -603,10 +604,20 @@ def test_for_boxes_that_are_shifted_the_score_is_that_of_interval_arithmetic():
         (Event(5, 0, 100), Box(1, 0, 90, 0, 110, 9), True),
         (Event(5, 0, 100), Box(4, 0, 90, 0, 110, 9), False),
         (Event(5, 0, 100), Box(0, 0, 90, 0, 110, 9), False),
+        # 0.4 * 7 = 2.8: the nearest frame is 3, the one on screen is 2.
+        (Event(7, 0, 100), Box(4, 0, 90, 0, 110, 9), True),
+        (Event(7, 0, 100), Box(1, 0, 90, 0, 110, 9), False),
     ],
 )
 def test_a_hit_is_within_40_pixels_and_one_frame(event, box, hit):
     assert hits([event], [box], fps=4) == (int(hit), int(not hit))
+
+
+def test_an_event_nearest_to_a_frame_behind_the_last_one_belongs_to_the_last():
+    """0.4 * 49 = 19.6 of 20 frames, as in all clips of 5 s."""
+    for frame, hit in {17: 0, 18: 1, 19: 1}.items():
+        box = Box(frame, 0, 90, 0, 110, 9)
+        assert hits([Event(49, 0, 100)], [box], fps=4, num_frames=20) == (hit, 1 - hit)
 
 
 @pytest.mark.parametrize(("boxes_start", "shown"), [(0, 5), (1.25, 0)])
@@ -614,7 +625,7 @@ def test_times_are_compared_in_the_seconds_of_the_file(boxes_start, shown):
     """An event in the window from 1.25 s on, at 4 fps."""
     events = Events([Event(0, 0, 100)], Fraction(5, 4))
     rows = [[Box(shown + k, 0, 90, 0, 110, 9)] for k in range(-2, 3)]
-    near = [count_hits(events, Boxes(boxes, 4, Fraction(boxes_start)))[0] for boxes in rows]
+    near = [count_hits(events, Boxes(boxes, 4, 20, Fraction(boxes_start)))[0] for boxes in rows]
     assert near == [0, 1, 1, 1, 0]
 
 
@@ -1119,7 +1130,7 @@ def test_hits_are_those_of_the_whole_file_however_it_is_cut_and_whatever_its_rat
         flags, clip_sizes(f"{num_frames},3,32,32", f"2,{num_frames * 1000}", 4, 4000)
     )
     whole = [event for event in events if event.frame / 10 < until]
-    found, missed = hits(whole, boxes, fps)
+    found, missed = hits(whole, boxes, fps, num_frames=4 * fps)
     assert score.count == len(whole)
     assert score.value == found / (found + missed)
     assert 0.1 < score.value < 0.9

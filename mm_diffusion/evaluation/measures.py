@@ -11,6 +11,7 @@ from pathlib import Path
 import torch as th
 
 from ..config import MetricsConfig
+from ..data.clips import count_frames
 from ..data.index import VIDEO_EXTENSIONS, find_files, folders_in
 from . import features, spatial_av_align, stereo, temporal_av_align
 from .clips import Clip, Rows
@@ -123,11 +124,11 @@ class SpatialAlign:
 
     def _boxes(self, clip: Clip, name: str) -> Boxes:
         if self.detect:
-            return Boxes(self.detect(clip.video), clip.fps, clip.start)
+            return Boxes(self.detect(clip.video), clip.fps, len(clip.video), clip.start)
         path = Path(self.config.boxes_dir, name)
         # All of the file: boxes just outside the window count for events at its edges.
         rows = spatial_av_align.read_boxes(path, clip.file_fps, clip.file_seconds)
-        return Boxes(rows, clip.file_fps)
+        return Boxes(rows, clip.file_fps, count_frames(clip.file_seconds, clip.file_fps))
 
     def _events(self, clip: Clip, name: str) -> Events:
         if not self.config.events_dir:

@@ -62,23 +62,24 @@ class Events:
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-    """Boxes at `fps`; frame 0 is at `start` seconds of the file."""
+    """Boxes in `num_frames` frames at `fps`; frame 0 is at `start` seconds of the file."""
 
     rows: list[Box]
     fps: float
+    num_frames: int
     start: Fraction = Fraction(0)
 
 
 def count_hits(events: Events, boxes: Boxes, match_categories: bool = False) -> tuple[int, int]:
     """-> (TP, FN): events with and without a box that overlaps x +- 40 px within +- 1 video frame.
 
-    The video frame of an event is the one on screen at its time, floor(time * fps).
-    `match_categories`: only boxes of the event's category count.
+    As published, the video frame of an event is the nearest to its time, round(time * fps), at
+    most the last one. `match_categories`: only boxes of the event's category count.
     """
     hits = 0
     for event in events.rows:
         seconds = events.start + Fraction(event.frame, EVENT_HZ) - boxes.start
-        frame = math.floor(seconds * Fraction(boxes.fps))
+        frame = min(round(seconds * Fraction(boxes.fps)), boxes.num_frames - 1)
         near = [box for box in boxes.rows if abs(box.frame - frame) <= REACH_FRAMES]
         if match_categories:
             near = [box for box in near if box.category == event.category]
