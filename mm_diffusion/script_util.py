@@ -42,8 +42,8 @@ def _trained(flags: Iterable[str]) -> tuple[str, ...]:
 TRAINED_FLAGS = _trained(model_and_diffusion_defaults())
 SR_TRAINED_FLAGS = _trained(image_sr_model_and_diffusion_defaults())
 # What a later run takes from a checkpoint where its command line says nothing else.
-CARRIED_FLAGS = (*TRAINED_FLAGS, *CARRIED_TOO, "video_fps", "audio_fps")
-SR_CARRIED_FLAGS = (*SR_TRAINED_FLAGS, *(SR + name for name in CARRIED_TOO))
+CARRIED_FLAGS = (*TRAINED_FLAGS, *CARRIED_TOO, "video_fps", "audio_fps", "antialias")
+SR_CARRIED_FLAGS = (*SR_TRAINED_FLAGS, *(SR + name for name in CARRIED_TOO), "antialias")
 
 
 def merge_checkpoint_flags(
@@ -58,6 +58,8 @@ def merge_checkpoint_flags(
     ValueError where an explicit one contradicts what was trained. `carried`: CARRIED_FLAGS of the
     joint model, or SR_CARRIED_FLAGS.
     """
+    if trained:  # by an earlier version that always antialiased, where it does not say so
+        trained = {"antialias": True, **trained}
     fixed = {*TRAINED_FLAGS, *SR_TRAINED_FLAGS} & set(carried)
     merged = values | dict(trained)
     for name in sorted(explicit & set(trained) & fixed):

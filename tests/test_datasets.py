@@ -347,7 +347,7 @@ def cached(tmp_path, monkeypatch):
     decoded, read = [], decode.read_window
     monkeypatch.setattr(
         "mm_diffusion.data.decode.read_window",
-        lambda path, *rest: decoded.append(path) or read(path, *rest),
+        lambda path, *rest, **options: decoded.append(path) or read(path, *rest, **options),
     )
     return tmp_path / "cache", decoded
 
@@ -390,7 +390,7 @@ def test_another_file_or_another_way_to_decode_it_is_another_item(tmp_path, cach
         {"video_size": "4,3,8,9"},
         {"audio_size": "2,513"},
         {"audio_fps": 600},
-    ] + [{"video_fps": 3}, {"clip_stride": 2, "video_fps": 2}]:
+    ] + [{"video_fps": 3}, {"clip_stride": 2, "video_fps": 2}, {"antialias": True}]:
         decoded.clear()
         first = from_disk(index, folder, **changes)
         assert len(decoded) == len(first)

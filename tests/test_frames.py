@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch as th
@@ -18,7 +19,14 @@ from mm_diffusion.config import FrameDataConfig
 from mm_diffusion.data import DataError, MediaError, decode, images
 from mm_diffusion.data.cache import DiskCache
 from mm_diffusion.data.extract import RECORD, ExtractSettings, extract_videos
-from mm_diffusion.data.frames import FrameDataset, degrade, find_frames, find_images, load_frames
+from mm_diffusion.data.frames import (
+    FrameDataset,
+    degrade,
+    find_frames,
+    find_images,
+    load_frames,
+    opencv_cubic,
+)
 from mm_diffusion.data.index import FINGERPRINT_BYTES
 from mm_diffusion.data.loader import GlobalOrder
 from mm_diffusion.dist_util import World
@@ -343,7 +351,7 @@ def test_large_images_keep_their_aspect_on_centred_black(tmp_path):
 def degraded(count):
     """(plain small image, its degraded versions) of a grey square, over as many seeds."""
     large = th.full((3, 64, 64), 128, dtype=th.uint8)
-    return images.fit_image(large, 16, 16), [
+    return images.fit_image(large, 16, 16, opencv_cubic), [
         degrade(large, 16, np.random.default_rng(seed)) for seed in range(count)
     ]
 
@@ -352,7 +360,7 @@ def test_without_noise_and_jpeg_the_small_image_is_the_large_one_resized(tmp_pat
     dataset = dataset_of(write_images(tmp_path, 20))
     plain = 0
     for large, cond in (dataset[epoch, k] for epoch in range(5) for k in range(20)):
-        resized = images.fit_image(images.to_uint8(large), 8, 8)
+        resized = images.fit_image(images.to_uint8(large), 8, 8, opencv_cubic)
         plain += images.to_uint8(cond["low_res"]).equal(resized)
     assert 10 < plain < 40  # a quarter of 100
 
@@ -468,6 +476,8 @@ def test_cached_images_give_the_same_bits_and_are_decoded_once(tmp_path, monkeyp
     next(load_frames(index, settings))
     with pytest.raises(pytest.fail.Exception, match="decoded again"):
         next(load_frames(index, dataclasses.replace(settings, large_size=16)))
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
+        next(load_frames(index, dataclasses.replace(settings, antialias=True)))
 
 
 # ---------------------------------------------------------------- videos
@@ -534,6 +544,31 @@ def test_extraction_writes_the_frames_displayed_at_its_rate_and_a_rerun_nothing(
         str(target),
         ExtractSettings(),
     )
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_images_are_resized_by_opencv_or_with_antialiasing(tmp_path, antialias):
+    """An image twice as large as large_size, and that once more to small_size."""
+    coarse = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    images.write_image(tmp_path / "a.png", th.from_numpy(coarse).permute(2, 0, 1))
+    expected = []
+    for side in (32, 8):
+        if antialias:
+            coarse = np.asarray(Image.fromarray(coarse).resize((side, side), Image.BICUBIC))
+        else:
+            coarse = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+        expected.append(th.from_numpy(coarse.copy()).permute(2, 0, 1))
+    dataset = dataset_of(tmp_path, random_flip=False, antialias=antialias)
+    assert (images.to_uint8(dataset[0][0]).int() - expected[0].int()).abs().max() <= antialias
+    plain = [images.to_uint8(dataset[epoch, 0][1]["low_res"]).int() for epoch in range(20)]
+    assert min((small - expected[1].int()).abs().max() for small in plain) <= 2 * antialias
+    settings = ExtractSettings(size=16, antialias=antialias)
+    write_video(tmp_path / "videos/a.mp4", seconds=1)
+    frames, _ = extract_videos([str(tmp_path / "videos")], str(tmp_path / "frames"), settings)
+    assert frames == {"a": 4}
+    other = dataclasses.replace(settings, antialias=not antialias)
+    with pytest.raises(DataError, match=f"extracted with .*--antialias {antialias}"):
+        extract_videos([str(tmp_path / "videos")], str(tmp_path / "frames"), other)
 
 
 @pytest.mark.parametrize("size", [0, 24])

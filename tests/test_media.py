@@ -1,5 +1,6 @@
 """Reading gives the right frames and samples of any file; writing is exact and atomic."""
 
+import functools
 from fractions import Fraction
 
 import av
@@ -283,6 +284,28 @@ def test_frames_keep_their_aspect_on_centred_black(tmp_path):
     assert images.fit_image(th.full((3, 4, 8), 255, dtype=th.uint8), 7, 8)[:, :, 0].tolist()[0] == [
         0
     ] + 4 * [255] + 2 * [0]
+
+
+def test_frames_are_resized_without_antialiasing_unless_asked(tmp_path):
+    """Stripes of one pixel, every fourth white: a quarter grey, or what cubic samples make of it.
+
+    A row between the pixels 1 and 2 of each four has weights -0.09375, 0.59375, 0.59375, -0.09375.
+    """
+    stripes = np.zeros((1, 32, 32, 3), np.uint8)
+    stripes[:, :, ::4] = 255
+    path = make_clip(tmp_path / "a.mkv", stripes, fps=4, audio=noise(4000), video_codec="ffv1")
+    for antialias, grey in {False: 0, True: 64}.items():
+        options = {"antialias": antialias}
+        frames, _ = decode.read_window(path, 0, 1, 4, 8, 8, 16000, 4000, **options)
+        assert (frames[0, :, 2:-2].float() - grey).abs().max() < 6
+
+
+@real_media
+@pytest.mark.parametrize("name", ["nasa_13013.mp4", "big_buck_bunny_0_30.webm"])
+def test_antialiasing_changes_real_frames_by_several_grey_levels(name):
+    read = functools.partial(decode.read_window, MEDIA / name, 5, 4, 1, 64, 64, 16000, 16)
+    plain, smooth = (read(antialias=antialias)[0].double() for antialias in (False, True))
+    assert 4 < (plain - smooth).square().mean().sqrt() < 12
 
 
 def test_only_the_window_is_decoded(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from mm_diffusion.config import channel_multipliers, notes_on, parse, pick
 from mm_diffusion.config.flags import flag_name
 from mm_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from mm_diffusion.script_util import (
+    CARRIED_FLAGS,
+    SR_CARRIED_FLAGS,
     TRAINED_FLAGS,
     create_model_and_diffusion,
     merge_checkpoint_flags,
@@ -336,6 +338,20 @@ def test_flags_of_the_checkpoint_take_the_place_of_defaults(command):
     assert merged["lr"] == 0.1
     assert merged["dropout"] == 0.3
     assert "no_flag_any_more" not in merged
+
+
+@pytest.mark.parametrize(
+    ("trained", "antialias"),
+    [({}, False), ({**tiny.FLAGS, "antialias": False}, False), ({**tiny.FLAGS}, True)],
+)
+def test_clips_are_resized_as_those_the_checkpoint_was_trained_on(command, trained, antialias):
+    """Published files carry no flags; ours carried some before there was this one."""
+    values, given = command("--data_dir x")
+    for carried in (CARRIED_FLAGS, SR_CARRIED_FLAGS):
+        merged = merge_checkpoint_flags(values, given, trained, "m.pt", carried)
+        assert merged["antialias"] is antialias
+    values, given = command("--antialias 1")
+    assert merge_checkpoint_flags(values, given, trained, "m.pt")["antialias"] is True
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ class ReadingConfig(Config):
 
     video_fps: int = flag(4, "frames per second", positive)
     num_workers: int = flag(4, "files that are decoded side by side", at_least(0))
+    antialias: bool = flag(False, "resize frames with antialiasing: better, but not as published")
     max_bad_share: float = flag(0.1, "stop if a larger share of the files is unusable", at_least(0))
 
 

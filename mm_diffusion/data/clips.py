@@ -95,8 +95,9 @@ class ClipDataset(Dataset):
         streams = (info.video_stream, info.audio_stream)
         video = (num_frames, config.video_fps, height, width)
         audio = (config.audio_fps, config.audio_size[1])
-        read = functools.partial(decode.read_window, path, start, *video, *audio, *streams)
-        item = {"start": start, "streams": streams, **rates}
+        where = path, start, *video, *audio, *streams
+        read = functools.partial(decode.read_window, *where, antialias=config.antialias)
+        item = {"start": start, "streams": streams, "antialias": config.antialias, **rates}
         return self.disk.get(path, item, self.parts, read) if self.disk else read()
 
 

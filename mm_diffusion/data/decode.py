@@ -26,7 +26,7 @@ import torchvision
 
 from . import MediaError
 from .audio import read_samples, resampled
-from .images import fit_image
+from .images import antialiased_bicubic, fit_image, published_bicubic
 from .streams import (
     PREROLL_SECONDS,
     AnyPath,
@@ -136,13 +136,15 @@ def read_window(
     num_samples: int,
     video_stream: int | None = None,
     audio_stream: int | None = None,
+    antialias: bool = False,
 ) -> tuple[th.Tensor, th.Tensor]:
     """-> (frames [F, H, W, 3] uint8, audio [2, L] float32) of the window from `start_seconds` on.
 
-    Frames are fitted into H x W (`fit_image`); after the end of the video its last frame repeats.
-    Mono becomes two equal channels, more than two are downmixed (libav's matrix). The window
-    begins at sample round(start * rate) of the resampled stream; values beyond [-1, 1], as lossy
-    codecs may give, are clipped. MediaError if the file cannot be decoded or has NaN as audio.
+    Frames are fitted into H x W (`fit_image`), by default without antialiasing, as published.
+    After the end of the video its last frame repeats. Mono becomes two equal channels, more than
+    two are downmixed (libav's matrix). The window begins at sample round(start * rate) of the
+    resampled stream; values beyond [-1, 1], as lossy codecs may give, are clipped.
+    MediaError if the file cannot be decoded or has NaN as audio.
     """
     start = Fraction(start_seconds)
     with open_media(path) as container:
@@ -158,12 +160,13 @@ def read_window(
         seconds = float(start) + int(invalid.int().argmax()) / sample_rate
         raise MediaError(f"{path}: audio contains NaN at {seconds:.2f} s")
     converter = av.video.reformatter.VideoReformatter()  # one for all: its setup costs
-    fitted = {frame: fit_image(_to_rgb(frame, converter), height, width) for frame in set(frames)}
+    size = height, width, antialiased_bicubic if antialias else published_bicubic
+    fitted = {frame: fit_image(_to_rgb(frame, converter), *size) for frame in set(frames)}
     images = th.stack([fitted[frame] for frame in frames])
     return images.permute(0, 2, 3, 1).contiguous(), waveform
 
 
-def read_frames(path: AnyPath, first: int, count: int, fps: Rate) -> Iterator[th.Tensor]:
+def read_frames(path: AnyPath, first: int | Fraction, count: int, fps: Rate) -> Iterator[th.Tensor]:
     """The upright RGB frames [3, h, w] uint8 at (first + i) / fps seconds, i < count, one by one.
 
     Needs no audio. After the end the last frame repeats. MediaError if the file cannot be decoded.

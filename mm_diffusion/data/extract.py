@@ -21,6 +21,7 @@ from ..config import require_positive
 from ..files import absolute
 from . import DataError, MediaError, decode, images
 from .clips import count_frames
+from .frames import choose_resize
 from .index import VIDEO_EXTENSIONS, find_files, fingerprint
 
 FORMATS = ("png", "jpg")
@@ -36,6 +37,7 @@ class ExtractSettings:
     format: str = "png"
     quality: int = 95
     size: int = 0
+    antialias: bool = False
 
     def __post_init__(self) -> None:
         require_positive(fps=self.fps, quality=self.quality)
@@ -43,10 +45,12 @@ class ExtractSettings:
             raise ValueError("--format is png or jpg, --quality 1 to 100, --size 0 or pixels")
 
     def recorded(self) -> dict[str, Any]:
-        """The settings that decide the frames: a png has no quality."""
+        """The settings that decide the frames: a png has no quality, a full frame no resizing."""
         used = dataclasses.asdict(self)
         if self.format == "png":
             del used["quality"]
+        if not self.size:
+            del used["antialias"]
         return used
 
 
@@ -153,7 +157,8 @@ def _extract(path: str, folder: Path, settings: ExtractSettings, stop: threading
                 raise InterruptedError(path)
             hidden.append(folder / f".image_{clip}_{number:06d}.{settings.format}")
             if settings.size:
-                frame = images.fit_image(frame, settings.size, settings.size)
+                resize = choose_resize(settings.antialias)
+                frame = images.fit_image(frame, settings.size, settings.size, resize)
             images.write_image(hidden[-1], frame, settings.quality)
         for temporary in hidden:
             temporary.rename(temporary.with_name(temporary.name[1:]))

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 
+import cv2
 import numpy as np
 import torch as th
 from torch.utils.data import Dataset
@@ -28,6 +29,7 @@ from .index import (
 )
 from .loader import endless_batches
 
+cv2.setNumThreads(1)  # images are resized in several processes
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 NOISE_SHARE, MAX_NOISE_SIGMA = 0.5, 20.0  # of the small images; on the scale 0..255
 JPEG_SHARE, JPEG_QUALITIES = 0.5, (20, 80)
@@ -71,9 +73,23 @@ def _duration(path: str) -> float | None:
     return None
 
 
-def degrade(large: th.Tensor, small_size: int, generator: np.random.Generator) -> th.Tensor:
+def opencv_cubic(image: th.Tensor, size: list[int]) -> th.Tensor:
+    """[3, h, w] uint8 -> [3, *size]: as published, without antialiasing."""
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    resized = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return th.from_numpy(resized).permute(2, 0, 1)
+
+
+def choose_resize(antialias: bool) -> images.Resize:
+    """How images for the upsampler are resized."""
+    return images.antialiased_bicubic if antialias else opencv_cubic
+
+
+def degrade(
+    large: th.Tensor, small_size: int, generator: np.random.Generator, antialias: bool = False
+) -> th.Tensor:
     """[3, H, W] uint8 -> [3, s, s] uint8: bicubic; half with Gaussian noise; then half as JPEG."""
-    small = images.fit_image(large, small_size, small_size)
+    small = images.fit_image(large, small_size, small_size, choose_resize(antialias))
     if generator.random() < NOISE_SHARE:
         sigma = generator.uniform(0, MAX_NOISE_SIGMA)
         noise = th.from_numpy(generator.standard_normal(small.shape, dtype=np.float32))
@@ -106,11 +122,11 @@ class FrameDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Pair:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        seed, large = self.config.seed, self._large(index)
-        if self.config.random_flip and is_mirrored(seed, epoch, index):
+        config, seed, large = self.config, self.config.seed, self._large(index)
+        if config.random_flip and is_mirrored(seed, epoch, index):
             large = large.flip(-1)
         generator = np.random.default_rng(rng.derive_seed(seed, "degrade", epoch, index))
-        small = degrade(large, self.config.small_size, generator)
+        small = degrade(large, config.small_size, generator, config.antialias)
         return images.to_float(large.contiguous()), {"low_res": images.to_float(small.contiguous())}
 
     def source(self, index: int) -> tuple[str, int | None]:
@@ -131,9 +147,15 @@ class FrameDataset(Dataset):
         side, (path, number) = self.config.large_size, self.source(index)
 
         def read() -> tuple[th.Tensor]:
-            return (images.fit_image(self.image(index), side, side).contiguous(),)
+            resize = choose_resize(self.config.antialias)
+            return (images.fit_image(self.image(index), side, side, resize).contiguous(),)
 
-        item = {"seconds": None if number is None else number / Fraction(self.config.video_fps)}
+        seconds = None if number is None else number / Fraction(self.config.video_fps)
+        item = {
+            "seconds": seconds,
+            "antialias": self.config.antialias,
+            "opencv": cv2.__version__,
+        }
         parts = self.disk.get(path, item, self.parts, read) if self.disk else read()
         return parts[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,21 @@ IMAGE_FORMATS: dict[str, dict[str, Any]] = {
     ".jpg": {"format": "JPEG", "subsampling": 0},
 }
 
+Resize = Callable[[th.Tensor, list[int]], th.Tensor]  # [C, h, w] uint8, [height, width] -> resized
+_bicubic = functools.partial(image_functional.resize, interpolation=InterpolationMode.BICUBIC)
+published_bicubic: Resize = functools.partial(_bicubic, antialias=False)  # of clips
+antialiased_bicubic: Resize = functools.partial(_bicubic, antialias=True)
 
-def fit_image(image: th.Tensor, height: int, width: int) -> th.Tensor:
-    """[C, h, w] uint8 -> [C, height, width]: bicubic, aspect kept, centred on black (pad // 2)."""
+
+def fit_image(
+    image: th.Tensor, height: int, width: int, resize: Resize = antialiased_bicubic
+) -> th.Tensor:
+    """[C, h, w] uint8 -> [C, height, width]: resized, aspect kept, centred on black (pad // 2)."""
     h, w = image.shape[-2:]
     scale = min(height / h, width / w)
     size = [max(1, round(h * scale)), max(1, round(w * scale))]
     if size != [h, w]:
-        image = image_functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+        image = resize(image, size)
     down, across = height - size[0], width - size[1]
     borders = [across // 2, down // 2, across - across // 2, down - down // 2]
     return image_functional.pad(image, borders)

@@ -54,7 +54,7 @@ class ConditioningClips:
             for path, info in self.index.clips
         ]
         config = self.dataset.config
-        facts = [files, self.order, config.clip_stride, config.random_flip]
+        facts = [files, self.order, config.clip_stride, config.random_flip, config.antialias]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def write_sources(self, folder: str | os.PathLike, stem: str) -> None:
