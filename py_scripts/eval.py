@@ -3,19 +3,26 @@
 from mm_diffusion import logger
 from mm_diffusion.config import EvalConfig, parse, pick
 from mm_diffusion.dist_util import friendly_errors, setup_dist
-from mm_diffusion.evaluation.evaluate import evaluate, report_folder, sizes_from_flags
+from mm_diffusion.evaluation.evaluate import (
+    evaluate,
+    report_folder,
+    sizes_from_flags,
+    with_preset,
+)
 from mm_diffusion.evaluation.measures import make_measures
 from mm_diffusion.evaluation.report import publish
 
 
 def main() -> None:
-    flags, _ = parse(__doc__, EvalConfig)
+    flags = with_preset(*parse(__doc__, EvalConfig))
     config = pick(EvalConfig, flags)
     sizes, folder = sizes_from_flags(flags), report_folder(config)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
     measures = make_measures(config, world.device)
-    report = evaluate(config.samples_path, config, sizes, measures, world)
+    report = evaluate(
+        config.samples_path, config, sizes, measures, world, sample_num=config.sample_num
+    )
     publish(report, folder, world)
 
 

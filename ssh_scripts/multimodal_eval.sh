@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 : "${VIDEO_SIZE:=20,3,64,64}"  # what clips are read at; for upsampled ones 20,3,256,256
 : "${AUDIO_SIZE:=2,80000}"
 
-: "${I3D_PATH:=}"  # TorchScript I3D: FVD and KVD
+: "${I3D_PATH:=}"  # I3D, i3d_pretrained_400.pt or TorchScript: FVD and KVD
 : "${AUDIO_EMBEDDING_PATH:=}"  # TorchScript audio embedding: FAD
 : "${DETECTOR_PATH:=}"  # weights of torchvision's detector: Spatial AV-Align
 : "${BOXES_DIR:=}"  # or the boxes of any detector: CLIP.csv with frame,category,x0,y0,x1,y1

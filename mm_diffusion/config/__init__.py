@@ -10,6 +10,7 @@ command line and in checkpoints ("2,4,8"), and a tuple in a config.
 from .command_line import Parser, flag_defaults, notes_on, parse, pick
 from .flags import SR, Config, channel_multipliers, require_positive
 from .subjects import (
+    EVALUATION_PRESETS,
     BatchConfig,
     ClipConfig,
     ClipReadingConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch as th
 
 from ..config import ClipReadingConfig, DataConfig
-from ..data import decode
+from ..data import decode, images
 from ..data.clips import ClipDataset, count_frames, count_windows
 from ..data.decode import ClipInfo
 from ..data.index import ClipIndex, build_index, fingerprint, identity
@@ -32,29 +32,69 @@ class Clip:
     sample_rate: int
     path: str
     start: Fraction  # seconds
-    file_seconds: float
-    file_fps: float
+    file: ClipInfo
+    antialias: bool
+
+    def frames_at(self, fps: float, num_frames: int) -> th.Tensor:
+        """[num_frames, 3, H, W] from the clip's start on, read at another rate."""
+        frames, _ = self._read((num_frames, fps, *self.video.shape[-2:]), (self.sample_rate, 1))
+        return images.to_float(frames.permute(0, 3, 1, 2))
+
+    def audio_at(self, sample_rate: int, num_samples: int) -> th.Tensor:
+        """[2, num_samples] from the clip's start on, read at another rate."""
+        return self._read((1, self.fps, 8, 8), (sample_rate, num_samples))[1]
+
+    def _read(
+        self, frames: tuple[int, float, int, int], samples: tuple[int, int]
+    ) -> tuple[th.Tensor, th.Tensor]:
+        streams = self.file.video_stream, self.file.audio_stream
+        where = self.path, self.start, *frames, *samples, *streams
+        return decode.read_window(*where, antialias=self.antialias)
+
+    def original_frames(self) -> Iterator[th.Tensor]:
+        """[3, h, w] uint8, at the size in the file and its rate, or that of the clip if lower."""
+        fps = Fraction(min(self.fps, self.file.fps))
+        seconds = min(len(self.video) / self.fps, self.file.duration_seconds - float(self.start))
+        count = count_frames(seconds, float(fps))
+        return decode.read_frames(self.path, self.start * fps, count, fps)
+
+    def original_audio(self) -> th.Tensor:
+        """[2, L] at the sample rate of the file."""
+        seconds = self.audio.shape[-1] / self.sample_rate
+        rate = self.file.sample_rate
+        return self.audio_at(rate, round(seconds * rate))
 
 
 class ClipFolder:
-    """The clips of a folder, by number; DataError for none, or for too many unusable files."""
+    """The first `most` clips of a folder (0: all), by number.
 
-    def __init__(self, folder: str, config: ClipReadingConfig, flag: str) -> None:
+    They have two channels, equal ones for mono. DataError for none, or for too many unusable files.
+    """
+
+    def __init__(self, folder: str, config: ClipReadingConfig, flag: str, most: int = 0) -> None:
         index = build_index(folder, config.max_bad_share, num_workers=config.num_workers, flag=flag)
         self.folder, self.config, self.flag, self.bad = folder, config, flag, index.bad
         self.dataset = _open_dataset(index, config)
-        self.files = self.dataset.clips
+        self.files, self.most = self.dataset.clips, most
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return min(len(self.dataset), self.most or len(self.dataset))
 
     def clip(self, number: int) -> Clip:
         """Clip `number`; MediaError where it cannot be decoded."""
         path, info, start = self.dataset.source(number)
         sample = self.dataset[number]
-        fps, rate = self.config.video_fps, self.config.audio_fps
-        file = path, start, info.duration_seconds, info.fps
-        return Clip(sample["video"], sample["audio"], fps, rate, *file)
+        config = self.config
+        return Clip(
+            sample["video"],
+            sample["audio"],
+            fps=config.video_fps,
+            sample_rate=config.audio_fps,
+            path=path,
+            start=start,
+            file=info,
+            antialias=config.antialias,
+        )
 
     def name(self, number: int) -> str:
         """The name of clip `number` in a report."""
@@ -66,8 +106,16 @@ class ClipFolder:
         with ThreadPoolExecutor(max(1, self.config.num_workers)) as pool:
             files = list(pool.map(_file_content, [path for path, _ in self.files]))
         config = self.config
-        rates = config.video_fps, config.audio_fps
-        return json.dumps([decode.DECODER, [config.video_size, config.audio_size, rates], files])
+        how = config.video_size, config.audio_size, config.video_fps, config.audio_fps
+        return json.dumps([decode.DECODER, [*how, config.antialias, self.most], files])
+
+    def how(self) -> str:
+        """How the clips are read."""
+        config = self.config
+        num_frames, _, height, width = config.video_size
+        frames = f"{num_frames} frames at {config.video_fps} fps, {width} x {height} pixels"
+        resized = f"resized (bicubic) {'with' if config.antialias else 'without'} antialiasing"
+        return f"{frames}, {resized}; {config.audio_size[1]} samples at {config.audio_fps} Hz"
 
     def notes(self) -> list[str]:
         """What a reader of scores should know of these clips."""
@@ -89,16 +137,16 @@ class ClipFolder:
             f"{short} files are shorter than {seconds}: {padded}": short,
             f"{end} are left out, too short for another clip of {seconds}": cut,
             f"{slow} files have a frame rate below --video_fps {fps}: {slow_effect}": slow,
+            f"{len(self)} clips, fewer than --sample_num {self.most}": len(self) < self.most,
         }
         return [f"--{self.flag}: {note}" for note, count in notes.items() if count]
 
 
 def _open_dataset(index: ClipIndex[ClipInfo], config: ClipReadingConfig) -> ClipDataset:
-    """Consecutive windows, never flipped."""
+    """Consecutive windows, never flipped, with two channels."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return ClipDataset(
-        index, DataConfig(random_flip=False, clip_stride=config.video_size[0], **fields)
-    )
+    fields |= {"audio_size": (2, config.audio_size[1]), "clip_stride": config.video_size[0]}
+    return ClipDataset(index, DataConfig(random_flip=False, **fields))
 
 
 def _file_content(path: str) -> list[Any]:

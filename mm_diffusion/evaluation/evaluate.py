@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import ClipReadingConfig, EvalConfig, MetricsConfig, pick
+from ..config import EVALUATION_PRESETS, ClipReadingConfig, EvalConfig, MetricsConfig, pick
 from ..config.flags import as_text
 from ..data.index import folders_in
 from ..dist_util import World
 from .clips import ClipFolder
 from .compute import FORMAT, compute_all, compute_reference
 from .measures import Measure, left_out
-from .report import Report, publish
-from .scores import compute_scores, histograms
+from .report import CLIPS, Report, publish
+from .scores import compute_scores, histograms, published_scale, scores_of_mono
+
+MONO = "figures of stereo and localised events; --audio_size 1,L says that the clips are mono"
 
 
 def evaluate(
@@ -25,13 +28,18 @@ def evaluate(
     sizes: ClipReadingConfig,
     measures: Mapping[str, Measure],
     world: World,
+    sample_num: int = 0,
 ) -> Report:
-    """The report on a folder of clips, on every rank.
+    """The report on a folder of clips, or its first `sample_num`, on every rank.
 
     Must be called on all ranks. DataError, MediaError, ValueError.
     """
-    folder = ClipFolder(samples, sizes, "samples_path")
-    true_folder = ClipFolder(config.ref_path, sizes, "ref_path") if config.ref_path else None
+    open_folder = functools.partial(ClipFolder, config=sizes, most=sample_num)
+    folder = open_folder(samples, flag="samples_path")
+    true_folder = open_folder(config.ref_path, flag="ref_path") if config.ref_path else None
+    is_mono = sizes.audio_size[0] == 1
+    if is_mono and not config.events_dir:  # which localising needs two channels
+        measures = {name: m for name, m in measures.items() if name != "spatial"}
     if config.boxes_dir or config.events_dir:
         _check_names([path for path, _ in folder.files])
     generated, reference = compute_all(folder, measures, world), {}
@@ -42,18 +50,27 @@ def evaluate(
         notes += true_folder.notes()
         names.append(true_folder.name)
     scores, score_notes = compute_scores(generated, reference, *names)
+    if config.preset:
+        scores += published_scale(scores)
+    if is_mono:
+        scores = scores_of_mono(scores)
     settings = {
         "samples_path": samples,
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(MetricsConfig)},
         **dataclasses.asdict(sizes),
         "video_size": as_text(sizes.video_size),
         "audio_size": as_text(sizes.audio_size),
+        "sample_num": sample_num,
         "clips": {"samples": len(folder), "reference": len(true_folder or [])},
         "format": FORMAT,
         "measures": {name: measure.key for name, measure in measures.items()},
     }
-    shares = histograms(generated, reference)
-    return Report(scores, notes + score_notes, left_out(config), settings, shares)
+    how = {CLIPS: folder.how(), **{name: measure.how for name, measure in measures.items()}}
+    missing = left_out(config)
+    if is_mono:
+        missing.append(MONO)
+    shares = {} if is_mono else histograms(generated, reference)
+    return Report(scores, notes + score_notes, missing, settings, shares, how)
 
 
 def _check_names(paths: list[str]) -> None:
@@ -81,6 +98,12 @@ def evaluate_samples(
 
 
 # ---------------------------------------------------------------- flags
+
+
+def with_preset(flags: Mapping[str, Any], explicit: Collection[str]) -> dict[str, Any]:
+    """The flags, whose defaults are those of --preset; ValueError for an unknown preset."""
+    preset = EVALUATION_PRESETS.get(pick(MetricsConfig, flags).preset, {})
+    return {**flags, **{name: value for name, value in preset.items() if name not in explicit}}
 
 
 def check_metrics_config(config: MetricsConfig) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,13 @@ import torch as th
 import torch.nn.functional as F
 import torchaudio.functional as AF
 
+from . import i3d
+
 I3D_PIXELS = 224
-I3D_SOURCE = "a TorchScript I3D, such as i3d_torchscript.pt of github.com/universome/fvd-comparison"
+I3D_SOURCE = (
+    "the published weights i3d_pretrained_400.pt, or a TorchScript I3D, such as i3d_torchscript.pt"
+    " of github.com/universome/fvd-comparison"
+)
 EMBEDDING_SOURCE = (
     "any TorchScript module of log-mel patches [B, 1, 96, 64], such as a traced"
     " github.com/harritaylor/torchvggish; or of [B, L] with --audio_embedding_input waveform"
@@ -64,19 +71,46 @@ def _run(flag: str, model: Callable, x: th.Tensor, **options: Any) -> th.Tensor:
     return out
 
 
+def is_script(path: str) -> bool:
+    """Whether a file is a TorchScript archive."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
 def load_i3d(path: str, device: th.device) -> Callable[[th.Tensor], th.Tensor]:
-    """-> a function [F, 3, H, W] in [-1, 1] -> I3D features [D], computed at 224 x 224."""
-    model = load_script("i3d_path", path, I3D_SOURCE, device)
-    # The usual file can resize and rescale by itself, others cannot: all get the same input.
-    usual = {"rescale": False, "resize": False, "return_features": True}
-    known = {argument.name for argument in model.forward.schema.arguments}
-    options = {name: value for name, value in usual.items() if name in known}
+    """-> a function [F, 3, H, W] in [-1, 1] -> I3D features [D], computed at 224 x 224.
+
+    `path` is a TorchScript file or the published weights, whose features are the logits.
+    """
+    options: dict[str, Any] = {}
+    if is_script(path) or not Path(path).is_file():
+        model = load_script("i3d_path", path, I3D_SOURCE, device)
+        # The usual file can resize and rescale by itself, others cannot: all get the same input.
+        usual = {"rescale": False, "resize": False, "return_features": True}
+        known = {argument.name for argument in model.forward.schema.arguments}
+        options = {name: value for name, value in usual.items() if name in known}
+    else:
+        try:
+            model = i3d.load(path).to(device)
+        except ValueError as error:
+            raise ValueError(f"--i3d_path {error}; needs {I3D_SOURCE}") from None
 
     def features(frames: th.Tensor) -> th.Tensor:
-        large = F.interpolate(frames.to(device), (I3D_PIXELS, I3D_PIXELS), mode="bilinear")
-        return _run("i3d_path", model, large.transpose(0, 1)[None], **options)[0]
+        square = centre_square(frames.to(device), I3D_PIXELS)
+        return _run("i3d_path", model, square.transpose(0, 1)[None], **options)[0]
 
     return features
+
+
+def centre_square(frames: th.Tensor, side: int) -> th.Tensor:
+    """[F, C, H, W] -> [F, C, side, side]: shorter side resized to it, bilinearly, centre crop."""
+    sizes = frames.shape[-2:]
+    height, width = (math.ceil(size * side / min(sizes)) for size in sizes)
+    large = F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
+    top, left = (height - side) // 2, (width - side) // 2
+    return large[..., top : top + side, left : left + side]
 
 
 def views(audio: th.Tensor) -> th.Tensor:
@@ -102,19 +136,23 @@ def log_mel_patches(audio: th.Tensor) -> th.Tensor:
 
 
 def load_audio_embedding(
-    path: str, input_kind: str, device: th.device
+    path: str, input_kind: str, device: th.device, embedding_hz: int = EMBEDDING_HZ
 ) -> Callable[[th.Tensor, int], dict[str, th.Tensor]]:
     """-> a function of audio [2, L] and its rate to {view: embeddings [P, D]}, P patches.
 
-    A waveform is one patch.
+    The network gets log-mel patches of audio at 16 kHz, or a waveform at `embedding_hz`, which is
+    one patch.
     """
     if input_kind not in EMBEDDING_INPUTS:
         choices = " or ".join(EMBEDDING_INPUTS)
         raise ValueError(f"--audio_embedding_input {input_kind}: choose {choices}")
+    if input_kind == "logmel" and embedding_hz != EMBEDDING_HZ:
+        need = f"logmel takes {EMBEDDING_HZ} Hz; set --audio_embedding_input waveform"
+        raise ValueError(f"--audio_embedding_fps {embedding_hz}: {need}")
     model = load_script("audio_embedding_path", path, EMBEDDING_SOURCE, device)
 
     def embed(audio: th.Tensor, sample_rate: int) -> dict[str, th.Tensor]:
-        waveforms = AF.resample(views(audio), sample_rate, EMBEDDING_HZ)
+        waveforms = AF.resample(views(audio), sample_rate, embedding_hz)
         batch = waveforms
         if input_kind == "logmel":
             batch = log_mel_patches(waveforms).flatten(0, 1)[:, None]

@@ -33,6 +33,7 @@ class Measure:
     compute: Callable[[Clip], Rows]
     key: str = ""
     of_reference: bool = True  # whether it is computed of reference clips, too
+    how: str = ""  # what a reader has to know to compare its figures with others
 
 
 def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure]:
@@ -40,9 +41,12 @@ def make_measures(config: MetricsConfig, device: th.device) -> dict[str, Measure
     config = _expand_paths(config)
     if config.ref_path:
         find_files(folders_in(config.ref_path), VIDEO_EXTENSIONS, "clips", "check --ref_path")
-    made = {"stereo": Measure(_stereo), "thumbnail": Measure(_thumbnail)}
+    made = {
+        "stereo": Measure(_stereo, how="both channels in segments of 0.1 s"),
+        "thumbnail": Measure(_thumbnail, how="8 x 8 pixels, as it is or mirrored"),
+    }
     if not temporal_av_align.why_no_onsets():
-        made["temporal"] = Measure(_temporal, temporal_av_align.version_key())
+        made |= _temporal_measures()
     if config.i3d_path:
         made["i3d"] = _i3d_measure(config, device)
     if config.audio_embedding_path:
@@ -74,8 +78,14 @@ def _expand_paths(config: MetricsConfig) -> MetricsConfig:
     return dataclasses.replace(config, **expanded)
 
 
-def _temporal(clip: Clip) -> Rows:
-    return temporal_av_align.compute(clip.video, clip.audio, clip.fps, clip.sample_rate)
+def _temporal_measures() -> dict[str, Measure]:
+    key = temporal_av_align.version_key()
+    ours = "clips as they are read; an onset and a peak count once"
+    published = "size and rate of the file, at most --video_fps; onsets may share a peak"
+    return {
+        "temporal": Measure(temporal_av_align.compute, key, how=ours),
+        "temporal_published": Measure(temporal_av_align.compute_published, key, how=published),
+    }
 
 
 def _stereo(clip: Clip) -> Rows:
@@ -87,22 +97,39 @@ def _thumbnail(clip: Clip) -> Rows:
 
 
 def _i3d_measure(config: MetricsConfig, device: th.device) -> Measure:
-    i3d = features.load_i3d(config.i3d_path, device)
+    path, num_frames, fps = config.i3d_path, config.i3d_frames, config.i3d_fps
+    i3d = features.load_i3d(path, device)
 
     def compute(clip: Clip) -> Rows:
-        return {"features": i3d(clip.video)}
+        if not (num_frames or fps):
+            return {"features": i3d(clip.video)}
+        rate = fps or clip.fps
+        count = num_frames or round(len(clip.video) / clip.fps * rate)
+        return {"features": i3d(clip.frames_at(rate, count))}
 
-    return Measure(compute, f"{features.file_key(config.i3d_path)} {device.type}")
+    frames = f"first {num_frames} frames" if num_frames else "all frames"
+    at = f"{fps} fps" if fps else "the rate of the clip"
+    kind = "features of TorchScript" if features.is_script(path) else "logits of Inception I3D"
+    how = f"{frames} at {at}, shorter side to 224 (bilinear), centre crop; {kind} {Path(path).name}"
+    key = f"{features.file_key(path)} {num_frames} {fps} {device.type}"
+    return Measure(compute, key, how=how)
 
 
 def _embedding_measure(config: MetricsConfig, device: th.device) -> Measure:
     path, kind = config.audio_embedding_path, config.audio_embedding_input
-    embed = features.load_audio_embedding(path, kind, device)
+    rate, num_samples = config.audio_embedding_fps, config.audio_embedding_samples
+    embed = features.load_audio_embedding(path, kind, device, rate)
 
     def compute(clip: Clip) -> Rows:
-        return embed(clip.audio, clip.sample_rate)
+        if rate == features.EMBEDDING_HZ and not num_samples:
+            return embed(clip.audio, clip.sample_rate)
+        count = num_samples or round(clip.audio.shape[-1] / clip.sample_rate * rate)
+        return embed(clip.audio_at(rate, count), rate)
 
-    return Measure(compute, f"{features.file_key(path)} {kind} {device.type}")
+    samples = f"first {num_samples} samples" if num_samples else "all samples"
+    how = f"{samples} at {rate} Hz as {kind}; output of {Path(path).name}"
+    key = f"{features.file_key(path)} {kind} {rate} {num_samples} {device.type}"
+    return Measure(compute, key, how=how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +154,16 @@ class SpatialAlign:
             return Boxes(self.detect(clip.video), clip.fps, len(clip.video), clip.start)
         path = Path(self.config.boxes_dir, name)
         # All of the file: boxes just outside the window count for events at its edges.
-        rows = spatial_av_align.read_boxes(path, clip.file_fps, clip.file_seconds)
-        return Boxes(rows, clip.file_fps, count_frames(clip.file_seconds, clip.file_fps))
+        file = clip.file
+        rows = spatial_av_align.read_boxes(path, file.fps, file.duration_seconds)
+        return Boxes(rows, file.fps, count_frames(file.duration_seconds, file.fps))
 
     def _events(self, clip: Clip, name: str) -> Events:
         if not self.config.events_dir:
             rows = spatial_av_align.localise(clip.audio, clip.sample_rate)
             return Events(rows, clip.start)
         path = Path(self.config.events_dir, name)
-        rows = spatial_av_align.read_events(path, clip.file_seconds)
+        rows = spatial_av_align.read_events(path, clip.file.duration_seconds)
         seconds = len(clip.video) / Fraction(clip.fps)
         return Events(spatial_av_align.select_window(rows, clip.start, seconds))
 
@@ -149,10 +177,13 @@ def _spatial_measure(config: MetricsConfig, device: th.device) -> Measure:
         raise ValueError("--boxes_dir and --detector_path: give one of them")
     if config.match_categories and not (config.boxes_dir and config.events_dir):
         raise ValueError("--match_categories needs the categories of --boxes_dir and --events_dir")
+    events = "events of --events_dir" if config.events_dir else "events localised in the audio"
     if config.boxes_dir:
-        return Measure(SpatialAlign(config, detect=None), of_reference=False)
+        how = f"boxes of --boxes_dir, {events}"
+        return Measure(SpatialAlign(config, detect=None), of_reference=False, how=how)
     name, path = config.detector, config.detector_path
+    how = f"boxes of {name} in the clips as they are read, {events}"
     compute = SpatialAlign(config, spatial_av_align.load_detector(name, path, device))
     if config.events_dir:
-        return Measure(compute, of_reference=False)
-    return Measure(compute, f"{features.file_key(path)} {name} {device.type}")
+        return Measure(compute, of_reference=False, how=how)
+    return Measure(compute, f"{features.file_key(path)} {name} {device.type}", how=how)

@@ -13,6 +13,8 @@ from ..dist_util import World
 from ..files import write_text
 from .scores import Score
 
+CLIPS = "clips"  # how they are read, beside how measures are computed
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -23,12 +25,22 @@ class Report:
     left_out: list[str]
     settings: dict[str, Any]
     histograms: dict[str, Any] = dataclasses.field(default_factory=dict)
+    how: dict[str, str] = dataclasses.field(default_factory=dict)  # measure -> how it is computed
 
     def text(self) -> str:
-        """The table, notes on it, and what is left out and why."""
+        """The table, how its figures are computed, notes, and what is left out and why."""
         notes = [f"note: {note}" for note in self.notes]
         left_out = [f"left out: {line}" for line in self.left_out]
-        return "\n".join([table(self.scores), *notes, *left_out])
+        return "\n".join([table(self.scores), *self._how(), *notes, *left_out])
+
+    def _how(self) -> list[str]:
+        """A line for each measure that has scores, and one on the clips."""
+        lines = [f"{CLIPS}: {self.how[CLIPS]}"] if self.how else []
+        for measure, how in self.how.items():
+            names = [score.name for score in self.scores if score.measure == measure]
+            if names:
+                lines.append(f"{'; '.join(names)}: {how}")
+        return lines
 
     def save(self, folder: str) -> str:
         """Write metrics.json into the folder -> its path.

@@ -23,6 +23,11 @@ from .features import VIEWS
 FEW = 30  # scores of fewer clips are unreliable
 BLACK = -0.98  # the brightest pixel of a black clip
 NUM_CLOSEST = 3  # pairs of a sample and its nearest reference clip that are named
+PUBLISHED_FAD_SCALE = 1000
+TEMPORAL = {
+    "temporal": "Temporal AV-Align",
+    "temporal_published": "Temporal AV-Align, published count",
+}
 SEGMENTS = "segments of 0.1 s"
 # Bin edges of the histograms: dB, ms.
 EDGES = {"ild": stereo.ILD_EDGES_DB, "itd": 1e3 * stereo.ITD_EDGES_SECONDS}
@@ -45,6 +50,7 @@ class Score:
     reference_count: int = 0
     unit: str = "clips"
     note: str = ""
+    measure: str = ""  # what it is made of; the report says how that was computed
 
 
 def compute_scores(
@@ -54,20 +60,43 @@ def compute_scores(
     reference_name: Callable[[int], str] = str,
 ) -> tuple[list[Score], list[str]]:
     """All scores, and notes on them, in which clips have these names; `reference` may be empty."""
-    scores = _feature_distances(generated, reference)
     both = generated, reference
-    if "temporal" in generated:
-        scores.append(_compare("Temporal AV-Align", _mean_overlap, *both, "higher"))
+    scores = _feature_distances(*both)
+    for measure, title in TEMPORAL.items():
+        if measure in generated:
+            mean_overlap = functools.partial(_mean_overlap, measure)
+            scores += _made_of(measure, _compare(title, mean_overlap, *both, "higher"))
     if "spatial" in generated:
-        scores.append(_compare("Spatial AV-Align", _hit_share, *both, "higher", "events"))
-    scores += _stereo_scores(*both)
+        score = _compare("Spatial AV-Align", _hit_share, *both, "higher", "events")
+        scores += _made_of("spatial", score)
+    scores += _made_of("stereo", *_stereo_scores(*both))
     notes = _set_notes("samples", generated)
     if reference:
         notes += _set_notes("reference", reference)
         score, pairs = _memorisation(*both, name, reference_name)
-        scores.append(score)
+        scores += _made_of("thumbnail", score)
         notes += pairs
     return scores, notes
+
+
+def _made_of(measure: str, *scores: Score) -> list[Score]:
+    return [dataclasses.replace(score, measure=measure) for score in scores]
+
+
+def scores_of_mono(scores: list[Score]) -> list[Score]:
+    """Those that mean something for mono, whose left and right channel are equal."""
+    stereo_only = {f"FAD {view}" for view in VIEWS if view != "mid"}
+    return [s for s in scores if s.measure != "stereo" and s.name not in stereo_only]
+
+
+def published_scale(scores: list[Score]) -> list[Score]:
+    """FAD as the published evaluations print it: of the mean of both channels, times 1000."""
+    scaled = []
+    for score in scores:
+        if score.name == "FAD mid" and score.value is not None:
+            name, value = f"FAD mid x {PUBLISHED_FAD_SCALE}", PUBLISHED_FAD_SCALE * score.value
+            scaled.append(dataclasses.replace(score, name=name, value=value))
+    return scaled
 
 
 def _set_notes(which: str, results: Results) -> list[str]:
@@ -107,13 +136,15 @@ def _feature_distances(generated: Results, reference: Results) -> list[Score]:
     scores = []
     if "i3d" in reference:
         points = generated["i3d"]["features"], reference["i3d"]["features"]
-        scores.append(_distance("FVD", frechet_distance, *points))
-        scores.append(_distance("KVD", kernel_distance, *points))
+        fvd = _distance("FVD", frechet_distance, *points)
+        kvd = _distance("KVD", kernel_distance, *points)
+        scores += _made_of("i3d", fvd, kvd)
     if "embedding" in reference:
         for view in VIEWS:
             x = generated["embedding"][view].flatten(0, 1)
             y = reference["embedding"][view].flatten(0, 1)
-            scores.append(_distance(f"FAD {view}", frechet_distance, x, y, unit="patches"))
+            score = _distance(f"FAD {view}", frechet_distance, x, y, unit="patches")
+            scores += _made_of("embedding", score)
     return scores
 
 
@@ -137,10 +168,10 @@ def _distance(
 # ---------------------------------------------------------------- alignment
 
 
-def _mean_overlap(results: Results) -> Figure:
+def _mean_overlap(measure: str, results: Results) -> Figure:
     """Mean over the clips that have onsets or peaks."""
-    overlap = temporal_av_align.overlap(**results["temporal"])
-    undefined = len(results["temporal"]["pairs"]) - len(overlap)
+    overlap = temporal_av_align.overlap(**results[measure])
+    undefined = len(results[measure]["pairs"]) - len(overlap)
     note = f"{undefined} clips without onsets or peaks of motion left out" if undefined else ""
     value = overlap.double().mean().item() if len(overlap) else None
     return value, len(overlap), note

@@ -1,8 +1,13 @@
-"""Temporal AV-Align (arXiv 2309.16550): do audio onsets coincide with peaks of the motion?"""
+"""Temporal AV-Align (arXiv 2309.16429): do audio onsets coincide with peaks of the motion?
+
+There are two counts. Ours pairs an onset with one peak only, in the clip as it is read. The
+published one lets several onsets share a peak, in the frames and audio of the file.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from importlib import metadata
 
 import cv2
@@ -10,6 +15,7 @@ import numpy as np
 import torch as th
 
 from ..data import images
+from .clips import Clip, Rows
 
 cv2.setNumThreads(1)  # clips are evaluated in parallel
 # Farneback's flow: pyramid scale, levels, window, iterations, neighbourhood, its sigma, flags.
@@ -33,27 +39,27 @@ def version_key() -> str:
     return f"opencv {cv2.__version__} librosa {metadata.version('librosa')}"
 
 
-def motion(frames: th.Tensor) -> th.Tensor:
-    """[F, 3, H, W] in [-1, 1] -> [F - 1] mean length of the optical flow in pixels."""
-    rgb = images.to_uint8(frames).permute(0, 2, 3, 1).contiguous().numpy()
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb]
+def motion(frames: Iterable[th.Tensor]) -> list[float]:
+    """F frames [3, H, W] (uint8, or in [-1, 1]) -> F - 1 mean lengths of the flow in pixels."""
+    rgb = (images.to_uint8(frame).permute(1, 2, 0).contiguous().numpy() for frame in frames)
+    grey = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb)
     lengths = []
     for before, after in itertools.pairwise(grey):
         flow = cv2.calcOpticalFlowFarneback(before, after, None, *FARNEBACK)  # type: ignore[call-overload]
         lengths.append(np.hypot(flow[..., 0], flow[..., 1]).mean().item())
-    return th.tensor(lengths)
+    return lengths
 
 
-def motion_peaks(frames: th.Tensor, fps: float) -> list[float]:
-    """[F, 3, H, W] -> times in seconds of local maxima of the motion.
+def motion_peaks(frames: Iterable[th.Tensor], fps: float, least: float) -> list[float]:
+    """F frames -> times in seconds of local maxima of the motion, above `least` pixels.
 
     Motion from frame i - 1 to frame i is at i / fps.
     """
-    strength = motion(frames).tolist()
+    strength = motion(frames)
     peaks = []
     for i in range(1, len(strength) - 1):
         before, here, after = strength[i - 1 : i + 2]
-        if before < here > after and here > STILL_PIXELS:
+        if before < here > after and here > least:
             peaks.append((i + 1) / fps)
     return peaks
 
@@ -72,7 +78,7 @@ def onsets(audio: th.Tensor, sample_rate: int) -> list[float]:
 def count_pairs(first: list[float], second: list[float], window_seconds: float) -> int:
     """The most pairs, one time of each ascending list, at most the window apart.
 
-    No time is in two pairs; the published count lets several onsets share a peak.
+    No time is in two pairs.
     """
     pairs = i = j = 0
     while i < len(first) and j < len(second):
@@ -85,17 +91,35 @@ def count_pairs(first: list[float], second: list[float], window_seconds: float) 
     return pairs
 
 
-def compute(
-    video: th.Tensor, audio: th.Tensor, fps: float, sample_rate: int
-) -> dict[str, th.Tensor]:
-    """A clip -> how many [] peaks of motion, onsets, and pairs of them at most one frame apart."""
-    peaks, found = motion_peaks(video, fps), onsets(audio, sample_rate)
-    pairs = count_pairs(peaks, found, 1 / fps)
-    counts = {"peaks": len(peaks), "onsets": len(found), "pairs": pairs}
+def count_onsets(peaks: list[float], onsets: list[float], window_seconds: float) -> int:
+    """As published: the onsets less than the window away from any peak."""
+    return sum(any(abs(onset - peak) < window_seconds for peak in peaks) for onset in onsets)
+
+
+def compute(clip: Clip) -> Rows:
+    """How many [] peaks of motion, onsets, and pairs of them at most one frame apart."""
+    peaks = motion_peaks(clip.video, clip.fps, least=STILL_PIXELS)
+    found = onsets(clip.audio, clip.sample_rate)
+    return _rows(peaks, found, count_pairs(peaks, found, 1 / clip.fps))
+
+
+def compute_published(clip: Clip) -> Rows:
+    """The same, counted as published, of frames and audio at the size and rate of the file."""
+    fps = min(clip.fps, clip.file.fps)
+    peaks = motion_peaks(clip.original_frames(), fps, least=0.0)
+    found = onsets(clip.original_audio(), clip.file.sample_rate)
+    return _rows(peaks, found, count_onsets(peaks, found, 1 / fps))
+
+
+def _rows(peaks: list[float], onsets: list[float], pairs: int) -> Rows:
+    counts = {"peaks": len(peaks), "onsets": len(onsets), "pairs": pairs}
     return {name: th.tensor(float(count)) for name, count in counts.items()}
 
 
 def overlap(peaks: th.Tensor, onsets: th.Tensor, pairs: th.Tensor) -> th.Tensor:
-    """Counts [N] of clips -> intersection over union [N'], N' clips with peaks or onsets."""
+    """Counts [N] of clips -> intersection over union [N'], N' clips with peaks or onsets.
+
+    Published counts may exceed 1: with 1 peak and 4 onsets near it they give 4 / (1 + 4 - 4).
+    """
     union = peaks + onsets - pairs
     return (pairs / union.clamp(min=1))[union > 0]

@@ -35,7 +35,12 @@ from ..config import (
 from ..data.decode import ClipInfo
 from ..data.index import ClipIndex, probe_folders
 from ..dist_util import World, barrier, from_rank_0, setup_dist
-from ..evaluation.evaluate import check_metrics_config, evaluate_samples, sizes_of_samples
+from ..evaluation.evaluate import (
+    check_metrics_config,
+    evaluate_samples,
+    sizes_of_samples,
+    with_preset,
+)
 from ..evaluation.measures import make_measures
 from ..files import absolute, short_names
 from ..sampling import Progress, Sampler, make_sampler, part_of, sample_joint
@@ -110,9 +115,10 @@ def run(
 ) -> None:
     """A sampling script: `text` is its help, `modality` the conditioning one, if any."""
     flags, explicit = parse(text, *configs, defaults=defaults)
-    config, metrics = pick(SamplingConfig, flags), pick(MetricsConfig, flags)
     pick(SamplerConfig, flags)  # an early error
-    check_metrics_config(metrics)
+    check_metrics_config(pick(MetricsConfig, flags))
+    flags = with_preset(flags, explicit)
+    config, metrics = pick(SamplingConfig, flags), pick(MetricsConfig, flags)
     world = setup_dist(config.devices)
     logger.configure(enabled=world.rank == 0)
     for note in notes_on(explicit, *configs):
