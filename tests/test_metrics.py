@@ -45,6 +45,7 @@ from mm_diffusion.evaluation.distances import (
     TooFewError,
     earth_movers_distance,
     frechet_distance,
+    gaussian_distance,
     kernel_distance,
     nearest,
     standard_frechet_distance,
@@ -151,9 +152,36 @@ def test_kernel_distance_is_the_mean_over_pairs_written_out():
     )
 
 
-def test_kernel_distance_is_unbiased():
+def test_gaussian_distance_is_the_mean_over_pairs_written_out():
+    """Under exp(-|a - b|^2 / (2 s^2)), s the median distance of the second set."""
+    x, y = noise(5, 3), noise(4, 3, seed=1) + 1
+    s = sorted((a - b).norm().item() for i, a in enumerate(y) for b in y[:i])[2]
+
+    def mean(first, second):
+        pairs = [(a, b) for a in first for b in second if a is not b]
+        return sum(math.exp(-((a - b).norm().item() ** 2) / (2 * s**2)) for a, b in pairs) / len(
+            pairs
+        )
+
+    x, y = list(x), list(y)
+    expected = mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    assert gaussian_distance(th.stack(x), th.stack(y)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_gaussian_distance_is_bounded_blind_to_units_and_rotations_and_needs_spread():
+    x, y = noise(40, 5), noise(43, 5, seed=1)
+    rotation = th.linalg.qr(noise(5, 5, seed=2))[0]
+    distance = gaussian_distance(x + 1, y)
+    assert gaussian_distance(7 * (x + 1) @ rotation, 7 * y @ rotation) == pytest.approx(distance)
+    assert abs(gaussian_distance(x, y)) < 0.05 < distance < gaussian_distance(x + 9, y) < 2
+    with pytest.raises(TooFewError, match="reference points that differ"):
+        gaussian_distance(x, th.zeros(3, 5))
+
+
+@pytest.mark.parametrize("distance", [kernel_distance, gaussian_distance])
+def test_kernel_distances_are_unbiased(distance):
     """Over all ways to split a population in two, such sets are 0 apart on average."""
-    trials = [kernel_distance(noise(6, 2, seed=k), noise(6, 2, seed=1000 + k)) for k in range(400)]
+    trials = [distance(noise(6, 2, seed=k), noise(6, 2, seed=1000 + k)) for k in range(400)]
     error = th.tensor(trials).std().item() / math.sqrt(len(trials))
     assert abs(sum(trials) / len(trials)) < 4 * error
     assert min(trials) < 0 < max(trials)
@@ -167,7 +195,7 @@ def test_kernel_distance_does_not_depend_on_blocks(monkeypatch):
     assert nearest(x, y)[0].equal(whole[1])
 
 
-@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance, gaussian_distance])
 def test_one_point_has_no_spread_and_is_refused(distance):
     with pytest.raises(TooFewError, match="at least 2 in each set, got 1 and 5"):
         distance(noise(1, 3), noise(5, 3))
@@ -405,6 +433,43 @@ def test_ild_is_in_decibels_and_itd_in_milliseconds():
     assert found["ITD, mean |L - R| (ms)"].reference == pytest.approx(0.25, abs=0.025)
     assert found["ILD distance (dB)"].value == pytest.approx(9, abs=1)
     assert found["ITD distance (ms)"].value == pytest.approx(0.75, abs=0.05)
+
+
+def tones(low_gain, high_gain):
+    """[2, L]: 500 Hz and 3 kHz, whose right channels are louder by so many dB."""
+    low, high = tone(500, HZ), tone(3000, HZ)
+    right = 10 ** (low_gain / 20) * low + 10 ** (high_gain / 20) * high
+    return 0.1 * th.stack([low + high, right])
+
+
+def test_ild_w_is_of_the_band_of_directions_and_clipped():
+    """Levels below it do not count; shifting all differences by d costs d."""
+    for low_gain in (-9, 0, 12):
+        found = scores_of([tones(low_gain, 7)], [tones(0, 2)])
+        assert found["ILD-W (dB)"].value == pytest.approx(5, abs=0.13)
+    assert scores_of([tones(0, 50)], [tones(0, 0)])["ILD-W (dB)"].value == pytest.approx(
+        24, abs=0.2
+    )
+    mirrored = [tones(0, 7), tones(0, 7).flip(0)]
+    assert scores_of(mirrored, [x.flip(0) for x in mirrored])["ILD-W (dB)"].value == 0
+    low_only = 0.1 * tone(500, HZ).expand(2, -1)
+    assert stereo.compute(low_only, HZ)["ild_band"].sum() == 0
+
+
+def test_smr_is_the_energy_of_the_difference_over_that_of_the_sum():
+    left, right = 0.1 * noise(2, 4000)
+    mid, side = (left + right).square().sum(), (left - right).square().sum()
+    expected = 10 * math.log10(side / mid)
+    assert stereo.side_to_mid_db(th.stack([left, right])) == pytest.approx(expected, rel=1e-6)
+    assert stereo.side_to_mid_db(th.stack([left, 2 * left])) == pytest.approx(
+        20 * math.log10(1 / 3)
+    )
+    assert stereo.side_to_mid_db(th.stack([left, left])) == -60
+    assert math.isnan(stereo.side_to_mid_db(th.zeros(2, 100)))
+    clips_of = [th.stack([left, gain * left]).float() for gain in (2, 3)]
+    found = scores_of(clips_of[:1] * 2, clips_of)
+    three, two = 20 * math.log10(1 / 3), 20 * math.log10(2 / 4)
+    assert found["SMR-Err (dB)"].value == pytest.approx(abs(three - two) / 2, rel=1e-4)
 
 
 def test_histograms_have_their_bins_where_the_differences_are():
@@ -861,18 +926,19 @@ def test_clips_compared_with_themselves_are_no_distance_apart(clips, networks):
         clips, **networks, boxes_dir="", events_dir="", samples_path=str(clips / "true/video_dev")
     )
     report = report_on(flags)
+    zero = {f"FAD {view}" for view in features.VIEWS} | {"FVD", "ILD-W (dB)", "SMR-Err (dB)"}
+    zero |= {"ILD distance (dB)", "ITD distance (ms)"}
+    unbiased = {f"KAD {view}" for view in features.VIEWS} | {"KVD", "I3D MMD (Gaussian)"}
     for score in report.scores:
-        if score.name.startswith("FAD") or score.name in (
-            "FVD",
-            "ILD distance (dB)",
-            "ITD distance (ms)",
-        ):
+        if score.name in zero:
             assert score.value == pytest.approx(0, abs=1e-4), score
+        elif score.name in unbiased:  # over pairs of different clips only
+            assert score.value < 0
         elif score.name.startswith("nearest"):
             assert score.value == 0 < score.reference
-        elif score.name != "KVD":
+        else:
             assert score.value == score.reference
-    assert values(report)["KVD"] < 0
+    assert zero | unbiased < {score.name for score in report.scores}
 
 
 def test_scores_are_those_of_the_features_by_hand(clips, networks):

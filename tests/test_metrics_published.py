@@ -157,7 +157,8 @@ def test_the_report_says_what_each_figure_is_made_of(tmp_path, clips, networks):
     assert "8 frames at 4 fps, 32 x 32 pixels, resized (bicubic) without" in saved["how"]["clips"]
     assert "all samples at 16000 Hz as logmel; output of embedding.pt" in saved["how"]["embedding"]
     assert "\nTemporal AV-Align, published count: size and rate of the file" in report.text()
-    assert "\nFVD; KVD: all frames at the rate of the clip, shorter side to 224" in report.text()
+    frames = "all frames at the rate of the clip, shorter side to 224"
+    assert f"\nFVD; KVD; I3D MMD (Gaussian): {frames}" in report.text()
     antialiased = dataclasses.replace(SIZES, antialias=True)
     report = report_on({"samples_path": str(clips / "generated/video_dev")}, antialiased)
     assert "(bicubic) with antialiasing" in report.how["clips"]
@@ -173,7 +174,8 @@ def test_mono_clips_get_every_figure_but_those_of_two_channels(clips, networks):
     stereo, report = report_on(flags), report_on(flags, mono)
     gone = set(values(stereo)) - set(values(report))
     assert gone == {
-        *("FAD left", "FAD right", "FAD side", "left-right correlation"),
+        *(f"{kind} {view}" for kind in ("FAD", "KAD") for view in ("left", "right", "side")),
+        *("left-right correlation", "SMR, side to mid (dB)", "SMR-Err (dB)", "ILD-W (dB)"),
         *("ILD, mean |R - L| (dB)", "ITD, mean |L - R| (ms)"),
         *("ILD distance (dB)", "ITD distance (ms)"),
     }

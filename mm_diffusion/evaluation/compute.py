@@ -20,7 +20,7 @@ from ..files import write_atomically
 from .clips import ClipFolder, Rows
 from .measures import Measure
 
-FORMAT = 2  # of cached rows; raised whenever what is measured of a clip, or how it is read, changes
+FORMAT = 3  # of cached rows; raised whenever what is measured of a clip, or how it is read, changes
 
 
 def compute_all(

@@ -5,10 +5,14 @@ All are computed in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch as th
 
 KERNEL_DEGREE = 3  # of the published kernel distance: (x . y / D + 1)^3
 BLOCK = 1024  # rows compared with all others at a time
+MEDIAN_POINTS = 2048  # of which the median distance is taken, evenly chosen
+Kernel = Callable[[th.Tensor, th.Tensor], th.Tensor]  # [N, D], [M, D] -> [N, M]
 
 
 class TooFewError(ValueError):
@@ -55,25 +59,56 @@ def kernel_distance(x: th.Tensor, y: th.Tensor) -> float:
     arXiv 1801.01401. For two sets of one distribution it is 0 on average and often negative.
     TooFewError for fewer than 2 points.
     """
+    return _mean_discrepancy(_polynomial, x, y)
+
+
+def gaussian_distance(x: th.Tensor, y: th.Tensor) -> float:
+    """The same under k = exp(-|x - y|^2 / (2 s^2)), arXiv 2502.15602 (KAD, without a factor).
+
+    s is the median distance of different points of y. TooFewError for fewer than 2 points, or
+    where s is 0.
+    """
+    _require("a kernel distance", 2, x, y)
+    bandwidth = _median_distance(y.double())
+    if not bandwidth:
+        raise TooFewError("a kernel distance needs reference points that differ")
+
+    def kernel(a: th.Tensor, b: th.Tensor) -> th.Tensor:
+        return (-0.5 * (th.cdist(a, b) / bandwidth).square()).exp()
+
+    return _mean_discrepancy(kernel, x, y)
+
+
+def _median_distance(y: th.Tensor) -> float:
+    chosen = th.linspace(0, len(y) - 1, min(len(y), MEDIAN_POINTS)).round().long()
+    return th.pdist(y[chosen]).median().item()
+
+
+def _polynomial(x: th.Tensor, y: th.Tensor) -> th.Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** KERNEL_DEGREE
+
+
+def _mean_discrepancy(kernel: Kernel, x: th.Tensor, y: th.Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy; TooFewError for fewer than 2 points."""
     _require("a kernel distance", 2, x, y)
     x, y = x.double(), y.double()
-    between = 2 * _kernel_sum(x, y) / (len(x) * len(y))
-    return _mean_within(x) + _mean_within(y) - between
+    between = _kernel_sum(kernel, x, y) / (len(x) * len(y))
+    return _mean_within(kernel, x) + _mean_within(kernel, y) - 2 * between
 
 
-def _mean_within(x: th.Tensor) -> float:
-    """Mean of k over all pairs of different points."""
-    diagonal = _kernel(x.square().sum(dim=1), x.shape[1])
-    return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
+def _mean_within(kernel: Kernel, x: th.Tensor) -> float:
+    """Mean of the kernel over all pairs of different points."""
+    return _kernel_sum(kernel, x, x, skip_same_index=True) / (len(x) * (len(x) - 1))
 
 
-def _kernel_sum(x: th.Tensor, y: th.Tensor) -> float:
-    return sum(_kernel(rows @ y.T, x.shape[1]) for rows in x.split(BLOCK))
-
-
-def _kernel(dot: th.Tensor, dimensions: int) -> float:
-    """Sum of k over these scalar products."""
-    return ((dot / dimensions + 1) ** KERNEL_DEGREE).sum().item()
+def _kernel_sum(kernel: Kernel, x: th.Tensor, y: th.Tensor, skip_same_index: bool = False) -> float:
+    total = 0.0
+    for start in range(0, len(x), BLOCK):
+        values = kernel(x[start : start + BLOCK], y)
+        if skip_same_index:
+            values.diagonal(start).fill_(0)
+        total += values.sum().item()
+    return total
 
 
 def _require(what: str, least: int, x: th.Tensor, y: th.Tensor) -> None:

@@ -15,6 +15,7 @@ from .distances import (
     TooFewError,
     earth_movers_distance,
     frechet_distance,
+    gaussian_distance,
     kernel_distance,
     nearest,
 )
@@ -30,7 +31,11 @@ TEMPORAL = {
 }
 SEGMENTS = "segments of 0.1 s"
 # Bin edges of the histograms: dB, ms.
-EDGES = {"ild": stereo.ILD_EDGES_DB, "itd": 1e3 * stereo.ITD_EDGES_SECONDS}
+EDGES = {
+    "ild": stereo.ILD_EDGES_DB,
+    "ild_band": stereo.BAND_EDGES_DB,
+    "itd": 1e3 * stereo.ITD_EDGES_SECONDS,
+}
 Figure = tuple[float | None, int, str]  # value, number of clips (events, ...) behind it, note
 
 
@@ -85,7 +90,8 @@ def _made_of(measure: str, *scores: Score) -> list[Score]:
 
 def scores_of_mono(scores: list[Score]) -> list[Score]:
     """Those that mean something for mono, whose left and right channel are equal."""
-    stereo_only = {f"FAD {view}" for view in VIEWS if view != "mid"}
+    others = [view for view in VIEWS if view != "mid"]
+    stereo_only = {f"{distance} {view}" for view in others for distance in ("FAD", "KAD")}
     return [s for s in scores if s.measure != "stereo" and s.name not in stereo_only]
 
 
@@ -138,13 +144,15 @@ def _feature_distances(generated: Results, reference: Results) -> list[Score]:
         points = generated["i3d"]["features"], reference["i3d"]["features"]
         fvd = _distance("FVD", frechet_distance, *points)
         kvd = _distance("KVD", kernel_distance, *points)
-        scores += _made_of("i3d", fvd, kvd)
+        mmd = _distance("I3D MMD (Gaussian)", gaussian_distance, *points)
+        scores += _made_of("i3d", fvd, kvd, mmd)
     if "embedding" in reference:
         for view in VIEWS:
             x = generated["embedding"][view].flatten(0, 1)
             y = reference["embedding"][view].flatten(0, 1)
-            score = _distance(f"FAD {view}", frechet_distance, x, y, unit="patches")
-            scores += _made_of("embedding", score)
+            fad = _distance(f"FAD {view}", frechet_distance, x, y, unit="patches")
+            kad = _distance(f"KAD {view}", gaussian_distance, x, y, unit="patches")
+            scores += _made_of("embedding", fad, kad)
     return scores
 
 
@@ -195,12 +203,22 @@ def _stereo_scores(generated: Results, reference: Results) -> list[Score]:
     scores = [
         _compare("ILD, mean |R - L| (dB)", mean_ild, *both, unit=SEGMENTS),
         _compare("ITD, mean |L - R| (ms)", mean_itd, *both, unit=SEGMENTS),
-        _compare("left-right correlation", _mean_correlation, *both),
+        _compare("left-right correlation", functools.partial(_mean_row, "correlation"), *both),
+        _compare("SMR, side to mid (dB)", functools.partial(_mean_row, "smr"), *both),
     ]
     if reference:
         scores.append(_histogram_distance("ILD distance (dB)", *both, "ild"))
         scores.append(_histogram_distance("ITD distance (ms)", *both, "itd"))
+        scores.append(_histogram_distance("ILD-W (dB)", *both, "ild_band"))
+        scores.append(_error_of_mean("SMR-Err (dB)", scores[3]))
     return scores
+
+
+def _error_of_mean(name: str, score: Score) -> Score:
+    """|samples - reference| of a score."""
+    known = score.value is not None and score.reference is not None
+    error = abs(score.value - score.reference) if known else None  # type: ignore[operator]
+    return dataclasses.replace(score, name=name, value=error, reference=None, better="lower")
 
 
 def _counts(results: Results, row: str) -> th.Tensor:
@@ -218,8 +236,9 @@ def _mean_size(row: str, results: Results) -> Figure:
     return ((counts * centres.abs()).sum() / total).item(), int(total), ""
 
 
-def _mean_correlation(results: Results) -> Figure:
-    values = results["stereo"]["correlation"]
+def _mean_row(row: str, results: Results) -> Figure:
+    """Mean over the clips where it is defined."""
+    values = results["stereo"][row]
     defined = values[~values.isnan()]
     if not len(defined):
         return None, 0, _why_undefined(results)

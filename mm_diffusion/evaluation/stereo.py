@@ -15,6 +15,10 @@ MAX_ITD_SECONDS = 1e-3  # between two ears it is 0.7 ms
 # Bin edges: 0 is in the middle of a bin, values beyond are counted in the outermost bins.
 ILD_EDGES_DB = th.linspace(-24.5, 24.5, 50, dtype=th.float64)
 ITD_EDGES_SECONDS = th.linspace(-MAX_ITD_SECONDS, MAX_ITD_SECONDS, 42, dtype=th.float64)
+# ILD-W: level differences in the band where they tell directions, in fine bins.
+BAND_HZ = (1700, 4600)
+BAND_EDGES_DB = th.linspace(-24, 24, 401, dtype=th.float64)
+MAX_SIDE_TO_MID_DB = 60.0  # beyond it, one of the two is silence
 TINY = 1e-12
 
 
@@ -39,6 +43,31 @@ def level_difference_db(pieces: th.Tensor) -> th.Tensor:
     """[T, 2, S] -> ILD [T] = 10 log10(E_R / E_L)."""
     left, right = (pieces.square().sum(dim=-1) + TINY).unbind(dim=1)
     return 10 * (right / left).log10()
+
+
+def band_level_difference_db(pieces: th.Tensor, sample_rate: int) -> th.Tensor:
+    """[T, 2, S] -> ILD [T'] from 1.7 to 4.6 kHz, of the T' pieces that are audible there.
+
+    Energies are those of the spectrum under a Hann window.
+    """
+    size = pieces.shape[-1]
+    spectrum = th.fft.rfft(pieces * th.hann_window(size, dtype=pieces.dtype))
+    hz = th.fft.rfftfreq(size, 1 / sample_rate)
+    power = spectrum[..., (hz >= BAND_HZ[0]) & (hz <= BAND_HZ[1])].abs().square()
+    left, right = power.sum(dim=-1).unbind(dim=1)
+    # Parseval: two channels of this RMS, half of the spectrum, 3/8 of the energy in the window.
+    audible = left + right > SILENT**2 * size**2 * 3 / 8
+    return 10 * ((right[audible] + TINY) / (left[audible] + TINY)).log10()
+
+
+def side_to_mid_db(audio: th.Tensor) -> float:
+    """[2, L] -> SMR = 10 log10(E_side / E_mid), within +-60 dB; NaN for silence."""
+    left, right = audio.double()
+    mid, side = (left + right).square().mean(), (left - right).square().mean()
+    if not is_audible(audio.double()[None]).any():
+        return float("nan")
+    ratio = 10 * ((side + TINY) / (mid + TINY)).log10()
+    return ratio.clamp(-MAX_SIDE_TO_MID_DB, MAX_SIDE_TO_MID_DB).item()
 
 
 def time_difference(pieces: th.Tensor, sample_rate: int) -> th.Tensor:
@@ -75,18 +104,21 @@ def _histogram(values: th.Tensor, edges: th.Tensor) -> th.Tensor:
 
 
 def compute(audio: th.Tensor, sample_rate: int) -> dict[str, th.Tensor]:
-    """[2, L] -> {"ild": histogram [K], "itd": histogram [K'], "audible": [], "correlation": []}.
+    """[2, L] -> {"ild", "ild_band", "itd": histograms, "audible", "correlation", "smr": []}.
 
     Histograms count audible segments, for ITD those with two audible channels. "audible" is the
-    number of audible segments; an undefined correlation is NaN.
+    number of audible segments; an undefined correlation or SMR is NaN.
     """
     pieces = segments(audio, sample_rate)
     pieces = pieces[is_audible(pieces)]
     both = pieces[are_both_audible(pieces)]
+    ild_band = band_level_difference_db(pieces, sample_rate) if len(pieces) else th.zeros(0)
     itd = time_difference(both, sample_rate) if len(both) else th.zeros(0)
     return {
         "ild": _histogram(level_difference_db(pieces), ILD_EDGES_DB),
+        "ild_band": _histogram(ild_band, BAND_EDGES_DB),
         "itd": _histogram(itd, ITD_EDGES_SECONDS),
         "audible": th.tensor(float(len(pieces))),
         "correlation": th.tensor(correlation(audio)),
+        "smr": th.tensor(side_to_mid_db(audio)),
     }
