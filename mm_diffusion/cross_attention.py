@@ -2,7 +2,8 @@
 
 Each modality has n = tokens // frames tokens per frame. The tokens of frame i (of the last frame
 also what remains) attend to the other modality's tokens `(i + shift) n' + [0 .. window n')`, modulo
-all of its tokens.
+all of its tokens. With rotary positions (arXiv 2104.09864) queries and keys are rotated by the
+time of their own token in frames, whatever the shift.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from .nn import GroupNorm32, PointwiseConv, attend, require_heads, zero_init
 Shift = str | th.Generator | None
 
 _window_shift: Shift = None
+
+# Rotary positions: radians per frame of the first and of the last pair of channels.
+FASTEST, SLOWEST = 2.0, 2.0 / 64
 
 
 @contextmanager
@@ -46,6 +50,33 @@ def draw_shift(largest: int) -> int:
     return int(th.randint(largest + 1, (), generator=_window_shift))
 
 
+def token_times(x: Tensor, num_frames: int) -> Tensor:
+    """[B, C, T, ...] -> [tokens] the middle of the time of each token, in frames.
+
+    T is the frames of a video, whose pixels share the time of theirs, or the samples of audio.
+    """
+    length = x.shape[2]
+    times = (th.arange(length, device=x.device) + 0.5) * (num_frames / length)
+    return times.repeat_interleave(x[0, 0].numel() // length)
+
+
+def rotate(x: Tensor, times: Tensor, heads: int) -> Tensor:
+    """[B, T, C] rotated by `times` [T], so that products of two depend on differences of time.
+
+    In each head the first half of the channels makes pairs, whose frequencies are geometric from
+    FASTEST to SLOWEST; the other half stays as it is.
+    """
+    channels = rearrange(x, "b t (h d) -> b t h d", h=heads)
+    pairs = channels.shape[-1] // 4
+    step = (SLOWEST / FASTEST) ** (1 / max(1, pairs - 1))
+    frequencies = FASTEST * step ** th.arange(pairs, device=x.device)
+    angles = (times[:, None] * frequencies)[:, None]  # [T, 1, pairs]
+    cos, sin = angles.cos(), angles.sin()
+    first, second, rest = channels.split([pairs, pairs, channels.shape[-1] - 2 * pairs], dim=-1)
+    rotated = (first * cos - second * sin, first * sin + second * cos)
+    return th.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1).flatten(-2)
+
+
 class CrossStream(nn.Module):
     """One modality's norm, projection to query, key and value, and projection of the result."""
 
@@ -60,10 +91,21 @@ class CrossAttention(nn.Module):
     """{"video": [B, C, F, H, W], "audio": [B, C, L]} -> the same, each attending to the other."""
 
     def __init__(
-        self, channels: int, num_heads: int, window_frames: int, shifts: bool = True
+        self,
+        channels: int,
+        num_heads: int,
+        window_frames: int,
+        shifts: bool = True,
+        rope: bool = False,
     ) -> None:
         super().__init__()
         require_heads(channels, num_heads)
+        if rope and channels // num_heads < 4:
+            raise ValueError(
+                f"--cross_attention_rope True: {channels // num_heads} channels per head, need 4;"
+                " raise num_head_channels"
+            )
+        self.rope = rope
         self.num_heads, self.window_frames, self.shifts = num_heads, window_frames, shifts
         self.video = CrossStream(channels, len(VIDEO.stride))
         self.audio = CrossStream(channels, len(AUDIO.stride))
@@ -80,6 +122,10 @@ class CrossAttention(nn.Module):
         for name, h in x.items():
             stream = getattr(self, name)
             qkv[name] = stream.qkv.on_tokens(tokens(stream.norm(h)).flatten(1, -2)).chunk(3, dim=-1)
+        if self.rope:
+            for name, (query, key, value) in qkv.items():
+                turn = partial(rotate, times=token_times(x[name], num_frames), heads=self.num_heads)
+                qkv[name] = (turn(query), turn(key), value)
         out = {}
         for name, other in (("video", "audio"), ("audio", "video")):
             query, (_, key, value) = qkv[name][0], qkv[other]

@@ -36,25 +36,31 @@ METHODS = ("singlestep", "singlestep_fixed", "multistep", "adaptive")
 SKIP_TYPES = ("time_uniform", "time_quadratic", "logSNR")
 SOLVER_TYPES = ("dpm_solver", "taylor")
 STEP_CONTROLS = ("batch", "sample")
-MODEL_TYPES = ("noise", "x_start")
+MODEL_TYPES = ("noise", "x_start", "v")
 # Order -> where the further nodes of a step lie, in fractions of h.
 SINGLESTEP_NODES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 # steps % 3 -> orders of the last steps of singlestep 3.
 THIRD_ORDER_ENDS = {0: [2, 1], 1: [1], 2: [2]}
+# Stands for alpha_bar 0, whose logarithm is infinite: a signal of 2.4e-4 beside the noise.
+LEAST_ALPHA_BAR = 2.0**-24
 FIRST_H, SAFETY, END_TOLERANCE, SMALLEST_H = 0.05, 0.9, 1e-5, 1e-6  # of the adaptive steps
 
 
 class NoiseSchedule:
     """log alpha over continuous time: linear between the N discrete steps at i / N, i = 1 .. N.
 
-    Always float32 on the CPU: in half precision the first alphas round to one.
+    Always float32 on the CPU: in half precision the first alphas round to one. A last one of 0
+    (zero terminal SNR) becomes LEAST_ALPHA_BAR.
     """
 
     def __init__(self, alphas_cumprod: np.ndarray | Tensor):
         alphas = th.as_tensor(alphas_cumprod).detach().cpu()
-        if alphas.ndim != 1 or not ((alphas > 0) & (alphas < 1)).all():
+        inside = (alphas > 0) & (alphas < 1)
+        if alphas.ndim != 1 or not inside[:-1].all() or not 0 <= alphas[-1] < 1:
             raise ValueError("alphas_cumprod: need one row of values in (0, 1), not half precision")
         self.num_steps = len(alphas)
+        if alphas[-1] == 0:
+            alphas = th.cat([alphas[:-1], alphas.new_tensor([LEAST_ALPHA_BAR])])
         self.log_alphas = 0.5 * alphas.float().log()
         self.times = th.linspace(0.0, 1.0, self.num_steps + 1)[1:]
 
@@ -142,8 +148,8 @@ def _check(what: str, value: Any, choices: Iterable) -> None:
 class DPMSolver:
     """Solves the diffusion ODE of one model and schedule.
 
-    model_fn: `(x, t) -> tree`, t [B] long; predicts what `model_type` names, "noise" or "x_start".
-        Leaves with twice the channels (learned sigma) lose the second half.
+    model_fn: `(x, t) -> tree`, t [B] long; predicts what `model_type` names, "noise", "x_start" or
+        "v". Leaves with twice the channels (learned sigma) lose the second half.
     alphas_cumprod: [N] of the discrete diffusion process that the model was trained on.
     predict_x0: expand the data prediction (DPM-Solver++) instead of the noise prediction.
     thresholding: clamp the predicted data to its 0.995 quantile per sample and leaf and rescale
@@ -277,7 +283,10 @@ class _Run:
         if isinstance(x, dict):
             output = {key: output[key] for key in x}
         output = tree_map(_without_variance, output, x)
-        if data != (solver.model_type == "x_start"):
+        if solver.model_type == "v":  # alpha noise - sigma x_0
+            weights = (alpha, -sigma) if data else (sigma, alpha)
+            output = weighted_sum((weights[0], x), (weights[1], output))
+        elif data != (solver.model_type == "x_start"):
             # x = alpha x_0 + sigma noise, solved for the one that the model does not predict
             predicted, wanted = (sigma, alpha) if data else (alpha, sigma)
             rest = weighted_sum((th.ones_like(predicted), x), (-predicted, output))

@@ -42,6 +42,7 @@ class ModelMeanType(enum.Enum):
 
     START_X = enum.auto()
     EPSILON = enum.auto()
+    V = enum.auto()  # sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512, App. D)
 
 
 class ModelVarType(enum.Enum):
@@ -74,14 +75,26 @@ def _cosine_betas(steps: int) -> np.ndarray:
 
 
 BETA_SCHEDULES = {"linear": _linear_betas, "cosine": _cosine_betas}
+ZERO_SNR = "_zero_snr"  # what follows the name of a schedule that ends in noise alone
+NOISE_SCHEDULES = [name + end for end in ("", ZERO_SNR) for name in BETA_SCHEDULES]
 
 
 def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
     """[steps] float64 betas of the schedule `name`."""
-    if name not in BETA_SCHEDULES:
-        known = ", ".join(BETA_SCHEDULES)
+    if name not in NOISE_SCHEDULES:
+        known = ", ".join(NOISE_SCHEDULES)
         raise ValueError(f"noise_schedule {name!r} is unknown: choose one of {known}")
-    return BETA_SCHEDULES[name](steps)
+    betas = BETA_SCHEDULES[name.removesuffix(ZERO_SNR)](steps)
+    return _with_zero_snr(betas) if name.endswith(ZERO_SNR) else betas
+
+
+def _with_zero_snr(betas: np.ndarray) -> np.ndarray:
+    """sqrt(alpha_bar) shifted to end at 0 and scaled to keep its start (2305.08891, Alg. 1)."""
+    if len(betas) < 2:
+        raise ValueError("diffusion_steps 1: a schedule that ends in noise alone needs 2 or more")
+    alpha = np.sqrt(np.cumprod(1 - betas))
+    alpha_bar = np.square((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]))
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
 class GaussianDiffusion:
@@ -104,10 +117,18 @@ class GaussianDiffusion:
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
         self.betas = betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+        is_row = betas.ndim == 1 and len(betas) > 0
+        if not is_row or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
             shape = list(betas.shape)
             raise ValueError(
-                f"betas {shape}: need a row of values in (0, 1); check diffusion_steps"
+                f"betas {shape}: need a row of values in (0, 1), the last at most 1;"
+                " check diffusion_steps"
+            )
+        self.has_zero_snr = bool(betas[-1] == 1)
+        if self.has_zero_snr and model_mean_type is ModelMeanType.EPSILON:
+            raise ValueError(
+                "the last beta is 1, noise alone, from which predicted noise leads nowhere: set"
+                " prediction v or x_start, or other diffusion_steps or noise_schedule"
             )
         self.num_timesteps = self.original_num_steps = len(betas)
         self.timestep_map = list(range(len(betas)))
@@ -122,8 +143,9 @@ class GaussianDiffusion:
         self.one_minus_alphas_cumprod = 1.0 - alpha_bar
         self.log_one_minus_alphas_cumprod = np.log(1.0 - alpha_bar)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - alpha_bar)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alpha_bar)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alpha_bar - 1.0)
+        with np.errstate(divide="ignore"):  # at zero SNR, where nothing reads them
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alpha_bar)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alpha_bar - 1.0)
         # arXiv 2006.11239, Eq. 6 and 7
         self.posterior_variance = betas * (1.0 - previous) / (1.0 - alpha_bar)
         self.posterior_mean_coef1 = betas * np.sqrt(previous) / (1.0 - alpha_bar)
@@ -152,6 +174,10 @@ class GaussianDiffusion:
         values = self._at(table, t)
         return tree_map(lambda x: append_dims(values, x).expand_as(x), like)
 
+    def _alpha_sigma(self, t: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """[B] each: x_t = alpha x_0 + sigma noise."""
+        return self._at("sqrt_alphas_cumprod", t), self._at("sqrt_one_minus_alphas_cumprod", t)
+
     def model_timesteps(self, t: th.Tensor) -> th.Tensor:
         """[B] indices -> [B] what the model gets: original steps, or floats 0..1000 if rescaled."""
         steps = self._at("timestep_map", t)
@@ -170,8 +196,7 @@ class GaussianDiffusion:
     def q_sample(self, x_start: Tree, t: th.Tensor, noise: Tree | None = None) -> Tree:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (arXiv 2006.11239, Eq. 4)."""
         noise = randn_like(x_start) if noise is None else noise
-        alpha = self._at("sqrt_alphas_cumprod", t)
-        sigma = self._at("sqrt_one_minus_alphas_cumprod", t)
+        alpha, sigma = self._alpha_sigma(t)
         return weighted_sum((alpha, x_start), (sigma, noise))
 
     def q_posterior_mean_variance(
@@ -196,12 +221,18 @@ class GaussianDiffusion:
         """The x_0 that a prediction at x_t implies."""
         if self.model_mean_type is ModelMeanType.START_X:
             return prediction
+        if self.model_mean_type is ModelMeanType.V:
+            alpha, sigma = self._alpha_sigma(t)
+            return weighted_sum((alpha, x), (-sigma, prediction))
         scale = self._at("sqrt_recip_alphas_cumprod", t)
         noise = self._at("sqrt_recipm1_alphas_cumprod", t)
         return weighted_sum((scale, x), (-noise, prediction))
 
     def _epsilon(self, x_start: Tree, x: Tree, t: th.Tensor) -> Tree:
         """The noise that leads from x_0 to x_t."""
+        if self.has_zero_snr:
+            alpha, sigma = self._alpha_sigma(t)
+            return weighted_sum((1 / sigma, x), (-alpha / sigma, x_start))
         scale = self._at("sqrt_recip_alphas_cumprod", t)
         noise = self._at("sqrt_recipm1_alphas_cumprod", t)
         return weighted_sum((scale / noise, x), (-1 / noise, x_start))
@@ -375,7 +406,7 @@ class GaussianDiffusion:
         prediction, values = self._evaluate(model_fn, x_t, t)
         terms: dict[str, th.Tensor] = {}
         if self.loss_type is not LossType.RESCALED_KL:
-            target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
+            target = self._target(x_start, noise, t)
             mse = tree_map(lambda a, b: mean_flat((a - b).square()), target, prediction)
             terms |= _named("mse", mse)
             # The bound trains the variance only.
@@ -387,6 +418,13 @@ class GaussianDiffusion:
             factor = factors.get(self.loss_type, 1)
             terms |= _named("vb", tree_map(lambda vb: vb * factor, bound))
         return {"loss": th.stack(list(terms.values())).sum(dim=0), **terms}
+
+    def _target(self, x_start: Tree, noise: Tree, t: th.Tensor) -> Tree:
+        """What the model is to predict."""
+        if self.model_mean_type is ModelMeanType.V:
+            alpha, sigma = self._alpha_sigma(t)
+            return weighted_sum((alpha, noise), (-sigma, x_start))
+        return x_start if self.model_mean_type is ModelMeanType.START_X else noise
 
     def _bound(
         self, prediction: Tree, values: Tree | None, x_start: Tree, x_t: Tree, t: th.Tensor

@@ -23,7 +23,7 @@ from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .respace import SpacedDiffusion
 from .rng import Generators
-from .tree import Tree, leaves, to_device, tree_map
+from .tree import Tree, check_conditioning, leaves, to_device, tree_map
 from .unet import ImageSuperResModel, window_shift
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
@@ -36,6 +36,11 @@ SAMPLERS: Settings = {
     "ddim": {},
     "dpm_solver": {"steps": 20, "order": 3, "method": "singlestep", "skip_type": "logSNR"},
     "dpm_solver++": {"predict_x0": True, "thresholding": True, "order": 2, "method": "adaptive"},
+}
+MODEL_TYPES = {  # of DPMSolver
+    ModelMeanType.EPSILON: "noise",
+    ModelMeanType.START_X: "x_start",
+    ModelMeanType.V: "v",
 }
 LOOPS = ("ddpm", "ddim")  # which alone can be guided, since guidance is defined step by step
 # What replaces these settings in the previews of training, and in the upsampler.
@@ -63,6 +68,22 @@ def bind(model: nn.Module, cond: dict[str, Any] | None = None) -> Callable[..., 
         return model(x, t, **keywords)
 
     return model_fn
+
+
+def with_clean(model_fn: Callable[..., Tree], keys: Sequence[str]) -> Callable[..., Tree]:
+    """A model of samples with leaves `keys` as one of those leaves that `x` holds.
+
+    The others come as keywords: clean clips, which go in at timestep 0. A sampler of `x` so sees a
+    conditional model, whatever the sampler.
+    """
+
+    def conditional(x: Any, t: th.Tensor, **known: th.Tensor) -> Tree:
+        clips = {key: known[key] if key in known else x[key] for key in keys}
+        timesteps = {key: th.zeros_like(t) if key in known else t for key in keys}
+        output: Any = model_fn(clips, timesteps)
+        return {key: output[key] for key in x}
+
+    return conditional
 
 
 def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
@@ -108,10 +129,11 @@ class Compiled(nn.Module):
         self.compiled = th.compile(network.forward, fullgraph=True, dynamic=False, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs: dict[str, th.Tensor] = self.signature.bind(*args, **kwargs).arguments
-        batch = len(inputs["timesteps"])
+        inputs: dict[str, Any] = self.signature.bind(*args, **kwargs).arguments
+        batch = len(leaves(inputs["timesteps"])[0])
         self.largest = batch if self.training else max(batch, self.largest)
-        full = {name: _fill_up(x, self.largest).contiguous() for name, x in inputs.items()}
+        fill_up = partial(_fill_up, batch=self.largest)
+        full = {name: tree_map(fill_up, x) for name, x in inputs.items()}
         if "video" in full:
             shifts = th.tensor(self.network.draw_shifts(full["video"].shape[1]))
             full["shifts"] = to_device(shifts, full["video"].device)
@@ -127,9 +149,10 @@ def _map_output(fn: Callable[[th.Tensor], th.Tensor], out: Any) -> Any:
 
 
 def _fill_up(x: th.Tensor, batch: int) -> th.Tensor:
-    """[B, ...] -> [batch, ...]: the last sample repeated."""
+    """[B, ...] -> [batch, ...], contiguous: the last sample repeated."""
     missing = batch - len(x)
-    return th.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+    full = th.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+    return full.contiguous()
 
 
 class InferenceModel(nn.Module):
@@ -177,6 +200,7 @@ class Sampler:
     diffusion: SpacedDiffusion
     clip_denoised: bool
     classifier_scale: float
+    conditioning: str  # "clean" or "replacement"
     settings: dict[str, Any]
 
     def __call__(
@@ -193,6 +217,12 @@ class Sampler:
         cond: keywords of model_fn. conditioning: {key: clip} of leaves that are known, which the
         result holds exactly. progress: called with the fraction done.
         """
+        if conditioning and self.conditioning == "clean":
+            keys, known = list(x_T), check_conditioning(conditioning, x_T)
+            generated = {key: x_T[key] for key in keys if key not in known}
+            conditional = with_clean(partial(model_fn, **(cond or {})), keys)
+            sample: Any = self(conditional, generated, generator, progress, cond=known)
+            return {key: known[key] if key in known else sample[key] for key in keys}
         common: dict[str, Any] = {"conditioning": conditioning, "progress": progress}
         if self.name not in LOOPS:
             return self._solve(model_fn, x_T, cond=cond, **common)
@@ -208,7 +238,7 @@ class Sampler:
         settings = {"step_control": "sample", **self.settings}
         predict_x0 = settings.pop("predict_x0", False)
         thresholding = settings.pop("thresholding", False)
-        model_type = "x_start" if diffusion.model_mean_type is ModelMeanType.START_X else "noise"
+        model_type = MODEL_TYPES[diffusion.model_mean_type]
 
         def rescaled(x: Tree, t: th.Tensor, **cond: Any) -> Tree:
             return model_fn(x, diffusion.model_timesteps(t), **cond)
@@ -224,12 +254,15 @@ def make_sampler(
     clip_denoised: bool = True,
     prefix: str = "",
     classifier_scale: float = 0.0,
+    conditioning: str = "replacement",
     **settings: Any,
 ) -> Sampler:
     """The sampler `name`; `settings` replace its own (see SAMPLERS).
 
     classifier_scale: how strongly conditioning leaves guide the others; 0: they are replaced by
         their noisy selves, no more. `prefix` is that of the flags that an error names.
+    conditioning: "clean" gives the model conditioning leaves as they are, at timestep 0, which it
+        must have been trained for (`task_mix`); "replacement" with noise of each step's level.
     ValueError for an unknown name, or for settings that the sampler does not have.
     """
     if name not in SAMPLERS:
@@ -245,7 +278,11 @@ def make_sampler(
     if name not in LOOPS and diffusion.num_timesteps != diffusion.original_num_steps:
         remedy = f"leave it empty, and set {prefix}sample_steps"
         raise ValueError(f"{respacing} does not go with {this}: {remedy}")
-    return Sampler(name, diffusion, clip_denoised, classifier_scale, SAMPLERS[name] | settings)
+    if conditioning == "clean" and classifier_scale:
+        remedy = "choose conditioning replacement, or classifier_scale 0"
+        raise ValueError(f"classifier_scale {classifier_scale}: no guidance here; {remedy}")
+    settings = SAMPLERS[name] | settings
+    return Sampler(name, diffusion, clip_denoised, classifier_scale, conditioning, settings)
 
 
 # ---------------------------------------------------------------- clips

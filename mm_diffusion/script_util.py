@@ -19,10 +19,24 @@ from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import ImageSuperResModel, MultimodalUNet
 
+MEAN_TYPES = {  # by the name of `prediction`
+    "noise": ModelMeanType.EPSILON,
+    "x_start": ModelMeanType.START_X,
+    "v": ModelMeanType.V,
+}
 # Flags that may differ from a checkpoint's: some start from it, some are of a single run.
 CARRIED_TOO = ("dropout", "use_kl", "rescale_learned_sigmas")
 RUN_FLAGS = ("use_checkpoint", "checkpoint_resolutions", "use_fp16", "timestep_respacing")
 FREE_FLAGS = {*CARRIED_TOO, *RUN_FLAGS}
+
+
+# What checkpoints were trained with that are older than these flags.
+EARLIER_VALUES = {
+    "antialias": True,
+    "prediction": "",
+    "cross_attention_rope": False,
+    SR + "prediction": "",
+}
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
@@ -42,7 +56,7 @@ def _trained(flags: Iterable[str]) -> tuple[str, ...]:
 TRAINED_FLAGS = _trained(model_and_diffusion_defaults())
 SR_TRAINED_FLAGS = _trained(image_sr_model_and_diffusion_defaults())
 # What a later run takes from a checkpoint where its command line says nothing else.
-CARRIED_FLAGS = (*TRAINED_FLAGS, *CARRIED_TOO, "video_fps", "audio_fps", "antialias")
+CARRIED_FLAGS = (*TRAINED_FLAGS, *CARRIED_TOO, "video_fps", "audio_fps", "antialias", "task_mix")
 SR_CARRIED_FLAGS = (*SR_TRAINED_FLAGS, *(SR + name for name in CARRIED_TOO), "antialias")
 
 
@@ -58,8 +72,9 @@ def merge_checkpoint_flags(
     ValueError where an explicit one contradicts what was trained. `carried`: CARRIED_FLAGS of the
     joint model, or SR_CARRIED_FLAGS.
     """
-    if trained:  # by an earlier version that always antialiased, where it does not say so
-        trained = {"antialias": True, **trained}
+    if trained:  # by an earlier version, where it lacks a flag
+        earlier = {name: value for name, value in EARLIER_VALUES.items() if name in carried}
+        trained = earlier | dict(trained)
     fixed = {*TRAINED_FLAGS, *SR_TRAINED_FLAGS} & set(carried)
     merged = values | dict(trained)
     for name in sorted(explicit & set(trained) & fixed):
@@ -75,6 +90,11 @@ def merge_checkpoint_flags(
 def _meaning(name: str, value: Any, values: Mapping[str, Any]) -> Any:
     """What a flag's value stands for: the same for two ways to write it."""
     text = str(value).replace(" ", "")
+    prefix = SR if name.startswith(SR) else ""
+    if name.removeprefix(prefix) in ("prediction", "predict_xstart"):
+        both = {**values, name: value}
+        is_xstart = str(both.get(f"{prefix}predict_xstart", False)) == "True"
+        return both.get(f"{prefix}prediction") or ("x_start" if is_xstart else "noise")
     if name == "channel_mult":
         width = int(str(values["video_size"]).split(",")[3])
         return channel_multipliers(text, width)
@@ -121,14 +141,13 @@ def image_sr_create_model_and_diffusion(**flags: Any) -> tuple[ImageSuperResMode
 def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     """The diffusion over the steps that `timestep_respacing` keeps; ValueError naming the flag."""
     loss = LossType.RESCALED_MSE if config.rescale_learned_sigmas else LossType.MSE
-    mean = ModelMeanType.START_X if config.predict_xstart else ModelMeanType.EPSILON
     variance = ModelVarType.LEARNED_RANGE if config.learn_sigma else ModelVarType.FIXED_LARGE
     steps = config.diffusion_steps
     try:
         return SpacedDiffusion(
             space_timesteps(steps, config.timestep_respacing or [steps]),
             betas=get_named_beta_schedule(config.noise_schedule, steps),
-            model_mean_type=mean,
+            model_mean_type=MEAN_TYPES[config.predicted],
             model_var_type=variance,
             loss_type=LossType.RESCALED_KL if config.use_kl else loss,
             rescale_timesteps=config.rescale_timesteps,

@@ -32,7 +32,7 @@ from .nn import (
     timestep_embedding,
     zero_init,
 )
-from .tree import append_dims
+from .tree import Tree, append_dims, tree_map
 
 __all__ = ["ImageSuperResModel", "MultimodalUNet", "window_shift"]  # the last defined elsewhere
 
@@ -105,7 +105,10 @@ class ResStream(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A residual block of all streams; they share one projection of the timestep embedding."""
+    """A residual block of all streams; they share one projection of the timestep embedding.
+
+    `emb`: [B, E], or one per stream.
+    """
 
     def __init__(self, emb: nn.Linear, **streams: ResStream) -> None:
         super().__init__()
@@ -113,9 +116,13 @@ class ResBlock(nn.Module):
         for name, stream in streams.items():
             self.add_module(name, stream)
 
-    def forward(self, x: FeatureMaps, emb: Tensor, shift: int = 0) -> FeatureMaps:
-        emb = self.emb(F.silu(emb))
-        return {name: getattr(self, name)(h, emb) for name, h in x.items()}
+    def forward(self, x: FeatureMaps, emb: Tree, shift: int = 0) -> FeatureMaps:
+        emb = tree_map(self._project, emb)
+        of = emb if isinstance(emb, dict) else dict.fromkeys(x, emb)
+        return {name: getattr(self, name)(h, of[name]) for name, h in x.items()}
+
+    def _project(self, emb: Tensor) -> Tensor:
+        return self.emb(F.silu(emb))
 
 
 def _emb_projection(config: BlockConfig) -> nn.Linear:
@@ -168,7 +175,7 @@ class ImageSelfAttention(nn.Module):
         grid = IMAGE.grid
         self.image = SelfAttention(channels, num_heads, grid, grid, layout="heads qkv dim")
 
-    def forward(self, x: FeatureMaps, emb: Tensor, shift: int = 0) -> FeatureMaps:
+    def forward(self, x: FeatureMaps, emb: Tree, shift: int = 0) -> FeatureMaps:
         return {"image": self.image(x["image"])}
 
 
@@ -179,7 +186,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: FeatureMaps, emb: Tensor, shift: int = 0) -> FeatureMaps:
+    def forward(self, x: FeatureMaps, emb: Tree, shift: int = 0) -> FeatureMaps:
         return {"image": self.op(x["image"])}
 
 
@@ -190,7 +197,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: FeatureMaps, emb: Tensor, shift: int = 0) -> FeatureMaps:
+    def forward(self, x: FeatureMaps, emb: Tree, shift: int = 0) -> FeatureMaps:
         return {"image": self.conv(IMAGE.upsample(x["image"]))}
 
 
@@ -201,7 +208,7 @@ class InputConv(nn.Module):
         super().__init__()
         self.conv = nn.ModuleDict(convs)
 
-    def forward(self, x: FeatureMaps, emb: Tensor, shift: int = 0) -> FeatureMaps:
+    def forward(self, x: FeatureMaps, emb: Tree, shift: int = 0) -> FeatureMaps:
         return {name: conv(x[name]) for name, conv in self.conv.items()}
 
 
@@ -285,15 +292,19 @@ class UNet(nn.Module):
         blocks = [block for block in self.modules() if isinstance(block, CrossAttention)]
         return [block.draw_shift(num_frames) for block in blocks]
 
-    def _walk(self, h: FeatureMaps, timesteps: Tensor, shifts: Iterable[Any] = ()) -> FeatureMaps:
+    def _embed(self, timesteps: Tensor) -> Tensor:
+        """[B] -> [B, E]"""
+        emb = timestep_embedding(timesteps, self.config.num_channels)
+        return self.time_embed(emb.to(next(self.parameters()).dtype))
+
+    def _walk(self, h: FeatureMaps, timesteps: Tree, shifts: Iterable[Any] = ()) -> FeatureMaps:
         """Inputs of the first convolutions -> inputs of the last ones.
 
         The shifts are drawn outside: nothing that is recomputed for the gradient, or compiled, may
         draw them.
         """
         shifts = iter(shifts)
-        emb = timestep_embedding(timesteps, self.config.num_channels)
-        emb = self.time_embed(emb.to(next(self.parameters()).dtype))
+        emb = tree_map(self._embed, timesteps)
         # Inputs have gradients in guided sampling.
         has_gradient = self.training or any(x.requires_grad for x in h.values())
         recomputes = self.use_checkpoint and th.is_grad_enabled() and has_gradient
@@ -310,7 +321,7 @@ class UNet(nn.Module):
         return h
 
     def _run(
-        self, blocks: nn.Module, h: FeatureMaps, emb: Tensor, full_width: int, shifts: Iterator[Any]
+        self, blocks: nn.Module, h: FeatureMaps, emb: Tree, full_width: int, shifts: Iterator[Any]
     ) -> FeatureMaps:
         """Blocks in turn, recomputed for the gradient at the chosen resolutions (0: nowhere)."""
         for block in blocks.children():
@@ -331,6 +342,7 @@ def _width(h: FeatureMaps) -> int:
 class MultimodalUNet(UNet):
     """`model(video [B, F, C, H, W], audio [B, C, L], timesteps [B]) -> (video, audio)`.
 
+    `timesteps` may also be {"video": [B], "audio": [B]}: the noise level of each modality.
     `shifts`: one per cross-attention, numbers or 0-d tensors; None: drawn by `draw_shifts`.
     """
 
@@ -387,10 +399,10 @@ class MultimodalUNet(UNet):
     def _cross(self, channels: int, window: int, shifts: bool) -> CrossAttention:
         per_head = self.config.num_head_channels
         heads = self.config.num_heads if per_head == -1 else channels // per_head
-        return CrossAttention(channels, heads, window, shifts)
+        return CrossAttention(channels, heads, window, shifts, self.config.cross_attention_rope)
 
     def forward(
-        self, video: Tensor, audio: Tensor, timesteps: Tensor, shifts: Iterable[Any] | None = None
+        self, video: Tensor, audio: Tensor, timesteps: Tree, shifts: Iterable[Any] | None = None
     ) -> tuple[Tensor, Tensor]:
         dtype = next(self.parameters()).dtype
         shifts = self.draw_shifts(video.shape[1]) if shifts is None else shifts

@@ -8,24 +8,25 @@ command line and in checkpoints ("2,4,8"), and a tuple in a config.
 # ruff: noqa: F401 (names for other modules)
 
 from .command_line import Parser, flag_defaults, notes_on, parse, pick
+from .diffusion import DiffusionConfig, SRDiffusionConfig
 from .flags import SR, Config, channel_multipliers, require_positive
 from .subjects import (
     EVALUATION_PRESETS,
+    TASKS,
     BatchConfig,
     ClipConfig,
     ClipReadingConfig,
     CrossModalConfig,
     DataConfig,
     DeviceConfig,
-    DiffusionConfig,
     EvalConfig,
     FilesConfig,
     FrameDataConfig,
+    JointTrainConfig,
     MetricsConfig,
     ModelConfig,
     SamplerConfig,
     SamplingConfig,
-    SRDiffusionConfig,
     SRSamplerConfig,
     TrainConfig,
     UpsamplerConfig,

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 from ..dist_util import end_job
+from .diffusion import SRDiffusionConfig
 from .flags import Config, convert, flag_name
-from .subjects import SRDiffusionConfig, UpsamplerConfig
+from .subjects import UpsamplerConfig
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 

@@ -90,6 +90,30 @@ def one_of(choices: Collection[str]) -> Parse:
     return parse
 
 
+def shares_of(choices: Collection[str]) -> Callable[[str, Any], dict[str, float]]:
+    """ "joint:0.5,video2audio:0.5" -> {"joint": 0.5, "video2audio": 0.5}: sums to 1."""
+
+    def parse(name: str, text: Any) -> dict[str, float]:
+        problem = f"--{name} {text!r}: need NAME:SHARE with commas between, of {', '.join(choices)}"
+        pairs = [part.strip().partition(":") for part in str(text).split(",")]
+        if len(pairs) == 1 and not pairs[0][1]:
+            pairs = [(pairs[0][0], ":", "1")]
+        found: dict[str, float] = {}
+        for choice, _, share in pairs:
+            try:
+                found[choice] = float(share)
+            except ValueError:
+                raise ValueError(problem) from None
+        total = sum(found.values())
+        if len(found) < len(pairs) or not found.keys() <= set(choices) or min(found.values()) <= 0:
+            raise ValueError(problem)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"--{name} {text!r}: shares sum to {total:g}; make them sum to 1")
+        return found
+
+    return parse
+
+
 def at_least(least: float, other: float | None = None) -> Parse:
     """A finite number of at least this size, or one `other`."""
 

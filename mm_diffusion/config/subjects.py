@@ -21,6 +21,7 @@ from .flags import (
     flag,
     one_of,
     positive,
+    shares_of,
     sizes,
 )
 
@@ -28,6 +29,8 @@ VIDEO_TYPES = ("2d+1d", "3d")
 AUDIO_TYPES = ("1d", "linear")  # two published names of one convolution
 SAMPLE_FNS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
 PRECISIONS = ("fp32", "bf16", "fp16")
+TASKS = {"joint": "", "video2audio": "video", "audio2video": "audio"}  # -> what is known
+CONDITIONINGS = ("auto", "clean", "replacement")
 # What the published evaluations read of a clip; --preset takes these in place of defaults.
 _AUDIOCLIP = {
     "audio_embedding_input": "waveform",
@@ -148,6 +151,9 @@ class ModelConfig(NetworkConfig, ClipConfig):
         "1,4,8", "windows of cross-attention in frames, one per factor", factors
     )
     cross_attention_shift: bool = flag(True, "shift the windows at random")
+    cross_attention_rope: bool = flag(
+        False, "rotate queries and keys of cross-attention by the time of their tokens"
+    )
     video_attention_resolutions: Ints = flag(
         "2,4,8", "downsampling factors with spatial and temporal attention; -1: none", factors
     )
@@ -190,30 +196,6 @@ class ModelConfig(NetworkConfig, ClipConfig):
 def _require_multiple(name: str, size: int, stride: int, flag: str) -> None:
     if size % stride:
         raise ValueError(f"--{name} {size} is not a multiple of {stride}, as {flag} needs")
-
-
-@dataclass(frozen=True)
-class DiffusionConfig(Config):
-    """The diffusion process."""
-
-    learn_sigma: bool = flag(False, "learn the variances")
-    diffusion_steps: int = flag(1000, "steps of the process", at_least(1))
-    noise_schedule: str = flag("linear", "linear or cosine")
-    timestep_respacing: str = flag(
-        "", "steps to sample with: ddimN, N or sections such as 10,15,20"
-    )
-    use_kl: bool = flag(False, "train on the variational bound")
-    predict_xstart: bool = flag(False, "predict the clip instead of the noise")
-    rescale_timesteps: bool = flag(False, "give the model timesteps scaled to 0..1000")
-    rescale_learned_sigmas: bool = flag(False, "scale the bound by steps/1000 beside MSE")
-
-
-@dataclass(frozen=True)
-class SRDiffusionConfig(DiffusionConfig):
-    """The diffusion process of the upsampler."""
-
-    prefix = SR
-    learn_sigma: bool = flag(True, "learn the variances")
 
 
 @dataclass(frozen=True)
@@ -349,6 +331,32 @@ class TrainConfig(ComputeConfig, BatchConfig):
 
 
 @dataclass(frozen=True)
+class JointTrainConfig(TrainConfig):
+    """The trainer of the joint model."""
+
+    task_mix: dict[str, float] = flag(
+        "joint",
+        "shares of clips to learn both modalities of, or one from the other, such as"
+        " joint:0.5,video2audio:0.25,audio2video:0.25",
+        shares_of(TASKS),
+    )
+    val_dir: str = flag("", "held-out clips to measure coupling and loss on; empty: val_share")
+    val_share: float = flag(
+        0.02, "share of the files of data_dir to hold out, if that is 4 or more", at_least(0)
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.val_share >= 1:
+            raise ValueError(f"--val_share {self.val_share}: need a share below 1 to train on")
+
+    @property
+    def held_out_share(self) -> float:
+        """Of the files of data_dir: none with a val_dir."""
+        return 0.0 if self.val_dir else self.val_share
+
+
+@dataclass(frozen=True)
 class SamplerConfig(Config):
     """The sampler; 0 and empty leave the sampler's own settings."""
 
@@ -411,6 +419,19 @@ class CrossModalConfig(Config):
     """Generating one modality from the other."""
 
     classifier_scale: float = flag(0.0, "guidance (ddpm, ddim); 0: none", at_least(0))
+    conditioning: str = flag(
+        "auto",
+        "how the conditioning modality goes in: clean, or replacement with noise of each step's"
+        " level; auto: clean if the checkpoint was trained so",
+        one_of(CONDITIONINGS),
+    )
+
+    def check(self) -> None:
+        if self.conditioning == "clean" and self.classifier_scale:
+            raise ValueError(
+                f"--classifier_scale {self.classifier_scale}: guidance goes with --conditioning"
+                " replacement; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)
