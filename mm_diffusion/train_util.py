@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -28,6 +28,7 @@ from .training.averages import QUARTILES, Averages, Pace
 from .training.resume import find_state, start_from
 from .training.signals import stop_signals
 from .training.states import State, thin_out, write_state
+from .training.tasks import TaskMix, bind_known, without_known
 from .tree import Tree, leaves, tree_map
 from .unet import window_shift
 
@@ -57,6 +58,9 @@ class TrainLoop:
     flags: what the checkpoints carry.
     preview: called as preview(model, step) after every save on all ranks, with the first EMA in the
         model.
+    task_mix: share of each task; joint generation alone by default.
+    meter: called as meter(model) before every save on all ranks, with the first EMA in the model;
+        what it returns goes into the log.
     """
 
     def __init__(
@@ -70,10 +74,13 @@ class TrainLoop:
         use_fp16: bool = False,
         flags: dict[str, Any] | None = None,
         preview: Callable[[nn.Module, int], None] | None = None,
+        task_mix: Mapping[str, float] | None = None,
+        meter: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ) -> None:
         self.model, self.diffusion = model.to(world.device), diffusion
         self.config, self.world = config, world
         self.flags, self.preview = flags or {}, preview
+        self.tasks, self.meter = TaskMix(task_mix), meter
         self.step = 0  # optimizer steps done
         self.samples = 0  # used by all ranks together
         self.saved_step = -1
@@ -135,6 +142,8 @@ class TrainLoop:
                     break
                 self.run_step(*batch)
                 progress.update()
+                if self.step % self.config.save_interval == 0 or self.step == total:
+                    self._measure()
                 if self.step % self.config.log_interval == 0 or self.step == total:
                     self._log()
                     self.abort_if_diverged()
@@ -180,6 +189,7 @@ class TrainLoop:
         indices = range(rank * batch, (rank + 1) * batch)
         generators = rng.per_sample(seed, step, indices=indices, device=device)
         t, weights = self.sampler.sample(batch, device, generators)
+        tasks = self.tasks.draw(seed, step, indices, device)
         noise = randn_like(x_start, generators)
         th.manual_seed(rng.derive_seed(seed, step, "dropout", rank))
         size = self.config.microbatch if self.config.microbatch > 0 else batch
@@ -187,7 +197,7 @@ class TrainLoop:
         losses = []
         for start in range(0, batch, size):
             part = itemgetter(slice(start, start + size))
-            parts = [tree_map(part, tree) for tree in (x_start, cond, t, noise, weights)]
+            parts = [tree_map(part, tree) for tree in (x_start, cond, t, noise, weights, tasks)]
             is_last = start + size >= batch
             with contextlib.nullcontext() if is_last else no_sync():
                 losses.append(self._microbatch(parts, share=1 / batch))
@@ -196,23 +206,33 @@ class TrainLoop:
     def _microbatch(self, parts: Sequence[Any], share: float) -> th.Tensor:
         """Add the gradient of `share` times the sum of weighted losses -> unweighted losses [B].
 
-        parts: x_start, cond, t [B], noise, weights [B].
+        parts: x_start, cond, t [B], noise, weights [B], tasks [B].
         """
-        x_start, cond, t, noise, weights = parts
+        x_start, cond, t, noise, weights, tasks = parts
         # Window shifts are the same for every microbatch and rank.
         shifts = rng.generator(self.config.seed, self.step, "window shift")
-        model_fn = bind(self.forward_model, cond)
-        autocast = partial(th.autocast, self.world.device.type, DTYPES[self.precision])
+        model_fn, known = bind(self.forward_model, cond), self.tasks.known(tasks)
+        if self.tasks.is_mixed:
+            model_fn = bind_known(model_fn, x_start, known)
         with window_shift(shifts):
-            with autocast(enabled=self.precision != "fp32"):
+            with self._autocast():
                 terms = self.diffusion.training_losses(model_fn, x_start, t, noise)
+            if self.tasks.is_mixed:
+                terms = without_known(terms, known)
             loss = (terms["loss"] * weights).sum() * share
             if self.precision == "fp16":
                 loss = loss * 2**self.log_loss_scale
             loss.backward()
         weighted = {name: term.detach() * weights for name, term in terms.items()}
-        self.averages.add(QUARTILES * t // self.diffusion.num_timesteps, weighted)
+        counted: dict[str, th.Tensor] = {}
+        if self.tasks.is_mixed:
+            weighted, counted = self.tasks.counted(weighted, tasks)
+        self.averages.add(QUARTILES * t // self.diffusion.num_timesteps, weighted, counted)
         return terms["loss"].detach()
+
+    def _autocast(self) -> th.autocast:
+        device, dtype = self.world.device.type, DTYPES[self.precision]
+        return th.autocast(device, dtype, enabled=self.precision != "fp32")
 
     def _optimize(self) -> th.Tensor:
         """Clip, step, average -> the norm of the gradient before clipping.
@@ -249,6 +269,14 @@ class TrainLoop:
         return lr
 
     # ------------------------------------------------------------ log
+
+    def _measure(self) -> None:
+        """Add what the meter says about the averaged weights to the next row of the log."""
+        if self.meter:
+            with self.ema_weights() as model, self._autocast():
+                values = self.meter(model)
+            for name, value in values.items():
+                logger.logkv(name, value)
 
     def _log(self) -> None:
         """Log a row about the steps since the last one: the only wait for the device."""

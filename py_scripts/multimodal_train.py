@@ -8,8 +8,8 @@ from mm_diffusion import logger
 from mm_diffusion.config import (
     DataConfig,
     DiffusionConfig,
+    JointTrainConfig,
     ModelConfig,
-    TrainConfig,
     notes_on,
     parse,
     pick,
@@ -19,15 +19,16 @@ from mm_diffusion.dist_util import friendly_errors, setup_dist
 from mm_diffusion.generation.previews import make_preview
 from mm_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.training.coupling import make_meter
 from mm_diffusion.training.resume import flags_to_start_with
 from mm_diffusion.training.trackers import make_trackers
 
-CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
+CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, JointTrainConfig)
 
 
 def main() -> None:
     flags, explicit = parse(__doc__, *CONFIGS)
-    config = pick(TrainConfig, flags)
+    config = pick(JointTrainConfig, flags)
     world = setup_dist(config.devices)
     logger.configure(config.output_dir, world.rank == 0, make_trackers(flags, world.rank))
     for note in notes_on(explicit, *CONFIGS):
@@ -41,9 +42,14 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     logger.log(f"{size:,} parameters on {world.size} x {world.device}")
 
-    data = functools.partial(load_data, data_config, world)
-    preview = make_preview(diffusion, config, data_config, world)
-    options = {"use_fp16": flags["use_fp16"], "flags": flags, "preview": preview}
+    data = functools.partial(load_data, data_config, world, val_share=config.held_out_share)
+    options = {
+        "use_fp16": flags["use_fp16"],
+        "flags": flags,
+        "preview": make_preview(diffusion, config, data_config, world),
+        "task_mix": config.task_mix,
+        "meter": make_meter(diffusion, config, data_config, world),
+    }
     TrainLoop(model, diffusion, data, config, world, **options).run_loop()
 
 

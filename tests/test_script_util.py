@@ -224,7 +224,7 @@ def test_help_groups_the_flags_by_subject(command, capsys):
     with pytest.raises(SystemExit):
         command("--help")
     out = capsys.readouterr().out
-    titles = ["The coupled U-Net:", "Clips on disk:", "The trainer:"]
+    titles = ["The coupled U-Net:", "Clips on disk:", "The trainer of the joint model:"]
     places = [out.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
     groups = [out[start:end] for start, end in zip(places, [*places[1:], None], strict=True)]

@@ -31,8 +31,12 @@ def batches(size, world=None, dtype=th.float32):
     return data
 
 
+OWN = ("task_mix", "meter")  # options of TrainLoop itself
+
+
 def loop(folder, *, flags=None, world=None, data=None, preview=None, use_fp16=False, **options):
     """A trainer of the tiny model; its log goes to `folder`."""
+    own = {name: options.pop(name) for name in OWN if name in options}
     config = TrainConfig(
         **{"output_dir": str(folder), "batch_size": 2, "lr": 1e-3, "log_interval": 1, **options}
     )
@@ -49,6 +53,7 @@ def loop(folder, *, flags=None, world=None, data=None, preview=None, use_fp16=Fa
         use_fp16=use_fp16,
         flags=tiny.FLAGS,
         preview=preview,
+        **own,
     )
 
 

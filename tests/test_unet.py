@@ -64,11 +64,21 @@ def as_on_gpus():
         yield
 
 
+def per_modality(model):
+    """The model with its timesteps as one per modality."""
+
+    def call(video, audio, timesteps):
+        return model(video, audio, {"video": timesteps, "audio": timesteps})
+
+    return call
+
+
 # Every way to run the network, and where.
 WAYS = {
     "as on CPUs": (lambda model: model, nullcontext),
     "as on GPUs": (lambda model: model, as_on_gpus),
     "prepared": (prepare, nullcontext),
+    "a timestep per modality": (per_modality, nullcontext),
     "compiled": (partial(prepare, compile_mode="default", backend="eager"), as_on_gpus),
 }
 SLOW_TO_COMPILE = [(case, "compiled") for case in BASE[1:]]  # one is enough

@@ -18,6 +18,7 @@ from ..dist_util import World
 from . import decode, images
 from .cache import DiskCache, Parts
 from .decode import ClipInfo
+from .held_out import split
 from .index import ClipIndex, build_index
 from .loader import endless_batches
 
@@ -122,19 +123,42 @@ def read_clips(folder: str, config: DataConfig, most: int | None = None) -> Samp
     return default_collate([clips[k] for k in range(len(clips))[:most]])
 
 
+def read_held_out(config: DataConfig, val_dir: str, val_share: float, most: int) -> Sample | None:
+    """Up to `most` clips of `val_dir`, or of the share of `data_dir`; None where that is empty.
+
+    Windows of equal distances among all: of as many files as there are. Must be called on every
+    rank. Errors: see `load_data`.
+    """
+    if val_dir:
+        index = index_clips(dataclasses.replace(config, data_dir=val_dir))
+    else:
+        index = split(index_clips(config), val_share)[1]
+    if not index.clips:
+        return None
+    dataset = ClipDataset(index, dataclasses.replace(config, random_flip=False))
+    count = min(most, len(dataset))
+    return default_collate([dataset[k * len(dataset) // count] for k in range(count)])
+
+
 def load_data(
-    config: DataConfig, world: World | None = None, start_sample: int = 0
+    config: DataConfig,
+    world: World | None = None,
+    start_sample: int = 0,
+    val_share: float = 0.0,
 ) -> Iterator[tuple[Sample, dict]]:
     """-> endless ({"video": [B, F, 3, H, W], "audio": [B, 2, L]}, {}), float32 in [-1, 1].
 
-    start_sample: how many samples all ranks have taken before. Must be called on every rank.
+    start_sample: how many samples all ranks have taken before. val_share: of the files, which
+    are held out (see held_out.py). Must be called on every rank.
     DataError (an unusable folder) and ValueError (an unusable cache_dir) at once, MediaError when
     a file turns out to be undecodable.
     """
     world = world or World()
     disk = DiskCache(config.cache_dir, config.data_dir) if config.cache_dir else None
-    index = index_clips(config)
+    index, held_out = split(index_clips(config), val_share)
     if world.rank == 0:
         logger.log(f"{config.data_dir}: {index.report()}")
+        if held_out.clips:
+            logger.log(f"{len(held_out.clips)} more are held out (--val_share {val_share})")
     dataset = ClipDataset(index, config, disk)
     return ((batch, {}) for batch in endless_batches(dataset, config, world, start_sample))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, logger
 from ..config import (
+    TASKS,
     ClipReadingConfig,
     Config,
     CrossModalConfig,
@@ -32,6 +33,7 @@ from ..config import (
     parse,
     pick,
 )
+from ..config.flags import shares_of
 from ..data.decode import ClipInfo
 from ..data.index import ClipIndex, probe_folders
 from ..dist_util import World, barrier, from_rank_0, setup_dist
@@ -161,9 +163,9 @@ def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipRead
     data, how = pick(DataConfig, flags), pick(SamplerConfig, flags)
     check_frames_fit(data.video_size, upsampler)
     model, diffusion = load_model(path, weights, flags, config, world.device)
-    scale = pick(CrossModalConfig, flags).classifier_scale if this.modality else 0.0
-    guidance = {"classifier_scale": scale, **how.solver_settings()}
-    sampler = make_sampler(how.sample_fn, diffusion, config.clip_denoised, **guidance)
+    cross = conditioning_settings(flags, this.modality) if this.modality else {}
+    settings = {**cross, **how.solver_settings()}
+    sampler = make_sampler(how.sample_fn, diffusion, config.clip_denoised, **settings)
     clips = ConditioningClips(this.modality, this.index, data) if this.index else None
     count = min(config.all_save_num, len(clips)) if clips else config.all_save_num
     stem = f"{how.sample_fn}_samples_{checkpoint.steps_done(path)}_{config.seed}"
@@ -174,7 +176,7 @@ def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipRead
     description = {
         "checkpoint": checkpoint.fingerprint(weights),
         "precision": model.precision,
-        "given": [this.modality, scale, from_rank_0(clips.fingerprint)] if clips else [],
+        "given": [this.modality, *cross.values(), from_rank_0(clips.fingerprint)] if clips else [],
         **describe(flags),
         **upsampling,
     }
@@ -201,6 +203,20 @@ def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipRead
     if config.gallery and world.rank == 0:
         output.show_gallery(folder)
     return sizes_of_samples(flags, upsampling)
+
+
+def conditioning_settings(flags: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """How make_sampler conditions on `modality`: `auto` is clean if the checkpoint learned that."""
+    config = pick(CrossModalConfig, flags)
+    learned = shares_of(TASKS)("task_mix", flags.get("task_mix", "joint"))
+    has_learned = modality in [TASKS[name] for name in learned]
+    way = config.conditioning
+    if way == "auto":
+        way = "clean" if has_learned and not config.classifier_scale else "replacement"
+    logger.log(f"conditioning on {modality}: {way}")
+    if way == "clean" and not has_learned:
+        logger.warn("the checkpoint has not learned that (--task_mix); try --conditioning auto")
+    return {"classifier_scale": config.classifier_scale, "conditioning": way}
 
 
 def describe(flags: Mapping[str, Any]) -> dict[str, Any]:

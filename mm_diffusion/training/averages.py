@@ -21,14 +21,25 @@ class Averages:
     """
 
     def __init__(self) -> None:
-        self.quartiles: list[th.Tensor] = []
+        self.bins: dict[str, list[th.Tensor]] = {}
         self.values: dict[str, list[th.Tensor]] = {}
         self.norms: list[th.Tensor] = []
 
-    def add(self, quartiles: th.Tensor, values: Mapping[str, th.Tensor]) -> None:
-        """Add values [B] by name, of timesteps in these quartiles [B] (0 to 3)."""
-        self.quartiles.append(quartiles)
+    def add(
+        self,
+        quartiles: th.Tensor,
+        values: Mapping[str, th.Tensor],
+        counted: Mapping[str, th.Tensor] | None = None,
+    ) -> None:
+        """Add values [B] by name, of timesteps in these quartiles [B] (0 to 3).
+
+        counted: name -> [B] bool, which of the values count; all where it lacks the name.
+        """
         for name, value in values.items():
+            bins = quartiles
+            if counted and name in counted:
+                bins = th.where(counted[name], quartiles, QUARTILES)  # one beyond the last
+            self.bins.setdefault(name, []).append(bins)
             self.values.setdefault(name, []).append(value.detach())
 
     def add_norm(self, norm: th.Tensor) -> None:
@@ -37,15 +48,17 @@ class Averages:
 
     def log(self) -> None:
         """Log the means: NAME and NAME_q0 to NAME_q3, and grad_norm; forget what was added."""
-        bins = th.nn.functional.one_hot(th.cat(self.quartiles), QUARTILES).double()
         for name, values in self.values.items():
+            bins = th.nn.functional.one_hot(th.cat(self.bins[name]), QUARTILES + 1)
+            bins = bins[:, :QUARTILES].double()
             in_bins = th.cat(values).double() @ bins
             sums, counts = all_sum(th.stack([in_bins, bins.sum(0)])).cpu()
-            logger.logkv(name, float(sums.sum() / counts.sum()))
+            if counts.sum():
+                logger.logkv(name, float(sums.sum() / counts.sum()))
             for quartile in counts.nonzero().flatten().tolist():
                 logger.logkv(f"{name}_q{quartile}", float(sums[quartile] / counts[quartile]))
         logger.logkv("grad_norm", float(th.stack(self.norms).mean()))
-        self.quartiles, self.values, self.norms = [], {}, []
+        self.bins, self.values, self.norms = {}, {}, []
 
 
 class Pace:
