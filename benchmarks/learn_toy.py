@@ -2,14 +2,15 @@
 
 This is nearer to the published setting than the demo: 16 pixels, 1000 steps, all four levels with
 their windows, two kinds of objects that move and pulse. Some runs add the random shift, or predict
-the noise. Nearer still, on a GPU: --video_size 16,3,32,32 --audio_size 2,16384 --audio_fps 8192
---num_channels 64. At every save the moving average is judged:
+the noise. --short True has the demo's model and clips instead, at 8 pixels. Nearer still, on a GPU:
+--video_size 16,3,32,32 --audio_size 2,16384 --audio_fps 8192 --num_channels 64. At every save the
+moving average is judged:
 
 coupling   how much worse a modality of held-out clips is denoised beside another clip's other
            modality, at one noise level t / T: error(mismatched) / error(matched) - 1; 0 while the
            model ignores the other modality
 spatial    correlation of the object's horizontal position and the level difference of the audio, of
-           generated clips
+           generated clips; v2a: of audio generated for held-out video, a2v: the other way round
 temporal   correlation of the object's brightness and the loudness of the audio, likewise
 FD         Frechet distance of generated and held-out clips, by a few features that need no weights
            (evaluation/bright_object.toy_features): of video, of audio, and of both together, which
@@ -34,12 +35,14 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from learn_runs import DEFAULTS, SHORT_DEFAULTS, VARIANTS, Variant
 
 from mm_diffusion import checkpoint, logger, rng
 from mm_diffusion.config import (
     Config,
     DataConfig,
     DiffusionConfig,
+    JointTrainConfig,
     ModelConfig,
     TrainConfig,
     parse,
@@ -60,69 +63,21 @@ from mm_diffusion.evaluation.bright_object import (
 from mm_diffusion.evaluation.distances import standard_frechet_distance
 from mm_diffusion.files import write_atomically, write_text
 from mm_diffusion.respace import SpacedDiffusion
-from mm_diffusion.sampling import Sampler, bind, make_sampler, prepare, sample_joint
+from mm_diffusion.sampling import Sampler, make_sampler, prepare, sample_joint
 from mm_diffusion.script_util import (
     create_diffusion,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
 from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.training.coupling import denoising_errors, mismatched
 from mm_diffusion.training.resume import find_state, flags_to_start_with
 from mm_diffusion.training.trackers import make_trackers
-from mm_diffusion.unet import window_shift
 from mm_diffusion.viewing import curves
 
 Clips = dict[str, th.Tensor]
 Row = dict[str, float]
 
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A run: what it shows, its flags, and whether all images are mirrored without their audio."""
-
-    text: str
-    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
-    mirrors_images: bool = False
-
-
-# The thresholding of dpm_solver++ bounds what the first evaluations make of errors in the noise.
-PREDICTS_NOISE = {"predict_xstart": False, "sample_fn": "dpm_solver++"}
-NO_SHIFT = {"cross_attention_shift": False}
-VARIANTS = {
-    "no_shift": Variant("windows not shifted; predicts the clip", NO_SHIFT),
-    "picture_flip": Variant(
-        "the same, but every image mirrored and no channels swapped, as published",
-        NO_SHIFT | {"random_flip": False},
-        mirrors_images=True,
-    ),
-    "shift": Variant("windows shifted at random, as published; predicts the clip"),
-    "noise": Variant(
-        "windows not shifted; predicts the noise, as published", NO_SHIFT | PREDICTS_NOISE
-    ),
-    "published": Variant(
-        "windows shifted at random; predicts the noise: both as published", PREDICTS_NOISE
-    ),
-}
-DEFAULTS = {
-    "video_size": "8,3,16,16",
-    "audio_size": "2,4096",  # enough samples to be recognisable in as much noise as the video
-    "video_fps": 8,  # the toy audio pulses 4 to 5 times a second
-    "audio_fps": 4096,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,1,2,2",
-    "predict_xstart": True,
-    "num_head_channels": 32,
-    "batch_size": 8,
-    "lr": 1e-3,
-    "lr_warmup_steps": 200,
-    "grad_clip": 1.0,
-    "ema_rate": "0.999",
-    "num_workers": 1,
-    "save_interval": 500,
-    "keep_last": 1,
-    "output_dir": "output/learn_toy",
-}
 NOISE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # t / T
 FILE_PIXELS = 64  # the least side of the toy files, which are scaled down when they are read
 HELD_OUT_SEED = 1  # of the toy clips that no run trains on
@@ -132,6 +87,8 @@ COLUMNS = {
     "minutes": "minutes",
     "spatial": "spatial",
     "spatial_mismatched": "mismatched",
+    "spatial_v2a": "spatial v2a",
+    "spatial_a2v": "spatial a2v",
     "temporal": "temporal",
     "temporal_mismatched": "mismatched",
     "coupling_video": "coupling v",
@@ -151,6 +108,7 @@ class LearnConfig(Config):
     """The benchmark."""
 
     runs: str = flag("no_shift,picture_flip,shift", f"which to train, in order ({CHOICES})")
+    short: bool = flag(False, "8 pixels, 15 minutes and all else as in the demo, by default")
     minutes: float = flag(60.0, "of training and judging for each run, earlier calls included")
     num_clips: int = flag(1024, "toy clips to train on")
     held_out_clips: int = flag(64, "other toy clips, to compare with")
@@ -158,11 +116,13 @@ class LearnConfig(Config):
     samples_dir: str = flag("", "for 4 clips of the run of least FD joint and an image of them")
 
 
-CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, LearnConfig)
+CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, JointTrainConfig, LearnConfig)
 
 
 def main() -> None:
     flags, explicit = parse(__doc__, *CONFIGS, defaults=DEFAULTS)
+    if flags["short"]:
+        flags |= {name: x for name, x in SHORT_DEFAULTS.items() if name not in explicit}
     names = [name.strip() for name in flags["runs"].split(",")]
     if unknown := [name for name in names if name not in VARIANTS]:
         raise ValueError(f"--runs {unknown[0]!r}: choose from {', '.join(VARIANTS)}")
@@ -210,7 +170,7 @@ def train(
     left = from_rank_0(lambda: flags["minutes"] - judge.minutes())
     if left <= 0:
         return True
-    config = pick(TrainConfig, flags | {"max_hours": left / 60})
+    config = pick(JointTrainConfig, flags | {"max_hours": left / 60})
     data_config = pick(DataConfig, flags)
     th.manual_seed(config.seed)
     model, diffusion = create_from(flags)
@@ -220,6 +180,7 @@ def train(
         return map(mirror_images, batches) if variant.mirrors_images else batches
 
     options = {"use_fp16": flags["use_fp16"], "flags": flags, "preview": judge.preview}
+    options["task_mix"] = config.task_mix
     loop = TrainLoop(model, diffusion, data, config, world, **options)
     if loop.step == 0:
         with loop.ema_weights() as untrained:
@@ -253,7 +214,8 @@ class Judge:
         self.started = time.monotonic()
         self.steps: set[int] = set()  # judged since then
         self.diffusion = create_diffusion(pick(DiffusionConfig, flags))
-        self.sampler = make_sampler(flags["sample_fn"], self.diffusion)
+        way = "replacement" if flags["task_mix"] == "joint" else "clean"
+        self.sampler = make_sampler(flags["sample_fn"], self.diffusion, conditioning=way)
 
     def minutes(self) -> float:
         """Minutes of this run so far, earlier calls included."""
@@ -266,8 +228,13 @@ class Judge:
         if is_done or self.world.rank:
             return
         device, size = self.world.device, self.flags["batch_size"]
-        clips = generate(model, self.sampler, self.flags["generated_clips"], size, device)
+        count = self.flags["generated_clips"]
+        clips = generate(model, self.sampler, count, size, device)
         row: Row = {"step": step} | alignments(clips) | distances(clips, self.held_out)
+        for name, short in (("video", "v2a"), ("audio", "a2v")):
+            known = {name: self.held_out[name]}
+            clips = generate(model, self.sampler, count, size, device, known)
+            row[f"spatial_{short}"] = spatial_alignment(clips["video"], clips["audio"])
         row |= coupling(model, self.diffusion, self.held_out, size, device)
         row["minutes"] = self.minutes()
         self.rows = [*(r for r in self.rows if r["step"] != step), row]
@@ -283,11 +250,21 @@ def report(run: Path, text: str) -> None:
 
 
 def generate(
-    model: th.nn.Module, sampler: Sampler, count: int, batch_size: int, device: th.device
+    model: th.nn.Module,
+    sampler: Sampler,
+    count: int,
+    batch_size: int,
+    device: th.device,
+    conditioning: Clips | None = None,
 ) -> Clips:
-    """Clips 0, 1, ... of seed 0."""
-    batches = [range(count)[i : i + batch_size] for i in range(0, count, batch_size)]
-    parts = [sample_joint(model, sampler, batch, 0, device) for batch in batches]
+    """Clips 0, 1, ... of seed 0, or as many as the clips of the known modality."""
+    if conditioning:
+        count = min([count, *map(len, conditioning.values())])
+    parts = []
+    for start in range(0, count, batch_size):
+        batch = range(count)[start : start + batch_size]
+        known = {name: x[batch.start : batch.stop] for name, x in (conditioning or {}).items()}
+        parts.append(sample_joint(model, sampler, batch, 0, device, conditioning=known))
     return {name: th.cat([clips[name] for clips in parts]) for name in parts[0]}
 
 
@@ -324,13 +301,12 @@ def coupling(
 ) -> Row:
     """error(mismatched) / error(matched) - 1 by modality: the mean, and at each noise level."""
     noise = rng.randn_like(clips, rng.per_sample(0, "coupling", indices=range(len(clips["video"]))))
-    others, other_noise = mismatched(clips, 1), mismatched(noise, 1)
-    run = functools.partial(errors, model, diffusion, batch_size=batch_size, device=device)
+    options: dict[str, Any] = {"levels": NOISE_LEVELS, "batch_size": batch_size, "device": device}
+    run = functools.partial(denoising_errors, model, diffusion, **options)
+    own, other = run(clips, noise), run(mismatched(clips, 1), mismatched(noise, 1))
     ratios: Row = {}
-    for level in NOISE_LEVELS:
-        t = int(level * diffusion.num_timesteps)
-        matched, mixed = run(clips, noise, t=t), run(others, other_noise, t=t)
-        ratios |= {f"coupling_{name}_{level}": mixed[name] / matched[name] - 1 for name in clips}
+    for name in clips:
+        ratios |= zip(_coupling_keys(name), (other[name] / own[name] - 1).tolist(), strict=True)
     row: Row = {}
     for name in clips:
         row[f"coupling_{name}"] = float(np.mean([ratios[key] for key in _coupling_keys(name)]))
@@ -339,36 +315,6 @@ def coupling(
 
 def _coupling_keys(modality: str) -> list[str]:
     return [f"coupling_{modality}_{level}" for level in NOISE_LEVELS]
-
-
-def mismatched(clips: Clips, shift: int) -> Clips:
-    """Each video with the audio of the clip `shift` before it, cyclically."""
-    return clips | {"audio": clips["audio"].roll(shift, 0)}
-
-
-def errors(
-    model: th.nn.Module,
-    diffusion: SpacedDiffusion,
-    clips: Clips,
-    noise: Clips,
-    *,
-    t: int,
-    batch_size: int,
-    device: th.device,
-) -> dict[str, float]:
-    """Mean squared error of the prediction at timestep t, by modality; the same for every call."""
-    total = dict.fromkeys(clips, 0.0)
-    count = len(clips["video"])
-    for first in range(0, count, batch_size):
-        part = slice(first, first + batch_size)
-        x = {name: values[part].to(device) for name, values in clips.items()}
-        eps = {name: values[part].to(device) for name, values in noise.items()}
-        steps = th.full((len(x["video"]),), t, device=device)
-        with window_shift(rng.generator("coupling", t, first)):
-            terms = diffusion.training_losses(bind(model), x, steps, eps)
-        for name in total:
-            total[name] += float(terms[f"mse_{name}"].sum()) / count
-    return total
 
 
 # ---------------------------------------------------------------- rows and tables
