@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import re
 import socket
@@ -354,6 +355,7 @@ def friendly_errors() -> Iterator[None]:
 
     Either way the exit status is 1 and the job ends: a rank that fails takes the others down.
     """
+    print_any_name()
     try:
         yield
     except Exception as error:
@@ -370,6 +372,12 @@ def friendly_errors() -> Iterator[None]:
         end_job(traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def print_any_name() -> None:
+    """Let file names be printed that are not UTF-8, or not in the characters of the locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
 
 
 def _one_line(error: Exception) -> str:

@@ -70,8 +70,12 @@ def write_atomically(
 
 
 def write_text(path: str | os.PathLike, text: str, durable: bool = False) -> None:
-    """Write a UTF-8 text file atomically."""
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"), durable)
+    """Write a UTF-8 text file atomically; file names in it that are not UTF-8 stay as they are."""
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text(text, "utf-8", errors="surrogateescape")
+
+    write_atomically(path, write, durable)
 
 
 def _flush(path: Path) -> None:

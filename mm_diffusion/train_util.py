@@ -33,7 +33,8 @@ from .tree import Tree, leaves, tree_map
 from .unet import window_shift
 
 INITIAL_LOG_LOSS_SCALE = 20.0
-CONTINUE, OUT_OF_TIME, SIGNALLED = 0, 1, 2  # what a rank asks for; the largest counts
+# What a rank asks for; the largest counts.
+CONTINUE, OUT_OF_TIME, DATA_FAILED, SIGNALLED = range(4)
 
 
 def update_ema(ema: list[th.Tensor], params: list[th.Tensor], rate: float) -> None:
@@ -85,6 +86,7 @@ class TrainLoop:
         self.samples = 0  # used by all ranks together
         self.saved_step = -1
         self.started = time.monotonic()
+        self.data_error: Exception | None = None
         state = from_rank_0(lambda: find_state(config))
         if config.init_checkpoint and state:
             ignored = f"--init_checkpoint {config.init_checkpoint} ignored"
@@ -130,14 +132,22 @@ class TrainLoop:
     # ------------------------------------------------------------ the loop
 
     def run_loop(self) -> None:
-        """Train until there is a reason to stop; save on the way and at the end."""
+        """Train until there is a reason to stop; save on the way and at the end.
+
+        The error of the data, after saving, where that is the reason.
+        """
         limits = (self.config.lr_anneal_steps, self.config.max_steps)
         total, is_silent = min(filter(None, limits), default=None), self.world.rank > 0
         bar = partial(tqdm, unit="step", disable=is_silent, dynamic_ncols=True)
-        with bar(total=total, initial=self.step) as progress, stop_signals() as received:
+        verdict = CONTINUE
+        with (
+            stop_signals() as received,
+            bar(total=total, initial=self.step) as progress,
+        ):
             while total is None or self.step < total:
                 batch = self._next_batch(received)
-                if reason := self._reason_to_stop(received):
+                if verdict := self._vote(received):
+                    reason = self._reason_to_stop(verdict, received)
                     logger.log(f"stopping after {self.step} steps: {reason}")
                     break
                 self.run_step(*batch)
@@ -151,28 +161,44 @@ class TrainLoop:
                     progress.set_postfix_str(pace, refresh=False)
                 if self.step % self.config.save_interval == 0:
                     self.save()
-            if self.saved_step != self.step:
-                self.save(preview=not received)  # after a signal there may be no time for previews
+            has_failed = verdict == DATA_FAILED
+            if self.saved_step != self.step and (self.step or not has_failed):
+                # After a signal there may be no time for previews.
+                self.save(preview=not received and not has_failed)
+            if has_failed:
+                self._raise_data_error()
 
     def _next_batch(self, received: list[str]) -> tuple[Tree, dict[str, Any]]:
-        """The next batch; nothing where the signal that stops us has stopped the loader as well."""
+        """The next batch; nothing, and `data_error` is set, where the data fails.
+
+        Unless a signal that stops us has stopped the loader as well.
+        """
         with self.pace.waiting():
             try:
                 return next(self.data)
-            except (RuntimeError, OSError, EOFError):
+            except Exception as error:
                 time.sleep(0.1)  # the loader may receive the signal before us
-                if received:
-                    return {}, {}
-                raise
+                self.data_error = None if received else error
+                return {}, {}
 
-    def _reason_to_stop(self, received: list[str]) -> str:
-        """Why all ranks stop before the next step; the same on all of them, "" to continue."""
+    def _vote(self, received: list[str]) -> int:
+        """Whether all ranks stop before the next step; the same on all of them."""
         hours, limit = (time.monotonic() - self.started) / 3600, self.config.max_hours
         wish = OUT_OF_TIME if limit and hours >= limit else CONTINUE
-        agreed = max_of_ranks(SIGNALLED if received else wish)
-        if agreed == SIGNALLED:
+        wish = DATA_FAILED if self.data_error else wish
+        return max_of_ranks(SIGNALLED if received else wish)
+
+    def _reason_to_stop(self, verdict: int, received: list[str]) -> str:
+        if verdict == SIGNALLED:
             return " ".join(received) or "another rank received a signal"
-        return f"--max_hours {limit}" if agreed == OUT_OF_TIME else ""
+        return "no more data" if verdict == DATA_FAILED else f"--max_hours {self.config.max_hours}"
+
+    def _raise_data_error(self) -> None:
+        """Raise it where it came up; that ends the other ranks."""
+        barrier()  # rank 0 has saved
+        if self.data_error:
+            raise self.data_error
+        barrier()
 
     def run_step(self, x_start: Tree, cond: dict[str, Any]) -> None:
         """One optimizer step on this rank's share of the global batch."""

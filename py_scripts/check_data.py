@@ -1,15 +1,18 @@
 """Print what folders of clips hold: windows, durations, rates, loudness, balance and bad files."""
 
 import dataclasses
-
-import tqdm
+from functools import partial
 
 from mm_diffusion.config import DataConfig, Parser
+from mm_diffusion.config.flags import convert
 from mm_diffusion.data import summary
-from mm_diffusion.data.index import VIDEO_EXTENSIONS, probe_folders, refuse_if_bad
+from mm_diffusion.data.index import VIDEO_EXTENSIONS, probe_folders
 from mm_diffusion.dist_util import friendly_errors
 
-FLAGS = ("video_size", "video_fps", "clip_stride", "video_stream", "audio_stream", "num_workers")
+FLAGS = (
+    *("video_size", "video_fps", "audio_size", "audio_fps", "clip_stride"),
+    *("video_stream", "audio_stream", "num_workers"),
+)
 
 
 def main() -> None:
@@ -22,15 +25,19 @@ def main() -> None:
         kind, text = metadata["kind"], metadata["help"]
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--limit", type=int, default=20, help="files listed and measured, at most")
+    text = "decode every file to its end, which finds damage in the middle"
+    parser.add_argument("--full", type=partial(convert, bool, "full"), default=False, help=text)
     args = parser.parse_args()
     flags = {name: getattr(args, name) for name in FLAGS}
     config = DataConfig(data_dir=",".join(args.data_dir), **flags)
+    config.check_durations()
     streams = (config.video_stream, config.audio_stream)
     index = probe_folders(config.data_dir, config.num_workers, *streams)
-    measured = tqdm.tqdm(index.clips[: args.limit], "audio", unit="file", leave=False)
-    rows = [summary.measure(path, info) for path, info in measured]
+    if args.full:
+        index = summary.check_fully(index, config.num_workers)
+    index, rows = summary.measure_some(index, args.limit, config.num_workers)
     print(summary.describe(index, rows, config) if index.clips else index.report())
-    refuse_if_bad(config.data_dir, index, max_bad_share=1.0)
+    index.refuse_if_bad(max_bad_share=1.0)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,16 @@ def small_clip(path, codec=None, frames=20, fps=10, rate=16000, samples=None, se
     return make_clip(path, moving_frames(frames, seed), fps, noise(samples, seed=seed), rate, codec)
 
 
+def damage_middle(path, first=0.4, last=0.6):
+    """Overwrite this part of an mp4's media data: its beginning, end and index stay intact."""
+    data = bytearray(path.read_bytes())
+    begin, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    low, high = (begin + int(share * (end - begin)) for share in (first, last))
+    data[low:high] = bytes(high - low)
+    path.write_bytes(data)
+    return path
+
+
 def _cut(data, generator):
     return data[: generator.integers(1, len(data))]
 

@@ -339,11 +339,10 @@ def test_a_script_writes_what_it_drew_with_what_was_given_beside_the_clips_as_th
         **{kind: [f"{n}.mp4" for n in names] for kind in kinds},
     }
     films = [tmp_path / "films" / name for name in ("a.mp4", "b.mkv", "more/c.mov")]
-    sources = [read_window(film, 0, 4, 4, 8, 8, 16000, 64) for film in films]
+    sources = [read_window(film, 0, 4, 4, 8, 8, 64, 64) for film in films]
     for k, name in enumerate(names):
         truth, drawn = (
-            read_window(out / f"{kind}/{name}.mp4", 0, 4, 4, 8, 8, 16000, 64)
-            for kind in kinds[1::-1]
+            read_window(out / f"{kind}/{name}.mp4", 0, 4, 4, 8, 8, 64, 64) for kind in kinds[1::-1]
         )
         distances = [
             (truth[0].float() - source[0].float()).abs().mean() for source in sources

@@ -19,7 +19,16 @@ from mm_diffusion.data import DataError, MediaError, decode
 from mm_diffusion.data.cache import DiskCache
 from mm_diffusion.data.clips import ClipDataset, load_data, mirror
 from mm_diffusion.data.decode import ClipInfo
-from mm_diffusion.data.index import ClipIndex, build_index, cache_path
+from mm_diffusion.data.index import (
+    VIDEO_EXTENSIONS,
+    ClipIndex,
+    Found,
+    build_index,
+    cache_path,
+    find_files,
+    folders_in,
+    probe_files,
+)
 from mm_diffusion.data.loader import GlobalOrder, _one_ahead, prefetch_to_device
 from mm_diffusion.data.toy import ToyConfig, write_toy_dataset
 from mm_diffusion.dist_util import World
@@ -140,29 +149,34 @@ def test_a_missing_folder_is_named(tmp_path, folder, message):
         build_index(str(tmp_path))
 
 
+def logged_size(path, log):
+    """A probe that notes what it is called for."""
+    with open(log, "a") as file:
+        file.write(f"{Path(path).name}\n")
+    return Path(path).stat().st_size
+
+
 def test_the_index_is_outside_the_folder_as_json_and_unchanged_files_are_not_probed_again(
-    tmp_path, monkeypatch
+    tmp_path, tmp_path_factory
 ):
-    for name in ("a/one.mp4", "b/two.MKV"):
-        good((tmp_path / name).with_suffix((tmp_path / name).suffix.lower())).rename(
-            tmp_path / name
-        )
-    (tmp_path / "a/bad.mov").write_bytes(b"")
-    before = sorted(tmp_path.rglob("*"))
-    probed = []
-    probe = decode.probe
-    monkeypatch.setattr(
-        "mm_diffusion.data.decode.probe",
-        lambda path, *streams: probed.append(path) or probe(path, *streams),
-    )
+    log = tmp_path_factory.mktemp("log") / "probed"
+    for name in ("a/one.mp4", "b/two.MKV", "a/bad.mov"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"" if "bad" in name else b"12345")
     folders = f"{tmp_path / 'a'},{tmp_path / 'b'}"
-    first = build_index(folders, max_bad_share=0.5)
-    assert (len(first.clips), len(probed)) == (2, 2)
-    assert build_index(folders, max_bad_share=0.5) == first
-    assert len(probed) == 2
+    before = sorted(tmp_path.rglob("*"))
+
+    def index():
+        found = find_files(folders_in(folders), VIDEO_EXTENSIONS, "clips", "")
+        return probe_files(found, logged_size, cache_path(folders), 1, (str(log),))
+
+    first = index()
+    assert [size for _, size in first.clips] == [5, 5]
+    assert index() == first
+    assert log.read_text().split() == ["one.mp4", "two.MKV"]
     os.utime(tmp_path / "a/one.mp4", (1, 1))
-    assert build_index(folders, max_bad_share=0.5) == first
-    assert len(probed) == 3
+    assert index() == first
+    assert log.read_text().split() == ["one.mp4", "two.MKV", "one.mp4"]
     assert sorted(tmp_path.rglob("*")) == before
     assert "entries" in json.loads(cache_path(folders).read_text())
 
@@ -177,17 +191,19 @@ def test_rank_0_alone_probes_the_folder_for_all(toy, monkeypatch):
     assert build_index(str(toy)) is index
 
 
-def test_a_file_that_could_not_be_read_once_is_probed_again(toy, monkeypatch):
-    probe, fails = decode.probe, [True]
+def fails_once(path, mark):
+    if not os.path.exists(mark):
+        Path(mark).touch()
+        raise MediaError(f"{path}: cannot be decoded (Input/output error)")
+    return 1.0
 
-    def sometimes(path, *streams):
-        if fails.pop() if fails else False:
-            raise MediaError(f"{path}: cannot be decoded (Input/output error)")
-        return probe(path, *streams)
 
-    monkeypatch.setattr("mm_diffusion.data.decode.probe", sometimes)
-    assert len(build_index(str(toy)).bad) == 1
-    assert not build_index(str(toy)).bad
+def test_a_file_that_could_not_be_read_once_is_probed_again(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    found, mark = Found([str(tmp_path / "a.mp4")], {}), str(tmp_path / "mark")
+    for reasons in (["cannot be decoded (Input/output error)"], []):
+        index = probe_files(found, fails_once, cache_path(str(tmp_path)), 1, (mark,))
+        assert [reason.partition(": ")[2] for reason in index.bad.values()] == reasons
 
 
 def test_a_folder_has_one_index_however_it_is_written(tmp_path, monkeypatch):
@@ -201,7 +217,7 @@ def test_a_folder_has_one_index_however_it_is_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "held", [b'{"format": 1, "entr', b"\xff\xfe", b'{"format": 3, "entries": [1]}', b"[]"]
+    "held", [b'{"format": 1, "entr', b"\xff\xfe", b'{"format": 4, "entries": [1]}', b"[]"]
 )
 def test_a_corrupt_index_is_rebuilt(toy, held):
     path = cache_path(str(toy))
@@ -327,13 +343,13 @@ def test_toy_clips_stay_aligned_through_the_loader_at_8_px_and_512_hz(toy, num_w
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_clip_that_breaks_during_training_is_named_and_never_replaced(tmp_path, num_workers):
+def test_a_folder_whose_only_clip_breaks_during_training_is_refused(tmp_path, num_workers):
     path = good(tmp_path / "a.mp4")
     stream = load_data(small(tmp_path, batch_size=1, num_workers=num_workers))
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(MediaError) as caught:
+    with pytest.raises(DataError) as caught:
         next(stream)
-    assert "a.mp4" in str(caught.value)
+    assert "a.mp4: cannot be decoded" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -467,8 +483,8 @@ def test_processes_that_fill_one_folder_at_once_agree(toy, cached):
 
 def test_rank_0_logs_the_space_that_the_cache_needs(toy, cached, capsys):
     folder, _ = cached
-    load_data(small(toy, batch_size=1, cache_dir=str(folder), video_fps=2))
-    assert f"{folder}: caches decoded data, up to 24 x 0.00 MB = 0.00 GB" in capsys.readouterr().out
+    load_data(small(toy, batch_size=1, cache_dir=str(folder), audio_size="2,1024", video_fps=2))
+    assert f"{folder}: caches decoded data, up to 24 x 0.01 MB = 0.00 GB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -562,7 +578,7 @@ def run_check_data(*arguments):
 def test_check_data_prints_what_a_folder_holds(tmp_path):
     good(tmp_path / "good.mp4")
     (tmp_path / "broken.mkv").write_bytes(b"")
-    result = run_check_data(tmp_path, "--video_size", "4,3,8,8")
+    result = run_check_data(tmp_path, "--video_size", "4,3,8,8", "--audio_size", "2,16000")
     assert result.returncode == 0
     for fact in (
         "1 files, 13 windows",

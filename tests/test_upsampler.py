@@ -474,7 +474,7 @@ def saved(folder, **flags):
     """A joint checkpoint and one of an upsampler that fits it."""
     joint, _ = tiny.build()
     checkpoint.save_weights(
-        str(folder / "model000001.pt"), joint, tiny.FLAGS | {"video_fps": 4, "audio_fps": 16000}
+        str(folder / "model000001.pt"), joint, tiny.FLAGS | {"video_fps": 4, "audio_fps": 64}
     )
     large, _ = tiny.build_upsampler(**flags)
     flags = image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS | flags
@@ -530,10 +530,10 @@ def test_sampling_with_the_upsampler_gives_as_many_large_clips_and_the_same_smal
             32,
             4,
             2,
-            16000,
+            64,
         )
         small, large = (
-            read_window(full / kind / name, 0, 4, 4, 8, 8, 16000, 64)
+            read_window(full / kind / name, 0, 4, 4, 8, 8, 64, 64)
             for kind in ("original", "sr_mp4")
         )
         assert th.equal(small[1], large[1])

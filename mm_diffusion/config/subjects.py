@@ -77,6 +77,16 @@ class ClipReadingConfig(ReadingConfig, ClipConfig):
         audio = f"--audio_size {as_text(self.audio_size)} at --audio_fps {self.audio_fps}"
         return f"{video} lasts {video_seconds:g} s, but {audio} {audio_seconds:g} s"
 
+    def check_durations(self) -> None:
+        """ValueError, with flags that would fit, where video and audio differ in duration."""
+        if mismatch := self.duration_mismatch():
+            video_seconds = self.video_size[0] / self.video_fps
+            channels, samples = self.audio_size
+            audio_fps = f"--audio_fps {max(1, round(samples / video_seconds))}"
+            fitting = max(1, round(video_seconds * self.audio_fps))
+            audio_size = f"--audio_size {as_text((channels, fitting))}"
+            raise ValueError(f"{mismatch}; set {audio_size} or {audio_fps}, or change the video's")
+
 
 @dataclass(frozen=True)
 class BatchConfig(Config):

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch as th
 from torch.utils.data import Dataset, default_collate
 
@@ -24,6 +25,7 @@ from .loader import endless_batches
 
 Sample = dict[str, th.Tensor]
 ROUNDING_FRAMES = 0.05  # a video that ends this much before a frame would, still has that frame
+LEAST_AUDIO_SHARE = 0.9  # of a window; windows with less are reported
 
 
 def mirror(sample: Sample) -> Sample:
@@ -47,6 +49,45 @@ def count_windows(info: ClipInfo, num_frames: int, fps: float, clip_stride: int)
     return max(0, spare_frames) // clip_stride + 1
 
 
+def audio_shares(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) -> np.ndarray:
+    """For each window of a file, the share of its video that has audio, 0 to 1."""
+    numbers = np.arange(count_windows(info, num_frames, fps, clip_stride))
+    starts = numbers * clip_stride / fps
+    ends = np.minimum(starts + num_frames / fps, info.duration_seconds)
+    first = np.maximum(starts, info.audio_begin_seconds)
+    last = np.minimum(ends, info.audio_end_seconds)
+    return np.clip(last - first, 0, None) / np.maximum(ends - starts, 1e-6)
+
+
+def notes_on_audio(index: ClipIndex[ClipInfo], config: DataConfig) -> list[str]:
+    """What the user should know: windows without audio, and files of several mono streams."""
+    sizes = (config.video_size[0], config.video_fps, config.clip_stride)
+    counts = np.zeros(3, int)  # windows in all, without audio, with little
+    quiet = []
+    for path, info in index.clips:
+        shares = audio_shares(info, *sizes)
+        without, little = (shares <= 0).sum(), (shares < LEAST_AUDIO_SHARE).sum()
+        counts += (len(shares), without, little - without)
+        if little:
+            quiet.append(path)
+    notes = []
+    if quiet:
+        windows, without, little = counts
+        less = f"{little} have it for less than {LEAST_AUDIO_SHARE:.0%} of their time"
+        files = f"in {len(quiet)} files, for example {quiet[0]}"
+        notes.append(f"{without} of {windows} windows have no audio, {less} ({files})")
+    mono = [(path, info.mono_streams) for path, info in index.clips if len(info.mono_streams) > 1]
+    if mono and config.audio_stream is None:
+        path, streams = mono[0]
+        pair = ",".join(map(str, streams[:2]))
+        example = f"for example {path}: {', '.join(map(str, streams))}"
+        notes.append(
+            f"{len(mono)} files have several mono streams ({example});"
+            f" --audio_stream {pair} reads two as left and right"
+        )
+    return notes
+
+
 def locate(item: int, first_after: Sequence[int]) -> tuple[int, int]:
     """Item of all files -> (file, item of that file); file f ends before item `first_after[f]`."""
     file = bisect.bisect_right(first_after, item)
@@ -63,7 +104,7 @@ class ClipDataset(Dataset):
     def __init__(
         self, index: ClipIndex[ClipInfo], config: DataConfig, disk: DiskCache | None = None
     ) -> None:
-        self.clips, self.config, self.disk = index.clips, config, disk
+        self.index, self.clips, self.config, self.disk = index, index.clips, config, disk
         num_frames, _, height, width = config.video_size
         sizes = (num_frames, config.video_fps, config.clip_stride)
         counts = [count_windows(info, *sizes) for _, info in index.clips]
@@ -150,9 +191,11 @@ def load_data(
 
     start_sample: how many samples all ranks have taken before. val_share: of the files, which
     are held out (see held_out.py). Must be called on every rank.
-    DataError (an unusable folder) and ValueError (an unusable cache_dir) at once, MediaError when
-    a file turns out to be undecodable.
+    DataError (an unusable folder) and ValueError (an unusable cache_dir, video and audio of
+    different duration) at once; DataError when too many files turn out to be undecodable
+    (`endless_batches`).
     """
+    config.check_durations()
     world = world or World()
     disk = DiskCache(config.cache_dir, config.data_dir) if config.cache_dir else None
     index, held_out = split(index_clips(config), val_share)
@@ -160,5 +203,7 @@ def load_data(
         logger.log(f"{config.data_dir}: {index.report()}")
         if held_out.clips:
             logger.log(f"{len(held_out.clips)} more are held out (--val_share {val_share})")
+        for note in notes_on_audio(index, config):
+            logger.warn(f"{config.data_dir}: {note}")
     dataset = ClipDataset(index, config, disk)
     return ((batch, {}) for batch in endless_batches(dataset, config, world, start_sample))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -58,6 +59,9 @@ class ClipInfo:
     audio_stream: int
     video_codec: str
     audio_codec: str
+    audio_begin_seconds: float = 0.0  # after the video begins
+    audio_end_seconds: float = math.inf
+    mono_streams: tuple[int, ...] = ()  # two or more that last equally long, else none
 
 
 def probe(

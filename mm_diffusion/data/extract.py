@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -22,9 +23,10 @@ from ..files import absolute
 from . import DataError, MediaError, decode, images
 from .clips import count_frames
 from .frames import choose_resize
-from .index import VIDEO_EXTENSIONS, find_files, fingerprint
+from .index import VIDEO_EXTENSIONS, Found, find_files, fingerprint
 
 FORMATS = ("png", "jpg")
+MAX_NAME_BYTES = 255 - len(".image__00000000.png")  # of a clip, as file systems allow 255 in all
 RECORD = "extracted.jsonl"  # first line: the settings; then one for each complete clip
 FRAME_NAME = re.compile(r"\.?image_(.+)_\d+\.(?:png|jpg)")  # hidden until the clip is complete
 
@@ -64,11 +66,12 @@ def extract_videos(
     where that would mix two sources or settings.
     """
     require_positive(num_workers=num_workers)
-    paths, folder = paths_by_clip(sources), Path(target)
+    found, folder = find_videos(sources), Path(target)
+    paths = paths_by_clip(found.paths)
     entries, on_disk = _open_record(folder, settings), _frames_by_clip(folder)
     complete = {c for c in paths if _is_complete(paths[c], entries.get(c), on_disk[c])}
     counts = {clip: entries[clip]["frames"] for clip in complete}
-    bad, stop = {}, threading.Event()
+    bad, stop = dict(found.unreadable), threading.Event()
     pool = ThreadPoolExecutor(num_workers)  # decoders and encoders release the interpreter
     try:
         jobs = {}
@@ -86,25 +89,41 @@ def extract_videos(
     return counts, bad
 
 
-def paths_by_clip(sources: Sequence[str]) -> dict[str, str]:
-    """Clip name (of the file, without suffix) -> path; DataError for a double name or no file."""
+def paths_by_clip(files: Sequence[str]) -> dict[str, str]:
+    """Clip name (see `clip_name`) -> path; DataError where two files have one name."""
+    paths: dict[str, str] = {}
+    for path in files:
+        _refuse_two(paths.setdefault(clip_name(path), path), path)
+    return paths
+
+
+def find_videos(sources: Sequence[str]) -> Found:
+    """These files, and all videos below these folders; DataError for a missing one."""
     sources = [os.path.expanduser(source) for source in sources]
     files = {source for source in sources if os.path.isfile(source)}
     folders = sorted(set(sources) - files)
     for folder in folders:
         if not blobfile.isdir(folder):
             raise DataError(f"{folder}: no such file or folder; check -s")
+    found = Found([], {})
     if folders:
-        files.update(find_files(folders, VIDEO_EXTENSIONS, "videos", "check -s"))
-    paths: dict[str, str] = {}
-    for path in sorted(set(map(absolute, files))):
-        _refuse_two(paths.setdefault(Path(path).stem, path), path)
-    return paths
+        found = find_files(folders, VIDEO_EXTENSIONS, "videos", "check -s")
+    return Found(sorted({absolute(path) for path in [*files, *found.paths]}), found.unreadable)
+
+
+def clip_name(path: str) -> str:
+    """The file's name without suffix; if that is too long, its beginning and a hash of it."""
+    name = Path(path).stem
+    encoded = os.fsencode(name)
+    if len(encoded) <= MAX_NAME_BYTES:
+        return name
+    suffix = f"~{hashlib.sha256(encoded).hexdigest()[:16]}"
+    return encoded[: MAX_NAME_BYTES - len(suffix)].decode("utf-8", "ignore") + suffix
 
 
 def _refuse_two(one: str, other: str) -> None:
     if one != other:
-        clash = f"frames of both would be image_{Path(one).stem}_*"
+        clash = f"frames of both would be image_{clip_name(one)}_*"
         raise DataError(f"{one} and {other}: {clash}; rename one, or choose another folder (-t)")
 
 
@@ -147,7 +166,7 @@ def _is_complete(path: str, entry: dict | None, names: list[str]) -> bool:
 
 def _extract(path: str, folder: Path, settings: ExtractSettings, stop: threading.Event) -> int:
     """Write and record all frames of a file; their number. MediaError, and none, if one fails."""
-    clip = Path(path).stem
+    clip = clip_name(path)
     entry = {"clip": clip, "path": path, "fingerprint": fingerprint(path)}
     hidden: list[Path] = []
     try:

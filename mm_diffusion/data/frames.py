@@ -25,7 +25,6 @@ from .index import (
     find_files,
     folders_in,
     probe_files,
-    refuse_if_bad,
 )
 from .loader import endless_batches
 
@@ -39,12 +38,12 @@ Pair = tuple[th.Tensor, dict[str, th.Tensor]]
 
 
 def find_frames(config: FrameDataConfig) -> FrameIndex:
-    """`find_images` in data_dir, logged; DataError as in `refuse_if_bad`."""
+    """`find_images` in data_dir, logged; DataError as in `ClipIndex.refuse_if_bad`."""
     index = find_images(config.data_dir, config.num_workers)
     videos = [seconds for _, seconds in index.clips if seconds is not None]
     count = f"{len(index.clips) - len(videos)} images and {len(videos)} videos"
     logger.log(f"{config.data_dir}: {index.report(f'{count} ({sum(videos):.1f} s)')}")
-    refuse_if_bad(config.data_dir, index, config.max_bad_share, lister="the log above")
+    index.refuse_if_bad(config.max_bad_share, lister="the log above")
     return index
 
 
@@ -58,8 +57,8 @@ def find_images(data_dir: str, num_workers: int = 4) -> FrameIndex:
     kinds = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
 
     def find() -> FrameIndex:
-        paths = find_files(folders_in(data_dir), kinds, "images or videos", remedy)
-        index = probe_files(paths, _duration, cache_path(data_dir, kind="frames"), num_workers)
+        found = find_files(folders_in(data_dir), kinds, "images or videos", remedy)
+        index = probe_files(found, _duration, cache_path(data_dir, kind="frames"), num_workers)
         return dataclasses.replace(index, data_dir=data_dir)
 
     return from_rank_0(find)
@@ -111,7 +110,7 @@ class FrameDataset(Dataset):
     def __init__(
         self, index: FrameIndex, config: FrameDataConfig, disk: DiskCache | None = None
     ) -> None:
-        self.files, self.config, self.disk = index.clips, config, disk
+        self.index, self.files, self.config, self.disk = index, index.clips, config, disk
         self.parts: Parts = [((3, config.large_size, config.large_size), "uint8")]
         durations = [seconds for _, seconds in self.files]
         counts = [1 if s is None else count_frames(s, config.video_fps) for s in durations]
@@ -166,7 +165,7 @@ def load_frames(
     """-> endless (large [B, 3, L, L], {"low_res": [B, 3, S, S]}), float32 in [-1, 1].
 
     index: from `find_frames`. start_sample: how many samples all ranks have taken before.
-    ValueError (an unusable cache_dir) at once, MediaError when a file turns out undecodable.
+    ValueError (an unusable cache_dir) at once, DataError when too many files turn out undecodable.
     """
     world = world or World()
     disk = DiskCache(config.cache_dir, index.data_dir) if config.cache_dir else None

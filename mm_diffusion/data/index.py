@@ -6,22 +6,25 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import blobfile
 from tqdm import tqdm
 
+from .. import logger
 from ..dist_util import from_rank_0
-from ..files import absolute, write_text
+from ..files import absolute, is_remote, write_text
 from . import DataError, MediaError, decode
 from .decode import ClipInfo
+from .workers import ReaderPool
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
-FORMAT = 3  # of the cached index; raised whenever an entry changes its meaning
+FORMAT = 4  # of the cached index; raised whenever an entry changes its meaning
 FINGERPRINT_BYTES = 2**20  # at either end of a file
 MAX_EXAMPLES = 3  # bad files named in an error
 Info = TypeVar("Info")
@@ -41,11 +44,28 @@ class ClipIndex(Generic[Info]):
         first = (count or f"{len(self.clips)} clips") + left_out
         return "\n  ".join([first, *self.bad.values()])
 
+    def leave_out(self, bad: dict[str, str]) -> ClipIndex[Info]:
+        """The index in which these files are bad as well; path -> why."""
+        clips = [(path, info) for path, info in self.clips if path not in bad]
+        return ClipIndex(clips, self.bad | bad, self.data_dir)
+
+    def refuse_if_bad(self, max_bad_share: float, lister: str = "py_scripts/check_data.py") -> None:
+        """DataError, with examples, where no file is good or more than `max_bad_share` are bad."""
+        bad, total = len(self.bad), len(self.bad) + len(self.clips)
+        examples = "; ".join(list(self.bad.values())[:MAX_EXAMPLES]) + f"; {lister} lists all"
+        if not self.clips:
+            raise DataError(f"{self.data_dir}: none of its {total} files can be used ({examples})")
+        if bad > max_bad_share * total:
+            raise DataError(
+                f"{self.data_dir}: {bad} of {total} files cannot be used ({examples}); remove them,"
+                f" or raise --max_bad_share {max_bad_share}"
+            )
+
 
 def build_index(data_dir: str, max_bad_share: float = 0.1, **options: Any) -> ClipIndex[ClipInfo]:
-    """`probe_folders`, then `refuse_if_bad`; must be called on every rank."""
+    """`probe_folders`, then `ClipIndex.refuse_if_bad`; must be called on every rank."""
     index = probe_folders(data_dir, **options)
-    refuse_if_bad(data_dir, index, max_bad_share)
+    index.refuse_if_bad(max_bad_share)
     return index
 
 
@@ -63,26 +83,40 @@ def probe_folders(
     """
     streams = (video_stream, audio_stream)
 
-    def probe(path: str) -> dict[str, Any]:
-        return dataclasses.asdict(decode.probe(path, *streams))
-
     def find() -> ClipIndex[ClipInfo]:
-        paths = find_files(folders_in(data_dir), VIDEO_EXTENSIONS, "clips", f"check --{flag}")
-        index = probe_files(paths, probe, cache_path(data_dir, *streams), num_workers)
+        found = find_files(folders_in(data_dir), VIDEO_EXTENSIONS, "clips", f"check --{flag}")
+        index = probe_files(found, _probe, cache_path(data_dir, *streams), num_workers, streams)
         return ClipIndex([(p, ClipInfo(**info)) for p, info in index.clips], index.bad, data_dir)
 
     return from_rank_0(find)
 
 
-def probe_files(
-    paths: list[str], probe: Callable[[str], Any], cache: Path, num_workers: int
-) -> ClipIndex[Any]:
-    """The index of these files by `probe(path)`: JSON, or MediaError for a bad file.
+def _probe(path: str, *streams: int | None) -> dict[str, Any]:
+    return dataclasses.asdict(decode.probe(path, *streams))
 
-    Good files of unchanged size and time are taken from `cache`; what failed may work this time.
+
+class Found(NamedTuple):
+    """Files, sorted, and folder -> why it could not be searched."""
+
+    paths: list[str]
+    unreadable: dict[str, str]
+
+
+def probe_files(
+    found: Found,
+    probe: Callable[..., Any],
+    cache: Path,
+    num_workers: int,
+    arguments: Sequence[Any] = (),
+) -> ClipIndex[Any]:
+    """The index of these files by `probe(path, *arguments)`: JSON, or MediaError for a bad file.
+
+    It is called in other processes (see `ReaderPool`). Good files of unchanged size and time are
+    taken from `cache`; what failed may work this time.
     """
-    known = _read_cache(cache)
-    entries, bad = {}, {}
+    known, paths = _read_cache(cache), found.paths
+    entries, bad = {}, dict(found.unreadable)
+    size = max(1, num_workers)
 
     def entry(path: str) -> dict[str, Any] | MediaError:
         try:
@@ -91,49 +125,109 @@ def probe_files(
                 return old
             if not current["size"]:
                 raise MediaError(f"{path}: is empty (0 bytes)")
-            return {**current, "info": probe(path)}
+            return {**current, "info": readers.call(probe, path, *arguments)}
         except MediaError as error:
             return error
 
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:  # libav releases the interpreter
-        found = tqdm(pool.map(entry, paths), "files", len(paths), unit="file", leave=False)
-        for path, result in zip(paths, found, strict=True):
+    with ReaderPool(size) as readers, ThreadPoolExecutor(size) as threads:
+        results = tqdm(threads.map(entry, paths), "files", len(paths), unit="file", leave=False)
+        for path, result in zip(paths, results, strict=True):
             if isinstance(result, MediaError):
                 bad[path] = str(result)
             else:
                 entries[path] = result
-    write_text(cache, json.dumps({"format": FORMAT, "entries": entries}))
+    _write_cache(cache, entries)
     return ClipIndex([(path, entries[path]["info"]) for path in entries], bad)
 
 
 def folders_in(text: str) -> list[str]:
-    """The folders of a comma list, "~" expanded."""
-    return [os.path.expanduser(part.strip()) for part in text.split(",") if part.strip()]
+    """The folders of a comma list, "~" expanded; a folder whose own name has the commas wins."""
+    parts, folders = text.split(","), []
+    while parts:
+        ends = range(len(parts), 1, -1)
+        joined = (end for end in ends if os.path.isdir(_folder(",".join(parts[:end]))))
+        end = next(joined, 1)
+        folders.append(_folder(",".join(parts[:end])))
+        parts = parts[end:]
+    return [folder for folder in folders if folder]
+
+
+def _folder(text: str) -> str:
+    return os.path.expanduser(text.strip())
 
 
 def find_files(
     folders: Sequence[str], extensions: tuple[str, ...], kind: str, remedy: str
-) -> list[str]:
-    """All files below the folders with these extensions, sorted; DataError where there are none."""
+) -> Found:
+    """All files below the folders with these extensions; DataError where there are none.
+
+    Symbolic links are followed; each folder is searched once, so loops end.
+    """
     if not folders:
         raise DataError(f"no data folder of {kind} given; {remedy}")
-    found: set[str] = set()
+    paths: set[str] = set()
+    unreadable: dict[str, str] = {}
+    searched: set[tuple[int, int]] = set()
     for folder in folders:
-        if not blobfile.isdir(folder):
-            raise DataError(f"{folder}: no such data folder; {remedy}")
-        for root, _, names in blobfile.walk(folder):
+        _require_folder(folder, remedy)
+        for root, names in _walk(folder, searched, unreadable):
             visible = [name for name in names if not name.startswith(".")]
             wanted = [name for name in visible if name.lower().endswith(extensions)]
-            found.update(blobfile.join(root, name) for name in wanted)
-    if not found:
-        raise DataError(f"{','.join(folders)}: holds no {kind} ({' '.join(extensions)}); {remedy}")
-    return sorted(found)
+            paths.update(blobfile.join(root, name) for name in wanted)
+    where = ",".join(folders)
+    if not paths and unreadable:
+        examples = "; ".join(list(unreadable.values())[:MAX_EXAMPLES])
+        raise DataError(f"{where}: no {kind} found where it could be searched ({examples})")
+    if not paths:
+        raise DataError(f"{where}: holds no {kind} ({' '.join(extensions)}); {remedy}")
+    return Found(sorted(paths), unreadable)
+
+
+def _require_folder(folder: str, remedy: str) -> None:
+    if blobfile.isdir(folder):
+        return
+    reason = "no such data folder"
+    if not is_remote(folder):
+        try:
+            os.stat(folder)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            reason = f"cannot be opened ({error.strerror})"
+    raise DataError(f"{folder}: {reason}; {remedy}")
+
+
+def _walk(
+    folder: str, searched: set[tuple[int, int]], unreadable: dict[str, str]
+) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for it and all below it that are not `searched` yet."""
+    if is_remote(folder):
+        yield from ((root, list(names)) for root, _, names in blobfile.walk(folder))
+        return
+
+    def report(error: OSError) -> None:
+        path = os.fspath(error.filename)
+        unreadable[path] = f"{path}: cannot be searched ({error.strerror})"
+
+    for root, below, names in os.walk(folder, onerror=report, followlinks=True):
+        stat = os.stat(root)
+        below.sort()
+        if (stat.st_dev, stat.st_ino) in searched:
+            below.clear()
+            continue
+        searched.add((stat.st_dev, stat.st_ino))
+        yield root, names
 
 
 def cache_folder() -> Path:
-    """MM_DIFFUSION_CACHE, else a folder below the user's cache folder."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MM_DIFFUSION_CACHE") or Path(user, "mm_diffusion"))
+    """MM_DIFFUSION_CACHE, else a folder below the user's cache folder, else below the temporary."""
+    chosen = os.environ.get("MM_DIFFUSION_CACHE")
+    if chosen:
+        return Path(chosen)
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if user.startswith("~"):  # a user without a home
+        return Path(tempfile.gettempdir(), f"mm_diffusion_{os.getuid()}")
+    return Path(user, "mm_diffusion")
 
 
 def cache_path(data_dir: str, *streams: int | None, kind: str = "clips") -> Path:
@@ -150,6 +244,16 @@ def _read_cache(path: Path) -> dict[str, dict]:
         return dict(content["entries"]) if content["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _write_cache(path: Path, entries: dict[str, dict]) -> None:
+    try:
+        write_text(path, json.dumps({"format": FORMAT, "entries": entries}))
+    except OSError as error:
+        logger.warn(
+            f"{path}: cannot be written ({error.strerror}), so the files are probed again next"
+            " time; set MM_DIFFUSION_CACHE to a folder with space"
+        )
 
 
 def identity(path: str) -> dict[str, float]:
@@ -174,18 +278,3 @@ def _missing_as_media_error(path: str) -> Iterator[None]:
     except (OSError, blobfile.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise MediaError(f"{path}: cannot be found ({reason})") from error
-
-
-def refuse_if_bad(
-    data_dir: str, index: ClipIndex, max_bad_share: float, lister: str = "py_scripts/check_data.py"
-) -> None:
-    """DataError, with examples, where no file is good or more than `max_bad_share` are bad."""
-    bad, total = len(index.bad), len(index.bad) + len(index.clips)
-    examples = "; ".join(list(index.bad.values())[:MAX_EXAMPLES]) + f"; {lister} lists all"
-    if not index.clips:
-        raise DataError(f"{data_dir}: none of its {total} files can be used ({examples})")
-    if bad > max_bad_share * total:
-        raise DataError(
-            f"{data_dir}: {bad} of {total} files cannot be used ({examples}); remove them,"
-            f" or raise --max_bad_share {max_bad_share}"
-        )

@@ -6,13 +6,19 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tqdm import tqdm
 
 from ..config import DataConfig
 from . import MediaError, decode
-from .clips import count_windows
+from .clips import count_windows, notes_on_audio
 from .decode import ClipInfo
 from .index import ClipIndex
+from .streams import decode_from, open_media, stream_start
+from .workers import ReaderPool
 
 QUIETEST = 1e-12  # mean square: -120 dB
 MAX_MEASURED_SECONDS = 60  # of a file's audio, from its middle
@@ -34,16 +40,63 @@ def decibels(power: float) -> float:
     return 10 * math.log10(max(power, QUIETEST))
 
 
+def check_fully(index: ClipIndex[ClipInfo], num_workers: int) -> ClipIndex[ClipInfo]:
+    """The index without files that cannot be decoded from beginning to end."""
+    _, bad = _read_all(decode_fully, index.clips, num_workers)
+    return index.leave_out(bad)
+
+
+def measure_some(
+    index: ClipIndex[ClipInfo], limit: int, num_workers: int
+) -> tuple[ClipIndex[ClipInfo], list[MeasuredClip]]:
+    """The index without those of the first `limit` files that fail, and measures of the others."""
+    rows, bad = _read_all(measure, index.clips[:limit], num_workers)
+    return index.leave_out(bad), rows
+
+
+def _read_all(
+    function: Callable[[str, ClipInfo], Any], clips: list[tuple[str, ClipInfo]], num_workers: int
+) -> tuple[list[Any], dict[str, str]]:
+    """`function(path, info)` of each clip by a `ReaderPool`, and path -> why it fails."""
+    size = max(1, num_workers)
+    results, bad = [], {}
+
+    def call(clip: tuple[str, ClipInfo]) -> Any:
+        try:
+            return readers.call(function, *clip)
+        except MediaError as error:
+            return error
+
+    with ReaderPool(size) as readers, ThreadPoolExecutor(size) as threads:
+        answers = tqdm(threads.map(call, clips), "decoded", len(clips), unit="file", leave=False)
+        for (path, _), answer in zip(clips, answers, strict=True):
+            if isinstance(answer, MediaError):
+                bad[path] = str(answer)
+            else:
+                results.append(answer)
+    return results, bad
+
+
+def decode_fully(path: str, info: ClipInfo) -> None:
+    """Decode all frames and all audio; MediaError where that fails."""
+    with open_media(path) as container:
+        begin = stream_start(container.streams[info.video_stream])
+    for _ in decode_from(path, info.video_stream, begin):
+        pass
+    seconds = MAX_MEASURED_SECONDS
+    streams = (info.video_stream, info.audio_stream)
+    for start in range(0, math.ceil(info.duration_seconds), seconds):
+        samples = seconds * info.sample_rate
+        decode.read_window(path, start, 1, 1, 8, 8, info.sample_rate, samples, *streams)
+
+
 def measure(path: str, info: ClipInfo) -> MeasuredClip:
-    """Measure at most a minute of audio from the middle; NaN where it cannot be decoded."""
+    """Measure at most a minute of audio from the middle; MediaError where it cannot be decoded."""
     seconds = min(info.duration_seconds, MAX_MEASURED_SECONDS)
     start = (info.duration_seconds - seconds) / 2
     samples = max(1, int(seconds * info.sample_rate))
     streams = (info.video_stream, info.audio_stream)
-    try:
-        _, audio = decode.read_window(path, start, 1, 1, 8, 8, info.sample_rate, samples, *streams)
-    except MediaError:
-        return MeasuredClip(path, info, math.nan, math.nan)
+    _, audio = decode.read_window(path, start, 1, 1, 8, 8, info.sample_rate, samples, *streams)
     left, right = audio.double().square().mean(dim=1).tolist()
     loudness, balance = decibels((left + right) / 2), decibels(right) - decibels(left)
     return MeasuredClip(path, info, loudness, balance)
@@ -71,7 +124,8 @@ def describe(index: ClipIndex[ClipInfo], rows: list[MeasuredClip], config: DataC
     if len(infos) > len(rows):
         lines.append(f"... and {len(infos) - len(rows)} more (--limit)")
     lines += ["", *(f"{name:32}{value}" for name, value in summary.items())]
-    return "\n".join([*lines, *(f"  {reason}" for reason in index.bad.values())])
+    lines += [f"  {reason}" for reason in index.bad.values()]
+    return "\n".join(lines + [f"note: {note}" for note in notes_on_audio(index, config)])
 
 
 def _row(row: MeasuredClip) -> str:
@@ -87,5 +141,5 @@ def _tally(values: Iterable) -> str:
 
 
 def _median(values: Iterable[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
+    known = list(values)
     return f"{statistics.median(known):+.1f} over {len(known)} files" if known else "unknown"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch as th
 from ..config import DataConfig
 from ..data.clips import ClipDataset, count_frames, locate
 from ..data.decode import ClipInfo
-from ..data.index import ClipIndex, identity, refuse_if_bad
-from ..files import write_atomically
+from ..data.index import ClipIndex, identity
+from ..files import write_text
 from .output import clip_name
 
 SOURCES = "sources.csv"
@@ -59,16 +60,13 @@ class ConditioningClips:
 
     def write_sources(self, folder: str | os.PathLike, stem: str) -> None:
         """sources.csv: the file of each clip, generated or not, and its start in seconds."""
-
-        def write(temporary: str) -> None:
-            with open(temporary, "w", newline="") as file:
-                rows = csv.writer(file)
-                rows.writerow(["clip", "file", "start_seconds"])
-                for number, window in enumerate(self.order):
-                    path, _, start = self.dataset.source(window)
-                    rows.writerow([clip_name(stem, number), path, float(start)])
-
-        write_atomically(Path(folder, SOURCES), write)
+        table = io.StringIO()
+        rows = csv.writer(table)
+        rows.writerow(["clip", "file", "start_seconds"])
+        for number, window in enumerate(self.order):
+            path, _, start = self.dataset.source(window)
+            rows.writerow([clip_name(stem, number), path, float(start)])
+        write_text(Path(folder, SOURCES), table.getvalue())
 
 
 def long_enough(index: ClipIndex[ClipInfo], config: DataConfig) -> ClipIndex[ClipInfo]:
@@ -77,14 +75,12 @@ def long_enough(index: ClipIndex[ClipInfo], config: DataConfig) -> ClipIndex[Cli
     In training such clips are padded; here the padding would be conditioned on.
     """
     num_frames, fps = config.video_size[0], config.video_fps
-    clips, short = [], {}
+    short = {}
     need = f"need {num_frames / fps:.2f} s ({num_frames} frames at {fps} per second)"
     for path, info in index.clips:
         seconds = info.duration_seconds
         if count_frames(seconds, fps) < num_frames:
             short[path] = f"{path}: lasts {seconds:.2f} s, {need}"
-        else:
-            clips.append((path, info))
-    kept = ClipIndex(clips, index.bad | short, index.data_dir)
-    refuse_if_bad(index.data_dir, kept, config.max_bad_share)
+    kept = index.leave_out(short)
+    kept.refuse_if_bad(config.max_bad_share)
     return kept

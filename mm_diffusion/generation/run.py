@@ -161,6 +161,7 @@ def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipRead
     weights, trained = checkpoint.load_state(path)
     flags = merge_checkpoint_flags(this.flags, this.explicit, trained, path)
     data, how = pick(DataConfig, flags), pick(SamplerConfig, flags)
+    data.check_durations()
     check_frames_fit(data.video_size, upsampler)
     model, diffusion = load_model(path, weights, flags, config, world.device)
     cross = conditioning_settings(flags, this.modality) if this.modality else {}

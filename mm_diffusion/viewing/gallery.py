@@ -74,7 +74,7 @@ def write_gallery(
     clip can be read.
     """
     root = Path(os.path.abspath(os.path.expanduser(folder)))
-    paths = find_files([os.fspath(root)], VIDEO_EXTENSIONS, "clips", "give a folder of clips")
+    paths = find_files([os.fspath(root)], VIDEO_EXTENSIONS, "clips", "give a folder of clips").paths
     names = {path: os.path.relpath(path, root) for path in paths}
     scores_path = Path(scores_file or root / "scores.json")
     has_scores = scores_file or scores_path.exists()
