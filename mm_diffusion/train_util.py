@@ -25,6 +25,7 @@ from .resample import create_named_schedule_sampler
 from .rng import randn_like
 from .sampling import DTYPES, Compiled, bind, choose_precision
 from .training.averages import QUARTILES, Averages, Pace
+from .training.lock import locked
 from .training.resume import find_state, start_from
 from .training.signals import stop_signals
 from .training.states import State, thin_out, write_state
@@ -87,6 +88,9 @@ class TrainLoop:
         self.saved_step = -1
         self.started = time.monotonic()
         self.data_error: Exception | None = None
+        self.lock = contextlib.ExitStack()  # of the output folder, until `run_loop` ends
+        if world.rank == 0:
+            self.lock.enter_context(locked(config.output_dir))
         state = from_rank_0(lambda: find_state(config))
         if config.init_checkpoint and state:
             ignored = f"--init_checkpoint {config.init_checkpoint} ignored"
@@ -141,6 +145,7 @@ class TrainLoop:
         bar = partial(tqdm, unit="step", disable=is_silent, dynamic_ncols=True)
         verdict = CONTINUE
         with (
+            self.lock,
             stop_signals() as received,
             bar(total=total, initial=self.step) as progress,
         ):

@@ -16,6 +16,7 @@ from test_train import everything, loop, rows, trained
 from mm_diffusion import checkpoint
 from mm_diffusion.checkpoint import CheckpointError
 from mm_diffusion.config import TrainConfig
+from mm_diffusion.training.lock import LOCK
 from mm_diffusion.training.resume import find_state
 from mm_diffusion.training.states import StateError, newest_intact, states_in
 
@@ -153,9 +154,7 @@ def test_a_disk_that_is_full_from_the_start_is_reported_too(tmp_path, full_disk)
         StateError, match=r"cannot save step 0: the disk is full; no state was saved before"
     ):
         trainer.save()
-    assert (
-        not list(tmp_path.glob("*.pt")) + list(tmp_path.glob("*.json")) + list(tmp_path.glob(".*"))
-    )
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_failed_write_inside_torch_save_is_reported_as_what_it_is(tmp_path, monkeypatch):
