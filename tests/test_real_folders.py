@@ -26,6 +26,7 @@ from mm_diffusion.data import DataError
 from mm_diffusion.data.clips import audio_shares, load_data, notes_on_audio
 from mm_diffusion.data.decode import ClipInfo
 from mm_diffusion.data.extract import ExtractSettings, extract_videos
+from mm_diffusion.data.held_out import split
 from mm_diffusion.data.index import (
     VIDEO_EXTENSIONS,
     ClipIndex,
@@ -224,6 +225,13 @@ def test_the_table_of_sources_has_any_file_name_as_its_bytes(tmp_path):
     with open(tmp_path / "sources.csv", encoding="utf-8", errors="surrogateescape") as file:
         assert next(csv.DictReader(file))["file"] == path
     assert b"caf\xe9.mp4" in (tmp_path / "sources.csv").read_bytes()
+
+
+def test_a_file_of_any_name_can_be_held_out():
+    index = ClipIndex([(f"{k}{NOT_UTF8}", info_of(1.0)) for k in range(20)], {}, "data")
+    training, held_out = split(index, 0.5)
+    assert len(training.clips) + len(held_out.clips) == 20
+    assert held_out.clips
 
 
 def test_a_video_with_the_longest_name_is_extracted_once(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 from ..files import absolute
 from .decode import ClipInfo
@@ -33,4 +34,4 @@ def _fraction(path: str, folders: list[str]) -> float:
     """In [0, 1), by the hash of the path below the folder that holds it."""
     full = absolute(path)
     below = min((full.removeprefix(folder) for folder in folders), key=len)
-    return int(hashlib.sha256(below.encode()).hexdigest()[:13], 16) / 16**13
+    return int(hashlib.sha256(os.fsencode(below)).hexdigest()[:13], 16) / 16**13
