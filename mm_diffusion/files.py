@@ -15,12 +15,18 @@ from typing import Any
 import blobfile
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.\w+")  # names of files that are being written
+LIKE_URL = re.compile(r"[\w+.-]+:")  # to blobfile, which refuses them
 ABANDONED_SECONDS = 3600  # after which nobody can still be writing one
 
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether the path is a URL."""
     return "://" in os.fspath(path)
+
+
+def unambiguous(path: str) -> str:
+    """The path, from the root if it is a local one that begins like a URL ("run:1/a.mp4")."""
+    return absolute(path) if LIKE_URL.match(path) else path
 
 
 def absolute(path: str) -> str:

@@ -1,6 +1,7 @@
 """Makes clips of any kind for the tests, and finds the two real ones."""
 
 import io
+import math
 import zipfile
 from collections.abc import Callable
 from fractions import Fraction
@@ -30,7 +31,7 @@ AUDIO_CODECS = {
     ".webm": "libopus",
     ".avi": "pcm_s16le",
 }
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 
 
 def grey_frames(values, height=32, width=48):
@@ -41,30 +42,95 @@ def grey_frames(values, height=32, width=48):
 
 
 def make_clip(
-    path, frames, fps=10, audio=None, rate=16000, codec=None, video_codec=None, audio_starts=0.0
+    path,
+    frames,
+    fps=10,
+    audio=None,
+    rate=16000,
+    codec=None,
+    video_codec=None,
+    audio_starts=0.0,
+    aspect=None,
+    muxer_options=None,
 ):
-    """Write [F, H, W, 3] uint8 and audio [C, L] (or None) with the container's usual codecs."""
+    """Write [F, H, W, 3] uint8 and audio [C, L] (or None) with the container's usual codecs.
+
+    A list of audio gives as many streams.
+    """
     path = Path(path)
-    with av.open(str(path), "w", options={"strict": "experimental"}) as container:
+    waveforms = audio if isinstance(audio, list) else [] if audio is None else [audio]
+    codec = codec or AUDIO_CODECS[path.suffix]
+    options = {"strict": "experimental"} | (muxer_options or {})
+    with av.open(str(path), "w", options=options) as container:
         video = container.add_stream(video_codec or VIDEO_CODECS[path.suffix], rate=Fraction(fps))
         video.height, video.width = frames.shape[1:3]
         odd = any(side % 2 for side in frames.shape[1:3])
         video.pix_fmt = "yuv444p" if odd and video.codec_context.name == "libx264" else "yuv420p"
         video.time_base = video.codec_context.time_base = 1 / Fraction(fps)
+        if aspect:
+            video.codec_context.sample_aspect_ratio = aspect
         video.codec_context.gop_size, video.codec_context.bit_rate = 10, 4_000_000
-        audio_stream = (
-            None
-            if audio is None
-            else _add_audio_stream(container, codec or AUDIO_CODECS[path.suffix], rate, len(audio))
-        )
+        audio_streams = [add_audio(container, codec, rate, len(piece)) for piece in waveforms]
         for index, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             frame = frame.reformat(format=video.pix_fmt)
             frame.pts, frame.time_base = index, 1 / Fraction(fps)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
-        if audio_stream is not None:
-            _encode_audio(container, audio_stream, audio, rate, audio_starts)
+        for stream, waveform in zip(audio_streams, waveforms, strict=True):
+            encode_audio(container, stream, waveform, rate, audio_starts)
+    return path
+
+
+def write_frames(
+    path, frames, codec="libx264", pixel_format="yuv420p", rate=4, options=None, **properties
+):
+    """Write frames (PyAV's, or [h, w, 3 or 4] uint8) without audio; properties of the stream."""
+
+    def as_frame(frame):
+        if isinstance(frame, np.ndarray):
+            kind = "rgb24" if frame.shape[-1] == 3 else "rgba"
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=kind)
+        return frame.reformat(format=pixel_format)
+
+    frames = list(map(as_frame, frames))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.width, stream.height = frames[0].width, frames[0].height
+        stream.pix_fmt = pixel_format
+        stream.disposition = properties.pop("disposition", 0)
+        for name, value in properties.items():
+            setattr(stream.codec_context, name, value)
+        for index, frame in enumerate(frames):
+            frame.pts, frame.time_base = index, 1 / Fraction(rate)
+            for name in properties.keys() & {"color_trc", "color_primaries", "colorspace"}:
+                setattr(frame, name, properties[name])
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def make_changing_audio(path, codec, parts):
+    """Write an audio stream (and grey frames) that changes where each part begins.
+
+    parts: (first second, sample rate, audio [C, L]); each has an encoder of its own.
+    """
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg2video", rate=25)
+        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
+        audio = add_audio(container, codec, parts[0][1], len(parts[0][2]))
+        for index in range(100):
+            frame = av.VideoFrame(48, 32, "yuv420p")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        for starts, rate, waveform in parts:
+            encoder = av.CodecContext.create(codec, "w")
+            encoder.sample_rate, encoder.time_base = rate, Fraction(1, rate)
+            encoder.layout, encoder.format = LAYOUTS[len(waveform)], audio.format
+            for packet in encoded(encoder, waveform, rate, starts):
+                packet.stream, packet.time_base = audio, Fraction(1, rate)
+                container.mux(packet)
     return path
 
 
@@ -74,7 +140,7 @@ def make_resized_video(path, sizes, fps, audio, rate):
         video = container.add_stream("mjpeg", rate=fps)
         video.width, video.height = sizes[0]
         video.pix_fmt = "yuvj420p"
-        audio_stream = _add_audio_stream(container, "pcm_s16le", rate, len(audio))
+        audio_stream = add_audio(container, "pcm_s16le", rate, len(audio))
         for index, size in enumerate(sizes):
             held = io.BytesIO()
             Image.new("RGB", size, (90, 90, 90)).save(held, "JPEG")
@@ -87,7 +153,7 @@ def make_resized_video(path, sizes, fps, audio, rate):
             )
             packet.is_keyframe = True
             container.mux(packet)
-        _encode_audio(container, audio_stream, audio, rate, 0.0)
+        encode_audio(container, audio_stream, audio, rate, 0.0)
     return path
 
 
@@ -99,15 +165,19 @@ def make_gif(path, frames, milliseconds):
 
 
 def restamp(source, target, shift, keep=lambda k: True):
-    """Copy a file; the timestamp of audio packet k moves by shift(k) seconds, if keep(k)."""
+    """Copy a file; the timestamp of audio packet k moves by shift(k) seconds, if keep(k).
+
+    They go on increasing, as muxers demand.
+    """
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         streams = {s.index: new.add_stream_from_template(s) for s in old.streams}
-        number = 0
+        number, last = 0, -math.inf
         for packet in old.demux():
             if packet.dts is None:
                 continue
             if packet.stream.type == "audio":
-                packet.pts = packet.dts = packet.pts + round(shift(number) / packet.time_base)
+                moved = packet.pts + round(shift(number) / packet.time_base)
+                packet.pts = packet.dts = last = max(moved, last + 1)
                 number += 1
                 if not keep(number - 1):
                     continue
@@ -116,7 +186,7 @@ def restamp(source, target, shift, keep=lambda k: True):
     return target
 
 
-def _add_audio_stream(container, codec, rate, channels):
+def add_audio(container, codec, rate, channels):
     stream = container.add_stream(codec, rate=rate, layout=LAYOUTS[channels])
     if codec == "vorbis":
         stream.codec_context.options = {"strict": "-2"}
@@ -124,17 +194,22 @@ def _add_audio_stream(container, codec, rate, channels):
     return stream
 
 
-def _encode_audio(container, stream, audio, rate, starts):
-    """In pieces of 1,000 samples, as a camera would."""
-    resampler = av.AudioResampler(format=stream.format, layout=LAYOUTS[len(audio)], rate=rate)
+def encode_audio(container, stream, audio, rate, starts):
+    for packet in encoded(stream, audio, rate, starts):
+        container.mux(packet)
+
+
+def encoded(encoder, audio, rate, starts):
+    """The packets of [C, L], given in pieces of 1,000 samples, as a camera would."""
+    resampler = av.AudioResampler(format=encoder.format, layout=LAYOUTS[len(audio)], rate=rate)
     for begin in range(0, audio.shape[1], 1000):
-        piece = np.ascontiguousarray(audio[:, begin : begin + 1000].astype(np.float32))
-        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=LAYOUTS[len(audio)])
+        piece = audio[:, begin : begin + 1000].astype(np.float32).T.reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(piece, format="flt", layout=LAYOUTS[len(audio)])
         frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
         frame.pts = begin + round(starts * rate)
         for converted in resampler.resample(frame):
-            container.mux(stream.encode(converted))
-    container.mux(stream.encode(None))
+            yield from encoder.encode(converted)
+    yield from encoder.encode(None)
 
 
 def clicks(count, period, channels=2, height=0.9):

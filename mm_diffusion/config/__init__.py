@@ -9,9 +9,9 @@ command line and in checkpoints ("2,4,8"), and a tuple in a config.
 
 from .command_line import Parser, flag_defaults, notes_on, parse, pick
 from .diffusion import DiffusionConfig, SRDiffusionConfig
+from .evaluation import EVALUATION_PRESETS, EvalConfig, MetricsConfig
 from .flags import SR, Config, channel_multipliers, require_positive
 from .subjects import (
-    EVALUATION_PRESETS,
     TASKS,
     BatchConfig,
     ClipConfig,
@@ -19,11 +19,9 @@ from .subjects import (
     CrossModalConfig,
     DataConfig,
     DeviceConfig,
-    EvalConfig,
     FilesConfig,
     FrameDataConfig,
     JointTrainConfig,
-    MetricsConfig,
     ModelConfig,
     SamplerConfig,
     SamplingConfig,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from ..files import unambiguous
+
 SR = "sr_"  # how flags of the upsampler begin, but for the SHARED ones
 SHARED = ("large_size", "small_size", "use_checkpoint", "checkpoint_resolutions", "use_fp16")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -50,6 +52,16 @@ def as_text(values: Sequence[Any]) -> str:
 def sizes(count: int) -> Parse:
     """`count` positive integers."""
     return partial(numbers, count=count)
+
+
+def stream_indices(name: str, value: int | str | Sequence[int]) -> int | Ints:
+    """ "1" -> 1, one stream; "1,2" -> (1, 2), a mono stream for left and one for right."""
+    parts = value if isinstance(value, tuple | list) else str(value).split(",")
+    with suppress(ValueError):
+        indices = tuple(int(part) for part in parts)
+        if min(indices) >= 0 and len(indices) <= 2:
+            return indices if len(indices) == 2 else indices[0]
+    raise ValueError(f"--{name} {value!r}: need an index of a stream, or two (left,right)")
 
 
 def factors(name: str, text: str | Sequence[int]) -> tuple[int, ...]:
@@ -112,6 +124,16 @@ def shares_of(choices: Collection[str]) -> Callable[[str, Any], dict[str, float]
         return found
 
     return parse
+
+
+def path(name: str, value: str) -> str:
+    """A file or folder, local or remote."""
+    return unambiguous(value)
+
+
+def paths(name: str, value: str) -> str:
+    """Several of them with commas between."""
+    return ",".join(unambiguous(part.strip()) for part in value.split(","))
 
 
 def at_least(least: float, other: float | None = None) -> Parse:

@@ -20,9 +20,12 @@ from .flags import (
     factors,
     flag,
     one_of,
+    path,
+    paths,
     positive,
     shares_of,
     sizes,
+    stream_indices,
 )
 
 VIDEO_TYPES = ("2d+1d", "3d")
@@ -31,16 +34,6 @@ SAMPLE_FNS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TASKS = {"joint": "", "video2audio": "video", "audio2video": "audio"}  # -> what is known
 CONDITIONINGS = ("auto", "clean", "replacement")
-# What the published evaluations read of a clip; --preset takes these in place of defaults.
-_AUDIOCLIP = {
-    "audio_embedding_input": "waveform",
-    "audio_embedding_fps": 44100,
-    "audio_embedding_samples": 80000,
-}
-EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
-    "savgbench": {"i3d_fps": 10, "i3d_frames": 20, **_AUDIOCLIP},
-    "mm_diffusion": {"i3d_fps": 10, "i3d_frames": 16, **_AUDIOCLIP},
-}
 
 
 @dataclass(frozen=True)
@@ -277,7 +270,12 @@ class DataConfig(FilesConfig, ClipReadingConfig):
 
     clip_stride: int = flag(1, "frames between the windows of a long file", positive)
     video_stream: int | None = flag(None, "index of the video stream; None: the best", kind=int)
-    audio_stream: int | None = flag(None, "index of the audio stream; None: the best", kind=int)
+    audio_stream: int | Ints | None = flag(
+        None,
+        "index of the audio stream; None: the best; 1,2: mono streams for left and right",
+        stream_indices,
+        kind=str,
+    )
 
     def check(self) -> None:
         if self.video_size[1] != 3 or self.audio_size[0] != 2:
@@ -306,7 +304,9 @@ class TrainConfig(ComputeConfig, BatchConfig):
     fp16_scale_growth: float = flag(1e-3, "growth of log2(loss scale) per good step")
     log_interval: int = flag(100, "steps between rows of the log", at_least(1))
     save_interval: int = flag(10000, "steps between checkpoints", at_least(1))
-    output_dir: str = flag("", "folder of checkpoints, log and previews; a run in it is resumed")
+    output_dir: str = flag(
+        "", "folder of checkpoints, log and previews; a run in it is resumed", path
+    )
     max_steps: int = flag(0, "stop after this many steps in all; 0: no limit", at_least(0))
     max_hours: float = flag(0.0, "save and stop after this many hours; 0: no limit", at_least(0))
     max_skipped_steps: int = flag(
@@ -315,10 +315,10 @@ class TrainConfig(ComputeConfig, BatchConfig):
     keep_last: int = flag(0, "states to keep, the newest; 0: all", at_least(0))
     keep_every: int = flag(0, "keep multiples of this many steps as well; 0: none", at_least(0))
     resume_checkpoint: str = flag(
-        "", "modelNNNNNN.pt or folder, if output_dir holds no run; none: refuse to resume"
+        "", "modelNNNNNN.pt or folder, if output_dir holds no run; none: refuse to resume", path
     )
     init_checkpoint: str = flag(
-        "", "weights to start a new run from; mismatched tensors are listed"
+        "", "weights to start a new run from; mismatched tensors are listed", path
     )
     sample_fn: str = flag("dpm_solver", "sampler of the previews", one_of(SAMPLE_FNS))
     preview_clips: int = flag(
@@ -400,9 +400,9 @@ class SamplingConfig(ComputeConfig, BatchConfig):
     """Sampling from checkpoints of the joint model."""
 
     multimodal_model_path: str = flag(
-        "", "checkpoint, several with commas, or a folder (its newest EMA)"
+        "", "checkpoint, several with commas, or a folder (its newest EMA)", paths
     )
-    output_dir: str = flag("", "folder of original/, audios/ and sr_mp4/")
+    output_dir: str = flag("", "folder of original/, audios/ and sr_mp4/", path)
     all_save_num: int = flag(96, "clips to generate, over all ranks", at_least(1))
     clip_denoised: bool = flag(True, "clamp predicted clips to [-1, 1] (ddpm, ddim)")
     is_strict: bool = flag(True, "refuse mismatched tensors; False: skip and list them")
@@ -419,7 +419,7 @@ class SamplingConfig(ComputeConfig, BatchConfig):
 class UpsamplingConfig(Config):
     """Upsampling of generated clips."""
 
-    sr_model_path: str = flag("", "checkpoint of the upsampler, or a folder; empty: none")
+    sr_model_path: str = flag("", "checkpoint of the upsampler, or a folder; empty: none", path)
     sr_batch_size: int = flag(0, "frames in the upsampler at a time; 0: what fits", at_least(0))
     load_noise: str = flag("", "file.npy with its noise [3, large_size, large_size]")
 
@@ -442,51 +442,3 @@ class CrossModalConfig(Config):
                 f"--classifier_scale {self.classifier_scale}: guidance goes with --conditioning"
                 " replacement; leave one of them out"
             )
-
-
-@dataclass(frozen=True)
-class MetricsConfig(Config):
-    """Metrics."""
-
-    preset: str = flag(
-        "",
-        "read clips for I3D and the audio embedding as a published evaluation does; explicit flags"
-        " prevail: savgbench or mm_diffusion",
-        one_of(("", *EVALUATION_PRESETS)),
-    )
-    ref_path: str = flag("", "folder of reference clips; several with commas")
-    i3d_path: str = flag("", "I3D for FVD and KVD: i3d_pretrained_400.pt, or TorchScript")
-    i3d_fps: int = flag(0, "frames per second for I3D; 0: video_fps", at_least(0))
-    i3d_frames: int = flag(0, "frames for I3D, from a clip's start; 0: all", at_least(0))
-    audio_embedding_path: str = flag("", "TorchScript audio embedding, for FAD")
-    audio_embedding_input: str = flag("logmel", "logmel (as VGGish) or waveform")
-    audio_embedding_fps: int = flag(16000, "samples per second of its input", positive)
-    audio_embedding_samples: int = flag(
-        0, "samples of its input, from a clip's start; 0: all", at_least(0)
-    )
-    detector_path: str = flag("", "weights of the detector of Spatial AV-Align")
-    detector: str = flag("fasterrcnn_resnet50_fpn_v2", "of torchvision.models.detection")
-    boxes_dir: str = flag("", "CLIP.csv of frame,category,x0,y0,x1,y1 (256 px)")
-    events_dir: str = flag("", "CLIP.csv of frame,category,x (10 Hz); empty: localised")
-    match_categories: bool = flag(False, "boxes count only for events of their own category")
-
-
-@dataclass(frozen=True)
-class EvalConfig(MetricsConfig, ClipReadingConfig, DeviceConfig):
-    """Evaluation of a folder of clips."""
-
-    samples_path: str = flag("", "folders of clips to evaluate as one")
-    output_dir: str = flag("", "where metrics.json goes; empty: samples_path")
-    fake_dir: str = flag("", "published name of samples_path")
-    ref_dir: str = flag("", "published name of ref_path")
-    sample_num: int = flag(
-        0, "clips of each folder to evaluate, the first ones; 0: all", at_least(0)
-    )
-
-    def check(self) -> None:
-        for published, own in {"fake_dir": "samples_path", "ref_dir": "ref_path"}.items():
-            value, other = getattr(self, published), getattr(self, own)
-            if value and other not in ("", value):
-                both = f"--{published} {value} and --{own} {other}"
-                raise ValueError(f"{both}: two names of one setting; give one of them")
-            object.__setattr__(self, own, value or other)

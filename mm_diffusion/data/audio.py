@@ -39,14 +39,19 @@ def resampled(
     """
     if in_rate == out_rate:
         return read(first, first + count)
-    ratio = Fraction(out_rate, in_rate)
-    ratio = ratio.limit_denominator(max(1, int(math.sqrt(MAX_RESAMPLING_KERNEL / ratio))))
+    ratio = _ratio(in_rate, out_rate)
     context = math.ceil(RESAMPLING_CONTEXT * max(1.0, float(1 / ratio)))  # input samples
     block = math.floor((first / ratio - context) / ratio.denominator)
     begin, skip = block * ratio.denominator, first - block * ratio.numerator
     end = math.ceil((first + count) / ratio) + context
     piece = _resampler(ratio.denominator, ratio.numerator)(read(begin, end))
     return piece[:, skip : skip + count].contiguous()
+
+
+def _ratio(in_rate: int, out_rate: int) -> Fraction:
+    """out_rate / in_rate, or a ratio close to it whose filter is not too long."""
+    ratio = Fraction(out_rate, in_rate)
+    return ratio.limit_denominator(max(1, int(math.sqrt(MAX_RESAMPLING_KERNEL / ratio))))
 
 
 def read_samples(
@@ -66,7 +71,16 @@ class FirstFrame(NamedTuple):
 
     position: float
     length: int
-    stated: float  # where the stream begins by its header
+    starts: list[float]  # where it may begin by the header of the file
+
+
+class DecodedAudio(NamedTuple):
+    """Consecutive frames of an audio stream, in samples from the file's zero at one rate."""
+
+    positions: list[float]
+    pieces: list[th.Tensor]  # [2, n] each
+    changes: list[int]  # frames from which on the file has another sample rate
+    half_tick: float  # of timestamps, at least 0.5
 
 
 def audio_segments(
@@ -80,7 +94,7 @@ def audio_segments(
     the offset takes a step that lasts. Where neither timestamps nor frame lengths place a segment
     to the sample, samples are counted from the stream's start, unless that is too far.
     """
-    positions, pieces, half_tick = _decode_audio(path, index, zero, rate, begin, end)
+    positions, pieces, changes, half_tick = _decode_audio(path, index, zero, rate, begin, end)
     if not pieces:
         return []
     lengths = [piece.shape[1] for piece in pieces]
@@ -92,10 +106,10 @@ def audio_segments(
         wobble = np.median(abs(offsets - np.median(offsets)))
         unclear = half_tick < wobble and _common_length(lengths) < 4 * wobble
         if unclear and 0 < positions[0] - first.position < MAX_COUNTED_SECONDS * rate:
-            earliest = math.floor(min(first.position, first.stated))
+            earliest = math.floor(min(first.position, *first.starts))
             return audio_segments(path, index, zero, rate, earliest, end)
-    segments = []
-    for low, high in itertools.pairwise([0, *_lasting_steps(offsets, rate), len(pieces)]):
+    segments, borders = [], {0, *changes, *_lasting_steps(offsets, rate), len(pieces)}
+    for low, high in itertools.pairwise(sorted(borders)):
         origin = _origin(offsets[low:high] + before[low], lengths[low:high], half_tick, first)
         segments.append((origin, th.cat(pieces[low:high], dim=1)))
     return segments
@@ -103,12 +117,9 @@ def audio_segments(
 
 def _decode_audio(
     path: AnyPath, index: int, zero: Fraction, rate: int, begin: int, end: int
-) -> tuple[list[float], list[th.Tensor], float]:
-    """Positions in samples from `zero` s, waveforms [2, n], half a tick in samples (at least 0.5).
-
-    From before `begin` to so many frames after `end` that a step before it shows whether it lasts.
-    """
-    positions, pieces, half_tick = [], [], 0.5
+) -> DecodedAudio:
+    """From before `begin` to so many frames after `end` that a step before it shows if it lasts."""
+    positions, pieces, rates, half_tick = [], [], [], 0.5
     to_stereo, late = stereo_converter(), 0
     for seconds, frame in decode_from(path, index, zero + Fraction(begin, rate)):
         position = float((seconds - zero) * rate)
@@ -118,7 +129,22 @@ def _decode_audio(
         half_tick = max(0.5, float(frame.time_base) * rate / 2)
         positions.append(position)
         pieces.append(to_stereo(frame))
-    return positions, pieces, half_tick
+        rates.append(frame.sample_rate)
+    changes = [k for k in range(1, len(rates)) if rates[k] != rates[k - 1]]
+    same_rate = []
+    for low, high in itertools.pairwise([0, *changes, len(rates)]):
+        same_rate += _at_rate(pieces[low:high], rates[low], rate) if low < high else []
+    return DecodedAudio(positions, same_rate, changes, half_tick)
+
+
+def _at_rate(pieces: list[th.Tensor], in_rate: int, out_rate: int) -> list[th.Tensor]:
+    """Contiguous pieces [2, n], resampled as one and cut where they were."""
+    if in_rate == out_rate:
+        return pieces
+    ratio = _ratio(in_rate, out_rate)
+    whole = _resampler(ratio.denominator, ratio.numerator)(th.cat(pieces, dim=1))
+    ends = [round(end * ratio) for end in itertools.accumulate(p.shape[1] for p in pieces)]
+    return [whole[:, low:high] for low, high in itertools.pairwise([0, *ends])]
 
 
 def _first_audio_frame(path: AnyPath, index: int, zero: Fraction, rate: int) -> FirstFrame:
@@ -126,7 +152,12 @@ def _first_audio_frame(path: AnyPath, index: int, zero: Fraction, rate: int) -> 
         stream = container.streams[index]
         seconds, frame = next(decode_stream(container, stream))
         position, stated = (float((at - zero) * rate) for at in (seconds, stream_start(stream)))
-        return FirstFrame(position, frame.samples, stated)
+        starts, priming = [stated], stream.codec_context.delay
+        if abs(stated + priming) <= max(0.5, float(stream.time_base) * rate / 2):
+            starts = [-priming, 0]  # its audio begins at 0, and priming may be left out
+        if stream.codec_context.name == "vorbis":  # whose first packet gives no frame
+            starts.append(stated + frame.samples)
+        return FirstFrame(position, frame.samples, starts)
 
 
 def _lasting_steps(offsets: np.ndarray, rate: int) -> list[int]:
@@ -161,8 +192,9 @@ def _origin(
     if first is None or (half_tick <= 0.5 and wobble < EXACT):
         return round(middle)
     position = first.position
-    if half_tick < wobble and abs(first.stated - position) <= 2 * wobble:
-        position = first.stated  # unlike a timestamp that wobbles
+    start = min(first.starts, key=lambda start: abs(start - position))
+    if abs(start - position) <= (2 * wobble if half_tick < wobble else half_tick):
+        position = start  # unlike a timestamp that wobbles or is rounded
     if estimates[0] == first.position:
         return round(position)
     reach = max(2 * half_tick - wobble, wobble) + 1
@@ -190,7 +222,10 @@ def stereo_converter() -> Callable[[Any], th.Tensor]:
         if key not in converters:
             target = layout if layout.nb_channels <= 2 else "stereo"
             converters[key] = av.AudioResampler("fltp", target)
-        (frame,) = converters[key].resample(frame)
+        try:
+            (frame,) = converters[key].resample(frame)
+        except av.error.FFmpegError:
+            raise ValueError(f"its audio is in {layout.name}: no downmix to stereo") from None
         return th.from_numpy(frame.to_ndarray()).expand(2, -1)
 
     return convert

@@ -23,7 +23,7 @@ from .index import folders_in, identity
 
 Tensors = tuple[th.Tensor, ...]
 Parts = Sequence[tuple[tuple[int, ...], str]]  # shape and type of each array of a decoded item
-CACHE_FORMAT = 1  # raised whenever the same settings decode to something else
+CACHE_FORMAT = 2  # raised whenever the same settings decode to something else
 SPARE_BYTES = 2**31  # stay free: a full disk would stop checkpoints, too
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -15,7 +14,7 @@ import torchaudio
 
 from ..files import write_atomically
 from .images import enlarge, to_uint8
-from .streams import AnyPath, Rate
+from .streams import AnyPath, Rate, local_file
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
 WATCH_PIXELS, WATCH_HZ = 256, 16000  # that any player takes
@@ -53,7 +52,7 @@ def write_clip(
     samples = _to_int16(audio)
 
     def encode(temporary: str) -> None:
-        with av.open(temporary, "w", format="mp4") as container:
+        with local_file(temporary, "wb") as file, av.open(file, "w", format="mp4") as container:
             h264 = _add_video_stream(container, frames.shape[1:3], fps)
             flac = container.add_stream("flac", rate=sample_rate, layout="stereo", format="s16")
             _encode_video(container, h264, frames)
@@ -93,7 +92,12 @@ def _encode_audio(container, stream, samples: np.ndarray) -> None:
 def write_wav(path: AnyPath, audio: th.Tensor, sample_rate: int) -> None:
     """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
     samples, wav = _to_int16(audio).T, {"subtype": "PCM_16", "format": "WAV"}
-    _write(path, functools.partial(soundfile.write, data=samples, samplerate=sample_rate, **wav))
+
+    def encode(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # libsndfile takes no names that are not UTF-8
+            soundfile.write(file, samples, sample_rate, **wav)
+
+    _write(path, encode)
 
 
 def write_watchable(

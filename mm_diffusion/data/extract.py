@@ -19,7 +19,7 @@ import blobfile
 from tqdm import tqdm
 
 from ..config import require_positive
-from ..files import absolute
+from ..files import absolute, unambiguous
 from . import DataError, MediaError, decode, images
 from .clips import count_frames
 from .frames import choose_resize
@@ -99,7 +99,7 @@ def paths_by_clip(files: Sequence[str]) -> dict[str, str]:
 
 def find_videos(sources: Sequence[str]) -> Found:
     """These files, and all videos below these folders; DataError for a missing one."""
-    sources = [os.path.expanduser(source) for source in sources]
+    sources = [unambiguous(os.path.expanduser(source)) for source in sources]
     files = {source for source in sources if os.path.isfile(source)}
     folders = sorted(set(sources) - files)
     for folder in folders:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,37 @@ antialiased_bicubic: Resize = functools.partial(_bicubic, antialias=True)
 
 
 def fit_image(
-    image: th.Tensor, height: int, width: int, resize: Resize = antialiased_bicubic
+    image: th.Tensor,
+    height: int,
+    width: int,
+    resize: Resize = antialiased_bicubic,
+    pixel_aspect: float | Fraction = 1,
 ) -> th.Tensor:
-    """[C, h, w] uint8 -> [C, height, width]: resized, aspect kept, centred on black (pad // 2)."""
-    h, w = image.shape[-2:]
+    """[C, h, w] uint8 -> [C, height, width]: resized, aspect kept, centred on black (pad // 2).
+
+    pixel_aspect: width over height of a pixel of `image`.
+    """
+    h, w = image.shape[-2], image.shape[-1] * float(pixel_aspect)
     scale = min(height / h, width / w)
     size = [max(1, round(h * scale)), max(1, round(w * scale))]
-    if size != [h, w]:
+    if size != [*image.shape[-2:]]:
         image = resize(image, size)
     down, across = height - size[0], width - size[1]
     borders = [across // 2, down // 2, across - across // 2, down - down // 2]
     return image_functional.pad(image, borders)
+
+
+def square_pixels(image: th.Tensor, pixel_aspect: Fraction) -> th.Tensor:
+    """[C, h, w] uint8 with pixels of this width over height -> [C, h, w * pixel_aspect]."""
+    height, width = shown_size(image, pixel_aspect)
+    scale = Fraction(width, image.shape[-1])
+    return fit_image(image, height, width, pixel_aspect=scale)
+
+
+def shown_size(image: th.Tensor, pixel_aspect: Fraction) -> tuple[int, int]:
+    """(height, width) with square pixels of an image [C, h, w] with pixels of this aspect."""
+    height, width = image.shape[-2:]
+    return height, max(1, round(width * pixel_aspect))
 
 
 @contextmanager

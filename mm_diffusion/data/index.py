@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from .. import logger
 from ..dist_util import from_rank_0
-from ..files import absolute, is_remote, write_text
+from ..files import absolute, is_remote, unambiguous, write_text
 from . import DataError, MediaError, decode
 from .decode import ClipInfo
+from .streams import AudioChoice
 from .workers import ReaderPool
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
-FORMAT = 4  # of the cached index; raised whenever an entry changes its meaning
+FORMAT = 5  # of the cached index; raised whenever an entry changes its meaning
 FINGERPRINT_BYTES = 2**20  # at either end of a file
 MAX_EXAMPLES = 3  # bad files named in an error
 Info = TypeVar("Info")
@@ -39,10 +40,15 @@ class ClipIndex(Generic[Info]):
     data_dir: str = ""  # the folders that hold them
 
     def report(self, count: str = "") -> str:
-        """One line that counts (`count`, or the clips), and one for every file left out."""
+        """A line that counts (`count`, or the clips), one for each file left out or with a note."""
         left_out = f", {len(self.bad)} files left out:" if self.bad else ""
         first = (count or f"{len(self.clips)} clips") + left_out
-        return "\n  ".join([first, *self.bad.values()])
+        return "\n  ".join([first, *self.bad.values(), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """A line for each usable file that is not as it should be."""
+        noted = [(path, getattr(info, "note", "")) for path, info in self.clips]
+        return [f"{path}: {note}" for path, note in noted if note]
 
     def leave_out(self, bad: dict[str, str]) -> ClipIndex[Info]:
         """The index in which these files are bad as well; path -> why."""
@@ -73,7 +79,7 @@ def probe_folders(
     data_dir: str,
     num_workers: int = 4,
     video_stream: int | None = None,
-    audio_stream: int | None = None,
+    audio_stream: AudioChoice | None = None,
     flag: str = "data_dir",
 ) -> ClipIndex[ClipInfo]:
     """The index of all clips below `data_dir`: one folder or a comma list, local or remote.
@@ -91,7 +97,7 @@ def probe_folders(
     return from_rank_0(find)
 
 
-def _probe(path: str, *streams: int | None) -> dict[str, Any]:
+def _probe(path: str, *streams: Any) -> dict[str, Any]:
     return dataclasses.asdict(decode.probe(path, *streams))
 
 
@@ -153,7 +159,7 @@ def folders_in(text: str) -> list[str]:
 
 
 def _folder(text: str) -> str:
-    return os.path.expanduser(text.strip())
+    return unambiguous(os.path.expanduser(text.strip()))
 
 
 def find_files(
@@ -230,7 +236,7 @@ def cache_folder() -> Path:
     return Path(user, "mm_diffusion")
 
 
-def cache_path(data_dir: str, *streams: int | None, kind: str = "clips") -> Path:
+def cache_path(data_dir: str, *streams: AudioChoice | None, kind: str = "clips") -> Path:
     """The file of this folder's cached index for these streams (video, audio; None: the best)."""
     folders = [absolute(folder) for folder in folders_in(data_dir)]
     key = json.dumps([folders, *(streams or (None, None))])

@@ -124,7 +124,7 @@ def describe(index: ClipIndex[ClipInfo], rows: list[MeasuredClip], config: DataC
     if len(infos) > len(rows):
         lines.append(f"... and {len(infos) - len(rows)} more (--limit)")
     lines += ["", *(f"{name:32}{value}" for name, value in summary.items())]
-    lines += [f"  {reason}" for reason in index.bad.values()]
+    lines += [f"  {line}" for line in [*index.bad.values(), *index.notes()]]
     return "\n".join(lines + [f"note: {note}" for note in notes_on_audio(index, config)])
 
 
