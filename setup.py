@@ -15,5 +15,8 @@ setup(
     package_data={"mm_diffusion.viewing": ["*.html"]},
     python_requires=">=3.11,<3.13",
     install_requires=(HERE / "requirements_training_joint.txt").read_text().splitlines(),
-    extras_require={"eval": ["librosa==0.11.0"]},  # onsets of Temporal AV-Align
+    extras_require={
+        "eval": ["librosa==0.11.0"],  # onsets of Temporal AV-Align
+        "safetensors": ["safetensors==0.8.0"],  # checkpoints in this format
+    },
 )

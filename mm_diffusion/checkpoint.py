@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import blobfile as bf
@@ -20,6 +20,9 @@ from torch import nn
 from .files import checksum, is_remote, write_atomically
 
 EMA_FILE, MODEL_FILE = re.compile(r"ema_(\d*\.?\d+)_(\d+)\.pt"), re.compile(r"model(\d+)\.pt")
+
+# What DistributedDataParallel and torch.compile put before every name
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 class CheckpointError(ValueError):
@@ -73,9 +76,63 @@ def published_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
+# Parts of a block in the published order, in which published optimizers number their tensors.
+# The parts of a cross-attention and of the ends of the network follow those of a residual block.
+PUBLISHED_PARTS = [
+    "video_in_layers",
+    "audio_in_layers",
+    "in_layers",
+    "emb_layers",
+    "video_out_layers",
+    "audio_out_layers",
+    "out_layers",
+    "video_skip_connection",
+    "audio_skip_connection",
+    "skip_connection",
+    "spatial_attention_block",
+    "temporal_attention_block",
+    "audio_attention_block",
+    "v_norm",
+    "a_norm",
+    "v_qkv",
+    "a_qkv",
+    "video_proj_out",
+    "audio_proj_out",
+    "audio_out",
+    "video_out",
+]
+
+
+def published_order(names: Iterable[str]) -> list[str]:
+    """Published names as our models have them -> the same names in the published order.
+
+    Blocks have the published order already, and so do the tensors within a part.
+    """
+    first_seen: dict[str, int] = {}
+
+    def place(name: str) -> tuple[int, int]:
+        part = next((word for word in name.split(".") if word in PUBLISHED_PARTS), "")
+        block = name.partition(f"{part}.")[0] if part else name
+        rank = PUBLISHED_PARTS.index(part) if part else 0
+        return first_seen.setdefault(block, len(first_seen)), rank
+
+    return sorted(names, key=place)
+
+
 def published_state_dict(model: nn.Module) -> dict[str, th.Tensor]:
     """The weights under their published names; tensors share memory with the model's."""
     return dict(zip(published_names(model), model.state_dict().values(), strict=True))
+
+
+def rename_published(
+    model: nn.Module, state: dict[str, th.Tensor], prefix: str, *others: Any
+) -> None:
+    """A hook of `load_state_dict`: the names of the state become ours, in place."""
+    ours = {prefix + published: prefix + name for published, name in published_names(model).items()}
+    for name, value in list(state.items()):
+        bare = prefix + WRAPPERS.sub("", name.removeprefix(prefix))
+        del state[name]
+        state[ours.get(bare, bare)] = value
 
 
 # ------------------------------------------------------------ files
@@ -121,6 +178,8 @@ def load(path: str) -> Any:
     try:
         _refuse_corrupt(path)
         with bf.BlobFile(path, "rb", streaming=False) as file:
+            if kind := _kind(file.read(HEAD_BYTES)):
+                return _load_other(path, kind, file)
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
                 raise ValueError(f"{part} in it is corrupt")
             file.seek(0)
@@ -137,18 +196,58 @@ def load(path: str) -> Any:
         raise CheckpointError(f"{path}: not a complete checkpoint ({why}); copy it again") from None
 
 
+HEAD_BYTES = 512
+# Beginning of a file that is no checkpoint -> what it is, and what to do
+NO_CHECKPOINTS = {
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull",
+    rb"\s*<(!doctype|html|head|\?xml)": "a web page, not a checkpoint; download the file itself",
+}
+SAFETENSORS, MOST_HEADER_BYTES = "safetensors", 10**8  # of its JSON header, by its specification
+
+
+def _kind(head: bytes) -> str:
+    """What a file that begins so is, if not what torch.save writes."""
+    header_bytes, header = int.from_bytes(head[:8], "little"), head[8:9]
+    if header == b"{" and header_bytes < MOST_HEADER_BYTES:
+        return SAFETENSORS
+    starts = (what for start, what in NO_CHECKPOINTS.items() if re.match(start, head, re.I))
+    return next(starts, "")
+
+
+def _load_other(path: str, kind: str, file: Any) -> dict[str, th.Tensor]:
+    """The tensors of a safetensors file; CheckpointError for what holds none."""
+    if kind != SAFETENSORS:
+        raise CheckpointError(f"{path}: {kind}")
+    try:
+        from safetensors.torch import load as load_safetensors
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: a safetensors file, and its library is missing; pip install safetensors"
+        ) from None
+    file.seek(0)
+    return load_safetensors(file.read())
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_state(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
-    """The weights under published names, and the flags they carry ({} for a published file)."""
+    """The weights under published names, and the flags they carry ({} for a published file).
+
+    Prefixes of modules that wrapped the model are left out.
+    """
     state = load(path)
     entries = state.items() if isinstance(state, dict) else ()
     are_weights = [isinstance(k, str) and isinstance(v, th.Tensor) for k, v in entries]
     if not are_weights or not all(are_weights):
         raise CheckpointError(f"{path}: holds no weights; give an ema_RATE_NNNNNN.pt")
-    return dict(state), dict(getattr(state, "flags", {}))
+    return without_wrappers(state), dict(getattr(state, "flags", {}))
+
+
+def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of the model itself, without the prefixes of modules that wrapped it."""
+    return {WRAPPERS.sub("", name): value for name, value in state.items()}
 
 
 def fingerprint(state: dict[str, th.Tensor]) -> str:
@@ -256,7 +355,7 @@ def load_weights(
     strict=False: takes what fits, and returns the names left out. `name` of a dict: for messages.
     """
     if isinstance(path_or_state_dict, dict):
-        path, weights = name, path_or_state_dict
+        path, weights = name, without_wrappers(path_or_state_dict)
     else:
         path, weights = str(path_or_state_dict), load_state(str(path_or_state_dict))[0]
     own = published_state_dict(model)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoint, logger, rng
-from .checkpoint import CheckpointError
+from .checkpoint import published_name
 from .config import TrainConfig
 from .data.loader import prefetch_to_device
 from .dist_util import SINGLE_PROCESS, World, barrier, from_rank_0, max_of_ranks
@@ -26,7 +26,8 @@ from .rng import randn_like
 from .sampling import DTYPES, Compiled, bind, choose_precision
 from .training.averages import QUARTILES, Averages, Pace
 from .training.lock import locked
-from .training.resume import find_state, start_from
+from .training.optimizer_state import from_published, to_published
+from .training.resume import find_state, initial_weights, start_from
 from .training.signals import stop_signals
 from .training.states import State, thin_out, write_state
 from .training.tasks import TaskMix, bind_known, without_known
@@ -92,11 +93,12 @@ class TrainLoop:
         if world.rank == 0:
             self.lock.enter_context(locked(config.output_dir))
         state = from_rank_0(lambda: find_state(config))
-        if config.init_checkpoint and state:
-            ignored = f"--init_checkpoint {config.init_checkpoint} ignored"
+        initial = initial_weights(config)
+        if initial and state:
+            ignored = f"{initial.flag} {initial.path} ignored"
             logger.log(f"{ignored}: resuming the existing run in {state.folder}")
-        elif config.init_checkpoint:
-            start_from(config.init_checkpoint, self.model)
+        elif initial:
+            start_from(initial.path, self.model)
         self.forward_model = self._wrap_model()  # gives all ranks the weights of rank 0
         self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
         self.emas = {rate: [p.detach().clone() for p in self.params] for rate in config.ema_rate}
@@ -383,7 +385,8 @@ class TrainLoop:
             "precision": self.precision,
             "seed": self.config.seed,
         }
-        yield "opt", self.optimizer.state_dict() | {"train": train}
+        state = to_published(self.optimizer.state_dict(), list(map(published_name, self.names)))
+        yield "opt", state | {"train": train}
         yield "model", checkpoint.with_flags(self._published(self.params), self.flags)
 
     def _progress(self) -> dict[str, int]:
@@ -392,15 +395,12 @@ class TrainLoop:
 
     def _published(self, tensors: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
         """Parameters, or averages of them, by published name."""
-        return {checkpoint.published_name(n): t for n, t in zip(self.names, tensors, strict=True)}
+        return {published_name(n): t for n, t in zip(self.names, tensors, strict=True)}
 
     def _resume(self, state: State) -> None:
         """Continue from the files of a state; CheckpointError naming one that is missing."""
         checkpoint.load_weights(self.model, state.path("model"))
-        for rate, ema in self.emas.items():
-            averages, _ = checkpoint.load_state(state.path(f"ema_{rate}_"))
-            _fill(ema, [averages[checkpoint.published_name(name)] for name in self.names])
-        train = self._load_optimizer(state.path("opt"))
+        train = self._resume_weights(state) if state.is_weights_only() else self._resume_all(state)
         self.sampler.load_state_dict(train.get("schedule_sampler", {}))
         if self.precision == train.get("precision") == "fp16":
             self.log_loss_scale.copy_(train["log_loss_scale"])
@@ -414,16 +414,33 @@ class TrainLoop:
             if train.get(name, now[name]) != now[name]:
                 logger.log(f"note: {name} was {train[name]} and is {now[name]} now")
 
+    def _resume_weights(self, state: State) -> dict[str, Any]:
+        """Averages begin as the weights, the optimizer anew; {}: nothing else is known of a run."""
+        logger.warn(
+            f"{state.path('model')}: neither averages nor optimizer beside it; the averages start"
+            f" from its weights, the optimizer anew, at step {state.step} (to count from step 0,"
+            " give --init_checkpoint instead)"
+        )
+        for ema in self.emas.values():
+            _fill(ema, [p.detach() for p in self.params])
+        return {}
+
+    def _resume_all(self, state: State) -> dict[str, Any]:
+        """Averages and optimizer -> what else the optimizer's file holds of the run."""
+        for rate, ema in self.emas.items():
+            averages, _ = checkpoint.load_state(state.path(f"ema_{rate}_"))
+            _fill(ema, [averages[published_name(name)] for name in self.names])
+        return self._load_optimizer(state.path("opt"))
+
     def _load_optimizer(self, path: str) -> dict[str, Any]:
         """Load the optimizer's state -> what else its file holds of the run."""
         content = checkpoint.load(path)
-        if not isinstance(content, dict) or "param_groups" not in content:
-            raise CheckpointError(f"{path}: holds no optimizer state")
-        train = content.pop("train", {})
-        for group in content["param_groups"]:  # before loading: fused ones count on the device
+        shapes = {published_name(n): p.shape for n, p in zip(self.names, self.params, strict=True)}
+        state = from_published(content, shapes, path)
+        for group in state["param_groups"]:  # before loading: fused ones count on the device
             group |= {"weight_decay": self.config.weight_decay, "fused": True}
-        self.optimizer.load_state_dict(content)
-        return train
+        self.optimizer.load_state_dict(state)
+        return content.get("train", {})
 
 
 @th.no_grad()

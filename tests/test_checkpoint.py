@@ -1,6 +1,8 @@
 """Checkpoints: published names, flags in the file, one-line errors about files that do not fit."""
 
+import json
 import pickle
+import sys
 from collections import OrderedDict
 
 import blobfile
@@ -86,6 +88,66 @@ def test_a_published_file_without_flags_loads(model, tmp_path):
     state, flags = load_state(str(tmp_path / "model330011.pt"))
     assert flags == {}
     assert same(state, published_state_dict(model))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_checkpoint_of_a_wrapped_model_loads(model, tmp_path, prefix):
+    wrapped = {prefix + name: value for name, value in published_state_dict(model).items()}
+    th.save(wrapped, tmp_path / "model.pt")
+    empty = tiny.build(as_built=True)[0]
+    load_weights(empty, str(tmp_path / "model.pt"))
+    assert same(empty.state_dict(), model.state_dict())
+    again = tiny.build(as_built=True)[0]
+    load_weights(again, wrapped)
+    assert same(again.state_dict(), model.state_dict())
+
+
+def write_safetensors(path, state):
+    """The format: length of a JSON header, header, values in order."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, value in state.items():
+        start, end = end, end + value.numel() * 4
+        header[name] = {"dtype": "F32", "shape": [*value.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    values = b"".join(value.contiguous().numpy().tobytes() for value in state.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values)
+
+
+def test_a_safetensors_file_loads_where_its_library_is_installed(model, tmp_path):
+    pytest.importorskip("safetensors")
+    write_safetensors(tmp_path / "model.safetensors", copied(model))
+    empty = tiny.build(as_built=True)[0]
+    load_weights(empty, str(tmp_path / "model.safetensors"))
+    assert same(empty.state_dict(), model.state_dict())
+
+
+def test_a_safetensors_file_without_its_library_is_named_for_what_it_is(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    write_safetensors(tmp_path / "model.pt", copied(model))
+    with pytest.raises(CheckpointError, match=r"model.pt: a safetensors file.*pip install"):
+        load_state(str(tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 2140000000\n",
+            "a Git LFS pointer, not the file itself; run git lfs pull",
+        ),
+        ("<!DOCTYPE html>\n<title>Sign in</title>", "a web page, not a checkpoint; download"),
+        ("\n <HTML lang=en>", "a web page"),
+    ],
+)
+def test_what_a_download_left_instead_of_a_checkpoint_is_named_for_what_it_is(
+    tmp_path, content, words
+):
+    path = tmp_path / "model330011.pt"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=f"model330011.pt: {words}"):
+        load_state(str(path))
 
 
 def test_saved_weights_do_not_follow_the_model(model, tmp_path):

@@ -10,6 +10,7 @@ import time
 
 import blobfile as bf
 import pytest
+import tiny
 import torch as th
 from test_train import everything, loop, rows, trained
 
@@ -322,6 +323,40 @@ def test_the_output_folder_comes_before_an_explicit_checkpoint_and_that_before_i
     assert found(tmp_path, init_checkpoint="other.pt")[:2] == (folder, 3)
     assert found(tmp_path / "new") is None
     assert found(tmp_path / "new", resume_checkpoint="none") is None
+
+
+def test_weights_with_nothing_beside_them_resume_at_their_step_with_a_warning(tmp_path, capsys):
+    """The usual way to fine-tune: of the joint model one file was ever published."""
+    path, model = tmp_path / "model330011.pt", tiny.build()[0]
+    th.save(checkpoint.published_state_dict(model), path)
+    resumed = loop(tmp_path / "new", resume_checkpoint=str(path), ema_rate="0.9999,0.9")
+    assert resumed.step == 330011
+    printed = capsys.readouterr().out
+    assert re.search(r"model330011.pt: neither averages nor optimizer .*--init_checkpoint", printed)
+    for average in resumed.emas.values():
+        for found, wanted in zip(average, model.parameters(), strict=True):
+            assert th.equal(found, wanted)
+    assert not resumed.optimizer.state
+    resumed.run_step(*next(resumed.data))
+    resumed.save()
+    assert loop(tmp_path / "new", resume_checkpoint=str(path), ema_rate="0.9,0.9999").step == 330012
+
+
+@pytest.mark.parametrize("name", ["guided-diffusion_64_256.pt", "model_SR_mmdiff_120000.pt"])
+def test_a_checkpoint_to_resume_that_is_no_file_of_a_run_is_weights_for_a_new_one(tmp_path, name):
+    """The published upsampler's launcher names its initial weights so."""
+    model = tiny.build()[0]
+    th.save(checkpoint.published_state_dict(model), tmp_path / name)
+    started = loop(tmp_path / "new", resume_checkpoint=str(tmp_path / name))
+    assert started.step == 0
+    for found, wanted in zip(started.params, model.parameters(), strict=True):
+        assert th.equal(found, wanted)
+    started.run_step(*next(started.data))
+    started.save()
+    again = loop(tmp_path / "new", resume_checkpoint=str(tmp_path / name))
+    assert again.step == 1
+    with pytest.raises(ValueError, match=r"--resume_checkpoint .* and --init_checkpoint .* both"):
+        loop(tmp_path / "b", resume_checkpoint=str(tmp_path / name), init_checkpoint="x.pt")
 
 
 def test_a_run_is_never_overwritten(tmp_path):

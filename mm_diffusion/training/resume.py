@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import blobfile as bf
 from torch import nn
 
 from .. import checkpoint, logger
-from ..checkpoint import CheckpointError
+from ..checkpoint import EMA_FILE, CheckpointError
 from ..config import TrainConfig, pick
 from ..dist_util import from_rank_0
 from ..files import absolute
 from ..script_util import CARRIED_FLAGS, merge_checkpoint_flags
 from .states import State, newest_intact, states_in
+
+# Files of a run. Any other name stands for weights alone, as in the published code.
+RUN_FILE = re.compile(rf"(model|opt)\d+\.pt|{EMA_FILE.pattern}")
+
+
+class InitialWeights(NamedTuple):
+    """The weights that a new run starts from, and the flag that names them."""
+
+    flag: str
+    path: str
+
+
+def initial_weights(config: TrainConfig) -> InitialWeights | None:
+    """What --init_checkpoint names, or --resume_checkpoint if that is no file of a run.
+
+    ValueError where both name weights.
+    """
+    init, resume = config.init_checkpoint, config.resume_checkpoint
+    if not _names_weights(resume):
+        return InitialWeights("--init_checkpoint", init) if init else None
+    if init:
+        raise ValueError(
+            f"--resume_checkpoint {resume} and --init_checkpoint {init} both name weights for a new"
+            " run; give one of them"
+        )
+    return InitialWeights("--resume_checkpoint", resume)
+
+
+def _names_weights(path: str) -> bool:
+    """Whether a --resume_checkpoint is a file of weights, which starts a run at step 0."""
+    name = bf.basename(path)
+    return name.endswith((".pt", ".pth", ".safetensors")) and not RUN_FILE.fullmatch(name)
 
 
 def find_state(config: TrainConfig, warn: Callable[[str], None] = logger.warn) -> State | None:
@@ -27,7 +60,7 @@ def find_state(config: TrainConfig, warn: Callable[[str], None] = logger.warn) -
     if path == "none" and states_in(folder):
         raise ValueError(f"{folder}: holds a run already; choose another --output_dir")
     own = newest_intact(folder, warn)
-    if path in ("", "auto", "none"):
+    if path in ("", "auto", "none") or _names_weights(path):
         return own
     source = absolute(path)
     if own and source not in (absolute(folder), absolute(own.path("model")), own.resumed_from):
@@ -64,8 +97,12 @@ def flags_to_start_with(
     """
     config = pick(TrainConfig, values)
     state = from_rank_0(lambda: find_state(config, warn=lambda text: None))  # TrainLoop warns
-    path = state.path("model") if state else config.init_checkpoint
-    if not path:
+    initial = initial_weights(config)
+    if state:
+        path = state.path("model")
+    elif initial:
+        path = initial.path
+    else:
         return values
     trained = checkpoint.load_state(path)[1]
     if not state:

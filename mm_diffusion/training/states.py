@@ -47,6 +47,13 @@ class State(NamedTuple):
         """The path of the manifest."""
         return bf.join(self.folder, f"state{self.step:06d}.json")
 
+    def is_weights_only(self) -> bool:
+        """Whether it has neither averages nor an optimizer, like a checkpoint that is passed on."""
+        names = set(bf.listdir(self.folder or "."))
+        averages = (match for match in map(checkpoint.EMA_FILE.fullmatch, names) if match)
+        has_averages = any(int(match[2]) == self.step for match in averages)
+        return not self.files and not has_averages and bf.basename(self.path("opt")) not in names
+
     def corruption(self) -> str:
         """What is wrong with it; "" if it is intact, as far as a manifest tells."""
         if self.files is None:
