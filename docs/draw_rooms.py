@@ -23,7 +23,7 @@ LEVELS = (
     {"data": ["data"], "unet": ["unet"]},
     {"config": ["config"]},
     {
-        "diffusion": ["gaussian_diffusion", "losses", "respace", "resample", "dpm_solver"],
+        "diffusion": ["gaussian_diffusion", "calls", "losses", "respace", "resample", "dpm_solver"],
         "networks": ["nn", "cross_attention"],
         "checkpoint": ["checkpoint"],
     },

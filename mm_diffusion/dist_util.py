@@ -64,7 +64,7 @@ SINGLE_PROCESS = World()
 def setup_dist(devices: str = "") -> World:
     """Join the process group of all ranks (NCCL for GPUs, gloo); a single process forms none.
 
-    `devices`: "" (all visible), "G8" (8 GPUs a host) or a list of GPU numbers such as "0,1".
+    `devices`: "" (all visible), "G8" (up to 8 GPUs a host) or a list of GPU numbers such as "0,1".
     MASTER_ADDR and MASTER_PORT are chosen where they are not set.
     """
     rank, size, local_rank = read_rank()
@@ -84,17 +84,26 @@ def tune_gpus() -> None:
     th.backends.cudnn.allow_tf32 = False
 
 
+def dev() -> th.device:
+    """The device of this process, as `setup_dist` chose it."""
+    if th.cuda.is_available():
+        return th.device("cuda", th.cuda.current_device())
+    return th.device("cpu")
+
+
 def _device(devices: str, local_rank: int) -> th.device:
-    count = th.cuda.device_count()
-    if not count and not devices:
-        return th.device("cpu")
-    if not re.fullmatch(r"G\d+|[\d, ]*", devices):
+    """The device of a rank: GPUs by rank modulo their number, or the CPU where there are none."""
+    if not re.fullmatch(r"G[1-9]\d*|[\d, ]*", devices):
         raise ValueError(f"--devices {devices!r}: need '', 'G8' or a list such as '0,1'")
+    count = th.cuda.device_count()
     numbers = [int(number) for number in re.findall(r"\d+", devices)]
-    if devices.startswith("G"):
-        numbers = list(range(*numbers))
-    numbers = numbers or list(range(count))
-    if max(numbers, default=0) >= count:
+    if devices.startswith("G"):  # as published, whatever the host has
+        numbers = list(range(min(count, *numbers)))
+    elif not numbers:
+        numbers = list(range(count))
+    if not numbers:
+        return th.device("cpu")
+    if max(numbers) >= count:
         raise ValueError(f"--devices {devices!r}: this host has {count} GPUs (empty: all, or CPU)")
     return th.device("cuda", numbers[local_rank % len(numbers)])
 

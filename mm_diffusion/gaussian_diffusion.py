@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from tqdm import tqdm
 
+from .calls import Progress, loop_arguments, with_conditions
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .rng import Generators, randn_like
 from .tree import (
@@ -299,34 +301,35 @@ class GaussianDiffusion:
     # Loops
 
     def p_sample_loop_progressive(
-        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any
+        self, model_fn: ModelFn, x_T: Any = None, generator: Generators = None, **options: Any
     ) -> Iterator[dict[str, Tree]]:
         """Ancestral sampling from noise `x_T`; yields `sample` and `pred_xstart` after every step.
 
+        A network and a shape do as well, as in guided-diffusion: see `calls.loop_arguments`.
         conditioning: {key: clip} of leaves that are known; the others are generated to fit, and
             `sample` holds the known ones exactly. `x_T[key]` is the one noise that such a leaf gets
             at every step.
         classifier_scale: 0 (default): conditioning leaves are replaced by their noisy selves;
             above 0: guidance by the gradient of the error on them, too (`_guided_step`).
-        progress: called with the fraction done, 0..1, after each step.
+        progress: called with the fraction done, 0..1, after each step; True: shows a bar.
         Other `options` go to the step: clip_denoised (and eta for DDIM).
         """
         return self._loop(self.p_sample, model_fn, x_T, generator, **options)
 
     def ddim_sample_loop_progressive(
-        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any
+        self, model_fn: ModelFn, x_T: Any = None, generator: Generators = None, **options: Any
     ) -> Iterator[dict[str, Tree]]:
         """DDIM sampling from noise `x_T`; all else as for `p_sample_loop_progressive`."""
         return self._loop(self.ddim_sample, model_fn, x_T, generator, **options)
 
     def p_sample_loop(
-        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any
+        self, model_fn: ModelFn, x_T: Any = None, generator: Generators = None, **options: Any
     ) -> Tree:
         """The sample at the end of `p_sample_loop_progressive`."""
         return _last(self.p_sample_loop_progressive(model_fn, x_T, generator, **options))
 
     def ddim_sample_loop(
-        self, model_fn: ModelFn, x_T: Tree, generator: Generators = None, **options: Any
+        self, model_fn: ModelFn, x_T: Any = None, generator: Generators = None, **options: Any
     ) -> Tree:
         """The sample at the end of `ddim_sample_loop_progressive`."""
         return _last(self.ddim_sample_loop_progressive(model_fn, x_T, generator, **options))
@@ -335,20 +338,22 @@ class GaussianDiffusion:
         self,
         step_fn: Callable[..., dict[str, Tree]],
         model_fn: ModelFn,
-        x_T: Tree,
+        x_T: Any,
         generator: Generators,
         *,
         conditioning: dict[str, th.Tensor] | None = None,
         classifier_scale: float = 0.0,
-        progress: Callable[[float], None] | None = None,
+        progress: Progress | bool | None = None,
         **options: Any,
     ) -> Iterator[dict[str, Tree]]:
+        model_fn, x_T, options = loop_arguments(model_fn, x_T, generator, options)
         step: Step = partial(step_fn, model_fn, generator=generator, **options)
         x: Any = tree_map(th.Tensor.float, x_T)
         known = check_conditioning(conditioning, x)
         noise = {key: x[key] for key in known}
         batch, device = leaves(x)[0].shape[0], leaves(x)[0].device
-        for i in reversed(range(self.num_timesteps)):
+        timesteps = range(self.num_timesteps)[::-1]
+        for i in tqdm(timesteps, disable=progress is not True):
             t = th.full((batch,), i, dtype=th.long, device=device)
             if known:
                 noisy: Any = self.q_sample(known, t, noise)
@@ -360,7 +365,7 @@ class GaussianDiffusion:
                 with th.no_grad():
                     out = step(x, t)
             x = {**out["sample"], **known} if known else out["sample"]
-            if progress is not None:
+            if callable(progress):
                 progress(1 - i / self.num_timesteps)
             yield {"sample": x, "pred_xstart": out["pred_xstart"]}
 
@@ -393,13 +398,20 @@ class GaussianDiffusion:
     # Training
 
     def training_losses(
-        self, model_fn: ModelFn, x_start: Tree, t: th.Tensor, noise: Tree | None = None
+        self,
+        model_fn: ModelFn,
+        x_start: Tree,
+        t: th.Tensor,
+        noise: Tree | None = None,
+        model_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, th.Tensor]:
         """{"loss": [B]} and the terms it is the sum of, each [B], leaves of equal weight.
 
+        A network and its `model_kwargs` do as well as a function.
         Terms are "mse" and, with learned sigma or a KL loss, "vb" (bits per dimension times the
         loss type's factor); the leaves of a dict give "mse_<key>" and "vb_<key>".
         """
+        model_fn = with_conditions(model_fn, model_kwargs)
         x_start = tree_map(th.Tensor.float, x_start)
         noise = randn_like(x_start) if noise is None else tree_map(th.Tensor.float, noise)
         x_t = self.q_sample(x_start, t, noise)

@@ -18,6 +18,7 @@ import torch as th
 from torch import nn
 
 from . import rng
+from .calls import Progress, bind
 from .config.flags import CUDA_GRAPH_MODES
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
@@ -52,22 +53,9 @@ CPU_ACTIVATION_BYTES = 2**31  # for the frames that go through the upsampler tog
 GPU_ACTIVATION_SHARE = 0.6  # of the free memory of a GPU
 COMPILERS = ("g++", "clang++", "c++")
 
-Progress = Callable[[float], None]  # called with the fraction that is done, 0 to 1
 Conditioning = dict[str, th.Tensor]  # modality -> [B, ...]
 
 # ---------------------------------------------------------------- how a model is run
-
-
-def bind(model: nn.Module, cond: dict[str, Any] | None = None) -> Callable[..., Tree]:
-    """A model as `(x, t, **more conditions) -> tree`; a dict goes in as a keyword per modality."""
-
-    def model_fn(x: Tree, t: th.Tensor, **more: Any) -> Tree:
-        keywords = {**(cond or {}), **more}
-        if isinstance(x, dict):
-            return dict(zip(x, model(**x, timesteps=t, **keywords), strict=True))
-        return model(x, t, **keywords)
-
-    return model_fn
 
 
 def with_clean(model_fn: Callable[..., Tree], keys: Sequence[str]) -> Callable[..., Tree]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from .config import (
@@ -15,6 +17,7 @@ from .config import (
     flag_defaults,
     pick,
 )
+from .config.flags import convert
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import ImageSuperResModel, MultimodalUNet
@@ -101,6 +104,21 @@ def _meaning(name: str, value: Any, values: Mapping[str, Any]) -> Any:
     if name == "sr_channel_mult":
         return channel_multipliers(text, int(values["large_size"]), SR)
     return "" if name == "audio_type" else text  # whose values name one convolution
+
+
+# ---------------------------------------------------------------- command lines of other scripts
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    """A flag for each entry, of the type of its default (text for None)."""
+    for name, default in defaults.items():
+        kind = str if default is None else type(default)
+        parser.add_argument(f"--{name}", default=default, type=partial(convert, kind, name))
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of these flags."""
+    return {key: getattr(args, key) for key in keys}
 
 
 # ---------------------------------------------------------------- factories

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .checkpoint import rename_published
 from .config import ModelConfig, UpsamplerConfig
 from .cross_attention import CrossAttention, window_shift
 from .modality import AUDIO, IMAGE, VIDEO, Modality
@@ -246,6 +247,7 @@ class UNet(nn.Module):
         self.add_module(self.middle, nn.ModuleList(self._middle(skips[-1], len(skips))))
         self.output_blocks = nn.ModuleList()
         self._add_output_blocks(skips)
+        self.register_load_state_dict_pre_hook(rename_published)
 
     def _stage(self, in_width: int, width: int, level: int, depth: int, way: str) -> Blocks:
         raise NotImplementedError

@@ -232,7 +232,17 @@ def test_the_choice_of_gpus_by_a_scheduler_is_left_alone(environment, monkeypatc
 
 @pytest.mark.parametrize(
     ("devices", "local_rank", "number"),
-    [("", 1, 1), ("", 5, 1), ("G4", 3, 3), ("1,3", 0, 1), ("1,3", 1, 3), ("2", 1, 2)],
+    [
+        ("", 1, 1),
+        ("", 5, 1),
+        ("G4", 3, 3),
+        ("G8", 3, 3),
+        ("G8", 5, 1),
+        ("G2", 3, 1),
+        ("1,3", 0, 1),
+        ("1,3", 1, 3),
+        ("2", 1, 2),
+    ],
 )
 def test_devices_are_dealt_out_by_local_rank(monkeypatch, devices, local_rank, number):
     monkeypatch.setattr(th.cuda, "device_count", lambda: 4)
@@ -240,12 +250,22 @@ def test_devices_are_dealt_out_by_local_rank(monkeypatch, devices, local_rank, n
 
 
 @pytest.mark.parametrize(
-    ("devices", "count"), [("0", 0), ("G8", 4), ("0,7", 4), ("all", 4), ("Gx", 4)]
+    ("devices", "count"), [("0", 0), ("0,7", 4), ("all", 4), ("Gx", 4), ("G0", 4), ("Gx", 0)]
 )
 def test_devices_that_are_not_there_are_refused_with_the_flag_named(monkeypatch, devices, count):
     monkeypatch.setattr(th.cuda, "device_count", lambda: count)
     with pytest.raises(ValueError, match="devices"):
         dist_util._device(devices, 0)
+
+
+@pytest.mark.parametrize("devices", ["", "G8"])
+def test_without_a_gpu_the_cpu_computes(monkeypatch, devices):
+    monkeypatch.setattr(th.cuda, "device_count", lambda: 0)
+    assert dist_util._device(devices, 3) == th.device("cpu")
+
+
+def test_dev_is_the_device_that_was_set_up(environment):
+    assert setup_dist().device == dist_util.dev()
 
 
 @pytest.mark.parametrize("error", [ValueError("bad\nflag"), OSError("no file")])
