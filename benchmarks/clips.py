@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm_diffusion.config import SR, DataConfig, SamplingConfig
 from mm_diffusion.generation.load import SR_DDIM_STEPS
-from mm_diffusion.generation.output import write_sample
+from mm_diffusion.generation.output import ClipFormat, write_sample
 from mm_diffusion.sampling import (
     InferenceModel,
     Progress,
@@ -150,10 +150,10 @@ def measure_clip(
     done = sample_clip(bench, name, precision, sampler)
     add(bench, name, f"sample, {sampler}", precision, done)
     clip = (done.sample["video"][0], done.sample["audio"][0])
-    rates = (DataConfig.video_fps, DataConfig.audio_fps)
+    how = ClipFormat(DataConfig.video_fps, DataConfig.audio_fps)
     frames = large.sample if large else None
     with tempfile.TemporaryDirectory() as folder:
-        writing = seconds_of(partial(write_sample, folder, "clip", *clip, *rates, frames))
+        writing = seconds_of(partial(write_sample, folder, "clip", *clip, how, frames))
     bench.report.add(Figure("sampling", name, f"write, {sampler}", [writing], "s", precision))
     total = done.seconds / bench.batch_size + writing + (large.seconds if large else 0)
     parts = "sample, upsample, write" if large else "sample, write"

@@ -12,8 +12,9 @@ from mm_diffusion.dist_util import friendly_errors
 def main() -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("-s", "--source", nargs="+", required=True, help="videos, or folders, searched recursively")
-    add("-t", "--target", required=True, help="folder of the image_<clip>_<number>.<format>")
+    source, target = ("-s", "--source", "--source_path"), ("-t", "--target", "--target_path")
+    add(*source, nargs="+", required=True, help="videos, or folders, searched recursively")
+    add(*target, required=True, help="folder of the image_<clip>_<number>.<format>")
     add("--fps", type=float, default=4.0, help="frames per second of the video's own time")
     add("--format", choices=FORMATS, default="png", help="png is lossless, jpg smaller")
     add("--quality", type=int, default=95, help="of jpg, 1 to 100")

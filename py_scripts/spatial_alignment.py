@@ -30,6 +30,8 @@ def main() -> None:
 
     names = ("video_size", "audio_size", "video_fps", "audio_fps")
     config = DataConfig(**{name: getattr(flags, name) for name in names})
+    if config.audio_size[0] != 2:
+        raise ValueError(f"--audio_size {flags.audio_size}: mono has no position; give C 2")
     clips = read_clips(flags.samples, config)
     if flags.contact_sheet:
         sheet = draw_audio_position(clips["video"], clips["audio"])

@@ -132,9 +132,25 @@ start_by_mpiexec() {
         [ ${#hosts[@]} -gt 0 ] || die "HOSTFILE=$HOSTFILE: names no host"
         flags=(-f "$HOSTFILE" -ppn "$NUM_GPUS")
     fi
+    check_mpiexec_flags
     share_cores
     # shellcheck disable=SC2206 # several flags in one variable
     start=(mpiexec ${MPIEXEC_FLAGS:-} "${flags[@]}" -n $((NUM_GPUS * (${#hosts[@]} > 1 ? ${#hosts[@]} : 1))) python)
+}
+
+# Published command lines have words of Open MPI, while the environment has MPICH.
+check_mpiexec_flags() {
+    local word
+    for word in ${MPIEXEC_FLAGS:-}; do
+        case $word in
+        --allow-run-as-root | --oversubscribe) ;;
+        *) continue ;;
+        esac
+        case $(mpiexec --version 2>&1 || true) in
+        *"Open MPI"* | *OpenRTE*) ;;
+        *) die "MPIEXEC_FLAGS=$MPIEXEC_FLAGS: $word is a flag of Open MPI; $(command -v mpiexec) is MPICH, which needs no such flag: leave it out" ;;
+        esac
+    done
 }
 
 start_by_torchrun() {

@@ -371,7 +371,7 @@ def test_the_clips_of_a_script_hold_the_very_tensor_given_and_do_not_depend_on_t
     def keep(folder, name, *clip):
         written.setdefault((folder, name), {}).update(zip(OTHER, clip, strict=False))
 
-    def keep_truth(folder, name, truth, *rates):
+    def keep_truth(folder, name, truth, how):
         written.setdefault((folder, name), {}).update(truth=truth)
 
     monkeypatch.setattr("mm_diffusion.generation.output.write_sample", keep)

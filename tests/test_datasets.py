@@ -553,7 +553,7 @@ def test_loading_leaves_the_random_state_alone(toy):
     [
         ({"video_size": "20,3,64"}, "--video_size"),
         ({"video_size": "20,1,64,64"}, "RGB"),
-        ({"audio_size": "1,80000"}, "stereo"),
+        ({"audio_size": "3,80000"}, "stereo or mono"),
         ({"audio_size": "2,none"}, "--audio_size"),
         ({"video_size": "0,3,64,64"}, "--video_size"),
         ({"video_fps": 0}, "--video_fps"),

@@ -200,6 +200,25 @@ def test_a_way_to_start_ranks_that_cannot_work_is_refused_in_one_line(variables,
     assert_refused(done, culprit)
 
 
+@pytest.mark.parametrize(
+    ("version", "is_known"),
+    [("HYDRA build details:\n    Version: 5.0.2", False), ("mpirun (Open MPI) 4.1.4", True)],
+)
+def test_a_flag_of_open_mpi_is_refused_where_mpich_is_started(tmp_path, version, is_known):
+    """Published command lines have --allow-run-as-root, which MPICH does not know."""
+    text = (
+        f'#!/bin/bash\n[ "$1" != --version ] || {{ echo "{version}"; exit; }}\necho started "$@"\n'
+    )
+    write_program(tmp_path / "bin/mpiexec", text)
+    write_program(tmp_path / "bin/python", RECORDER)
+    variables = {"DATA_DIR": tmp_path, "MPIEXEC_FLAGS": "--allow-run-as-root -v"}
+    done = run("multimodal_train", path=str(tmp_path / "bin"), RECORD=os.devnull, **variables)
+    if is_known:
+        assert "started --allow-run-as-root -v -n 8 python" in done.stdout
+    else:
+        assert_refused(done, "--allow-run-as-root is a flag of Open MPI", "MPICH", "leave it out")
+
+
 def test_the_launcher_for_hosts_wants_a_file_of_them(tmp_path):
     assert_refused(run("multimodal_train_hosts", DATA_DIR=tmp_path), "HOSTFILE")
     assert_refused(

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mm_diffusion import checkpoint, rng, train_util
 from mm_diffusion.config import SamplingConfig, TrainConfig
 from mm_diffusion.config.flags import compile_mode
-from mm_diffusion.generation.output import background, missing_clips, write_sample
+from mm_diffusion.generation.output import ClipFormat, background, missing_clips, write_sample
 from mm_diffusion.generation.run import generate_clips
 from mm_diffusion.rng import randn_like
 from mm_diffusion.sampling import Compiled, make_sampler, prepare, require_compiler, sample_joint
@@ -98,7 +98,9 @@ def test_a_clip_that_cannot_be_written_is_named_in_one_line(tmp_path):
     clip = tiny.clips(0, 1)
     (tmp_path / "original" / "clip_00007.mp4").mkdir(parents=True)
     with pytest.raises(OSError, match=r"clip_00007\.mp4: cannot be written \(.*directory"):
-        write_sample(tmp_path, "clip_00007", clip["video"][0], clip["audio"][0], 4, 16000)
+        write_sample(
+            tmp_path, "clip_00007", clip["video"][0], clip["audio"][0], ClipFormat(4, 16000)
+        )
 
 
 def test_a_failing_encoder_leaves_no_half_file(tmp_path, monkeypatch):
@@ -108,7 +110,7 @@ def test_a_failing_encoder_leaves_no_half_file(tmp_path, monkeypatch):
     monkeypatch.setattr("mm_diffusion.data.encode._encode_audio", half)
     clip = tiny.clips(0, 1)
     with pytest.raises(OSError, match="no space left"):
-        write_sample(tmp_path, "k", clip["video"][0], clip["audio"][0], 4, 16000)
+        write_sample(tmp_path, "k", clip["video"][0], clip["audio"][0], ClipFormat(4, 16000))
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["k.wav"]
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from ..dist_util import end_job
 from .diffusion import SRDiffusionConfig
-from .flags import Config, convert, flag_name
+from .flags import SR, Config, convert, flag_name
 from .subjects import UpsamplerConfig
 
 ConfigType = TypeVar("ConfigType", bound=Config)
+Reader = Callable[[str], Any]  # text on the command line -> value
 
 
 def flag_defaults(*configs: type[Config]) -> dict[str, Any]:
@@ -34,6 +36,15 @@ WITHOUT_EFFECT = {
     "sr_sample_fn": "this script upsamples no clips",
     "load_noise": "this script upsamples no clips",
 }
+# Published names -> the flags they mean, in scripts that have these and no flag of that name.
+PUBLISHED_NAMES = {
+    "model_path": "multimodal_model_path",
+    **{
+        name.removeprefix(SR): name
+        for name in flag_defaults(UpsamplerConfig, SRDiffusionConfig)
+        if name.startswith(SR)
+    },
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,35 +63,58 @@ def parse(
 ) -> tuple[dict[str, Any], set[str]]:
     """The command line -> values of all flags of `configs`, and the names of the explicit ones.
 
-    `defaults` replace those of the fields. --help groups the flags by config.
+    `defaults` replace those of the fields. --help groups the flags by config. A flag given by its
+    published name is returned under ours.
     """
     parser = Parser(description=description, usage="%(prog)s [--FLAG VALUE ...]")
     values = flag_defaults(*configs) | dict(defaults or {})
-    added: set[str] = set()
+    readers: dict[str, Reader] = {}
     for config in configs:
         group = parser.add_argument_group((config.__doc__ or "").splitlines()[0].rstrip("."))
         for field in dataclasses.fields(config):
             name = flag_name(config, field)
-            if name not in added:
-                _add_flag(group, name, field, values[name])
-                added.add(name)
+            if name not in readers:
+                readers[name] = partial(_read, name, field)
+                _add_flag(group, name, field, values[name], readers[name])
+    aliases = _add_published_names(parser, readers)
     idle = parser.add_argument_group("Accepted, without effect here")
-    for name in sorted(WITHOUT_EFFECT.keys() - added):
+    for name in sorted(WITHOUT_EFFECT.keys() - readers):
         idle.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE")
     explicit = vars(parser.parse_args())
+    for alias in sorted(aliases.keys() & explicit):
+        name, value = aliases[alias], explicit.pop(alias)
+        if explicit.setdefault(name, value) != value:
+            parser.error(f"--{alias} {value} means --{name}, which is {explicit[name]}: give one")
     return values | explicit, set(explicit)
 
 
-def _add_flag(group: Any, name: str, field: dataclasses.Field, default: Any) -> None:
-    kind = field.metadata["kind"]
+def _read(name: str, field: dataclasses.Field, text: str) -> Any:
+    """The value of a flag that is given as this text."""
+    is_none = text == "None" and field.default is None
+    return None if is_none else convert(field.metadata["kind"], name, text)
+
+
+def _add_flag(
+    group: Any, name: str, field: dataclasses.Field, default: Any, reader: Reader
+) -> None:
     text = f"{field.metadata['help']} (default: {default!r})".replace("%", "%%")
+    options = {"default": argparse.SUPPRESS, "metavar": field.metadata["kind"].__name__.upper()}
+    group.add_argument(f"--{name}", type=reader, help=text, **options)
 
-    def read(value: str) -> Any:
-        is_none = value == "None" and field.default is None
-        return None if is_none else convert(kind, name, value)
 
-    options = {"default": argparse.SUPPRESS, "metavar": kind.__name__.upper(), "help": text}
-    group.add_argument(f"--{name}", type=read, **options)
+def _add_published_names(parser: Parser, readers: Mapping[str, Reader]) -> dict[str, str]:
+    """Add the published names of the flags that have these readers -> published name, flag."""
+    group = parser.add_argument_group("Published names")
+    aliases = {
+        alias: name
+        for alias, name in PUBLISHED_NAMES.items()
+        if name in readers and alias not in readers
+    }
+    for alias, name in aliases.items():
+        text = f"the same as {name}"
+        hidden, kind = argparse.SUPPRESS, readers[name]
+        group.add_argument(f"--{alias}", default=hidden, type=kind, metavar="VALUE", help=text)
+    return aliases
 
 
 def pick(config: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:

@@ -60,6 +60,7 @@ class EvalConfig(MetricsConfig, ClipReadingConfig, DeviceConfig):
     )
 
     def check(self) -> None:
+        super().check()
         for published, own in {"fake_dir": "samples_path", "ref_dir": "ref_path"}.items():
             value, other = getattr(self, published), getattr(self, own)
             if value and other not in ("", value):

@@ -31,6 +31,7 @@ from .flags import (
 VIDEO_TYPES = ("2d+1d", "3d")
 AUDIO_TYPES = ("1d", "linear")  # two published names of one convolution
 SAMPLE_FNS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
+AUDIO_CODECS = ("flac", "aac")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TASKS = {"joint": "", "video2audio": "video", "audio2video": "audio"}  # -> what is known
 CONDITIONINGS = ("auto", "clean", "replacement")
@@ -59,6 +60,13 @@ class ClipReadingConfig(ReadingConfig, ClipConfig):
     """Reading of clips."""
 
     audio_fps: int = flag(16000, "samples per second", positive)
+
+    def check(self) -> None:
+        if self.video_size[1] != 3 or self.audio_size[0] not in (1, 2):
+            raise ValueError(
+                f"clips are RGB, and stereo or mono: --video_size {as_text(self.video_size)} needs"
+                f" C 3, --audio_size {as_text(self.audio_size)} C 2 or 1"
+            )
 
     def duration_mismatch(self) -> str:
         """How the durations of video and audio differ, by more than half a frame; else empty."""
@@ -93,7 +101,7 @@ class BatchConfig(Config):
 class DeviceConfig(Config):
     """Devices and precision."""
 
-    devices: str = flag("", "GPUs: empty (what is visible), G8 (8 a host) or 0,1")
+    devices: str = flag("", "GPUs: empty (what is visible), G8 (up to 8 a host) or 0,1")
 
 
 @dataclass(frozen=True)
@@ -277,13 +285,6 @@ class DataConfig(FilesConfig, ClipReadingConfig):
         kind=str,
     )
 
-    def check(self) -> None:
-        if self.video_size[1] != 3 or self.audio_size[0] != 2:
-            raise ValueError(
-                f"clips are RGB and stereo: --video_size {self.video_size} needs C 3,"
-                f" --audio_size {self.audio_size} C 2"
-            )
-
 
 @dataclass(frozen=True)
 class TrainConfig(ComputeConfig, BatchConfig):
@@ -405,6 +406,9 @@ class SamplingConfig(ComputeConfig, BatchConfig):
     output_dir: str = flag("", "folder of original/, audios/ and sr_mp4/", path)
     all_save_num: int = flag(96, "clips to generate, over all ranks", at_least(1))
     clip_denoised: bool = flag(True, "clamp predicted clips to [-1, 1] (ddpm, ddim)")
+    audio_codec: str = flag(
+        "flac", "audio of mp4 files: flac, exact; aac for players without it", one_of(AUDIO_CODECS)
+    )
     is_strict: bool = flag(True, "refuse mismatched tensors; False: skip and list them")
     gallery: bool = flag(True, "write output_dir/index.html, which shows the clips")
 

@@ -29,7 +29,7 @@ LEAST_AUDIO_SHARE = 0.9  # of a window; windows with less are reported
 
 
 def mirror(sample: Sample) -> Sample:
-    """The clip with left and right swapped, in the frames and in the stereo channels."""
+    """The clip with left and right swapped, in the frames and in the channels, if it has two."""
     return {"video": sample["video"].flip(-1), "audio": sample["audio"].flip(-2)}
 
 
@@ -97,8 +97,9 @@ def locate(item: int, first_after: Sequence[int]) -> tuple[int, int]:
 class ClipDataset(Dataset):
     """All windows of all clips of an index.
 
-    Item `(epoch, window)`, or `window` for epoch 0, is {"video": [F, 3, H, W], "audio": [2, L]},
-    float32 in [-1, 1], decoded once if there is a `disk`. MediaError where that fails.
+    Item `(epoch, window)`, or `window` for epoch 0, is {"video": [F, 3, H, W], "audio": [C, L]},
+    float32 in [-1, 1], decoded once if there is a `disk`. Mono is the mean of left and right.
+    MediaError where decoding fails.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class ClipDataset(Dataset):
         counts = [count_windows(info, *sizes) for _, info in index.clips]
         self.first_after = list(itertools.accumulate(counts))  # of each clip: the next one's first
         frames = ((num_frames, height, width, 3), "uint8")
-        self.parts: Parts = [frames, (config.audio_size, "float32")]
+        self.parts: Parts = [frames, ((2, config.audio_size[1]), "float32")]
 
     def __len__(self) -> int:
         return self.first_after[-1]
@@ -118,6 +119,8 @@ class ClipDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, window = key if isinstance(key, tuple) else (0, key)
         frames, audio = self._decoded(window)
+        if self.config.audio_size[0] == 1:
+            audio = audio.mean(dim=0, keepdim=True)
         sample = {"video": images.to_float(frames.permute(0, 3, 1, 2)), "audio": audio}
         if self.config.random_flip and is_mirrored(self.config.seed, epoch, window):
             return mirror(sample)
@@ -155,7 +158,7 @@ def index_clips(config: DataConfig) -> ClipIndex[ClipInfo]:
 
 
 def read_clips(folder: str, config: DataConfig, most: int | None = None) -> Sample:
-    """The first `most` clips of a folder, or all: {"video" [N, F, 3, H, W], "audio" [N, 2, L]}.
+    """The first `most` clips of a folder, or all: {"video" [N, F, 3, H, W], "audio" [N, C, L]}.
 
     Must be called on every rank. Errors: see `load_data`.
     """
@@ -187,7 +190,7 @@ def load_data(
     start_sample: int = 0,
     val_share: float = 0.0,
 ) -> Iterator[tuple[Sample, dict]]:
-    """-> endless ({"video": [B, F, 3, H, W], "audio": [B, 2, L]}, {}), float32 in [-1, 1].
+    """-> endless ({"video": [B, F, 3, H, W], "audio": [B, C, L]}, {}), float32 in [-1, 1].
 
     start_sample: how many samples all ranks have taken before. val_share: of the files, which
     are held out (see held_out.py). Must be called on every rank.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import av
 import blobfile
@@ -17,6 +18,11 @@ from .images import enlarge, to_uint8
 from .streams import AnyPath, Rate, local_file
 
 SAMPLE_STEPS = 32768  # 16 bit: a sample is an integer over this
+# Audio codec -> how its stream is made. FLAC is exact; players of slides and of Windows want AAC.
+CODEC_SETTINGS: dict[str, dict[str, Any]] = {
+    "flac": {"format": "s16"},
+    "aac": {"format": "fltp", "bit_rate": 256_000},
+}
 WATCH_PIXELS, WATCH_HZ = 256, 16000  # that any player takes
 
 
@@ -31,32 +37,49 @@ def _write(path: AnyPath, encode: Callable[[str], object]) -> None:
 
 
 def _to_int16(audio: th.Tensor) -> np.ndarray:
-    """[C, L] floats in [-1, 1] -> [C, L] int16."""
+    """[2, L] floats in [-1, 1] -> [2, L] int16; mono [1, L] becomes two equal channels."""
+    audio = audio.expand(2, -1) if len(audio) == 1 else audio
     scaled = (audio.detach().cpu().float() * SAMPLE_STEPS).round()
     return scaled.clamp(-SAMPLE_STEPS, SAMPLE_STEPS - 1).to(th.int16).numpy()
 
 
-def write_clip(
-    path: AnyPath, video: th.Tensor, fps: Rate, audio: th.Tensor, sample_rate: int
-) -> None:
-    """Write an mp4: H.264 video (near transparent) and FLAC audio (16 bit, exactly L samples).
+def check_audio_codec(codec: str, sample_rate: int) -> None:
+    """ValueError where a codec cannot have this sample rate."""
+    rates = av.Codec(codec, "w").audio_rates
+    if rates and sample_rate not in rates:
+        raise ValueError(
+            f"--audio_codec {codec}: has no sample rate of {sample_rate} Hz; choose flac"
+        )
 
-    video: [F, 3, H, W] in [-1, 1], or uint8; audio: [2, L] in [-1, 1]; sample_rate in Hz.
+
+def write_clip(
+    path: AnyPath,
+    video: th.Tensor,
+    fps: Rate,
+    audio: th.Tensor,
+    sample_rate: int,
+    codec: str = "flac",
+) -> None:
+    """Write an mp4: H.264 video (near transparent), and audio of exactly L samples.
+
+    video: [F, 3, H, W] in [-1, 1], or uint8; audio: [2, L] in [-1, 1], or mono [1, L], written as
+    two equal channels; sample_rate in Hz; codec: flac (16 bit), or aac, which is lossy.
     ValueError for other shapes.
     """
     found = f"{[*video.shape]}, {[*audio.shape]}"
-    is_stereo = audio.ndim == 2 and len(audio) == 2 and audio.numel() > 0
-    if video.ndim != 4 or video.shape[1] != 3 or not is_stereo:
-        raise ValueError(f"{path}: need video [F, 3, H, W] and audio [2, L], got {found}")
+    is_audio = audio.ndim == 2 and len(audio) in (1, 2) and audio.numel() > 0
+    if video.ndim != 4 or video.shape[1] != 3 or not is_audio:
+        raise ValueError(f"{path}: need video [F, 3, H, W] and audio [2, L] or [1, L], got {found}")
     frames = to_uint8(video.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     samples = _to_int16(audio)
 
     def encode(temporary: str) -> None:
         with local_file(temporary, "wb") as file, av.open(file, "w", format="mp4") as container:
             h264 = _add_video_stream(container, frames.shape[1:3], fps)
-            flac = container.add_stream("flac", rate=sample_rate, layout="stereo", format="s16")
+            settings = {"layout": "stereo", **CODEC_SETTINGS[codec]}
+            stream = container.add_stream(codec, rate=sample_rate, **settings)
             _encode_video(container, h264, frames)
-            _encode_audio(container, flac, samples)
+            _encode_audio(container, stream, samples)
 
     _write(path, encode)
 
@@ -90,7 +113,7 @@ def _encode_audio(container, stream, samples: np.ndarray) -> None:
 
 
 def write_wav(path: AnyPath, audio: th.Tensor, sample_rate: int) -> None:
-    """Write [C, L] in [-1, 1] as 16-bit wav of exactly L samples."""
+    """Write [2, L] in [-1, 1], or mono as two channels, as 16-bit wav of exactly L samples."""
     samples, wav = _to_int16(audio).T, {"subtype": "PCM_16", "format": "WAV"}
 
     def encode(temporary: str) -> None:
@@ -103,6 +126,6 @@ def write_wav(path: AnyPath, audio: th.Tensor, sample_rate: int) -> None:
 def write_watchable(
     path: AnyPath, video: th.Tensor, fps: float, audio: th.Tensor, sample_rate: int
 ) -> None:
-    """`write_clip` with frames and sample rate raised to what any player takes."""
+    """`write_clip` with frames, sample rate and codec that any player takes."""
     resampled = torchaudio.functional.resample(audio, sample_rate, WATCH_HZ).clamp(-1, 1)
-    write_clip(path, enlarge(video, WATCH_PIXELS), fps, resampled, WATCH_HZ)
+    write_clip(path, enlarge(video, WATCH_PIXELS), fps, resampled, WATCH_HZ, "aac")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -34,13 +34,24 @@ def clip_paths(folder: str | os.PathLike, name: str, *more: str) -> list[Path]:
     return [Path(folder, "audios", f"{name}.wav"), *videos]
 
 
+class ClipFormat(NamedTuple):
+    """Rates of a clip in Hz, and the audio codec of its mp4 files."""
+
+    video_fps: int
+    audio_fps: int
+    audio_codec: str = "flac"
+
+    def write(self, path: Path, video: th.Tensor, audio: th.Tensor) -> None:
+        """Write a clip [F, C, H, W], [C, L] as mp4."""
+        encode.write_clip(path, video, self.video_fps, audio, self.audio_fps, self.audio_codec)
+
+
 def write_sample(
     folder: str | os.PathLike,
     name: str,
     video: th.Tensor,
     audio: th.Tensor,
-    video_fps: int,
-    audio_fps: int,
+    how: ClipFormat,
     large: th.Tensor | None = None,
 ) -> None:
     """A clip [F, C, H, W], [C, L] -> audios/NAME.wav and original/NAME.mp4.
@@ -48,18 +59,18 @@ def write_sample(
     `large`, the upsampled video, goes to sr_mp4/NAME.mp4; both mp4 files have the audio.
     """
     wav, mp4, sr_mp4 = clip_paths(folder, name, LARGE)
-    encode.write_wav(wav, audio, audio_fps)
-    encode.write_clip(mp4, video, video_fps, audio, audio_fps)
+    encode.write_wav(wav, audio, how.audio_fps)
+    how.write(mp4, video, audio)
     if large is not None:
-        encode.write_clip(sr_mp4, large, video_fps, audio, audio_fps)
+        how.write(sr_mp4, large, audio)
 
 
 def write_truth(
-    folder: str, name: str, truth: Mapping[str, th.Tensor], video_fps: int, audio_fps: int
+    folder: str | os.PathLike, name: str, truth: Mapping[str, th.Tensor], how: ClipFormat
 ) -> None:
     """The clip that the conditioning modality is from -> ground_truth/NAME.mp4."""
     *_, mp4 = clip_paths(folder, name, TRUTH)
-    encode.write_clip(mp4, truth["video"], video_fps, truth["audio"], audio_fps)
+    how.write(mp4, truth["video"], truth["audio"])
 
 
 def show_gallery(folder: str) -> None:

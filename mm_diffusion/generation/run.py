@@ -34,8 +34,9 @@ from ..config import (
     pick,
 )
 from ..config.flags import shares_of
+from ..data import encode
 from ..data.decode import ClipInfo
-from ..data.index import ClipIndex, probe_folders
+from ..data.index import ClipIndex, build_index, probe_folders
 from ..dist_util import World, barrier, from_rank_0, setup_dist
 from ..evaluation.evaluate import (
     check_metrics_config,
@@ -49,7 +50,7 @@ from ..sampling import Progress, Sampler, make_sampler, part_of, sample_joint
 from ..script_util import merge_checkpoint_flags
 from . import output
 from .conditioning import ConditioningClips
-from .load import Upsampler, check_frames_fit, load_model, load_upsampler
+from .load import Upsampler, Weights, check_frames_fit, load_model, load_upsampler
 
 BAR = "{l_bar}{bar}| {n:.1f}/{total} clips, {remaining} left"
 UPSAMPLING_SHARE = 0.85  # of the work of a clip, at the published sizes; for the progress bar
@@ -125,12 +126,20 @@ def run(
     logger.configure(enabled=world.rank == 0)
     for note in notes_on(explicit, *configs):
         logger.log(note)
+    if modality and metrics.ref_path and not flags["data_dir"]:  # as published
+        logger.log(f"--ref_path {metrics.ref_path}: its clips condition, too, without --data_dir")
+        flags["data_dir"] = metrics.ref_path
     paths = checkpoint.find_checkpoints(config.multimodal_model_path)
     has_upsampler = UpsamplingConfig in configs
     upsampler = load_upsampler(flags, explicit, world.device) if has_upsampler else None
     index = find_clips(flags) if modality else None
     this = SamplingRun(flags, explicit, config, world, upsampler, modality, index)
     measures = make_measures(metrics, world.device) if metrics.ref_path else {}
+    # What is refused is refused before anything is sampled.
+    if metrics.ref_path:
+        find_references(metrics.ref_path, flags)
+    for path in paths[1:]:
+        load_checked(path, this)
     for path, folder in zip(paths, output_folders(config.output_dir, paths), strict=True):
         sizes = sample_from(path, folder, this)
         if metrics.ref_path:
@@ -152,17 +161,36 @@ def find_clips(flags: Mapping[str, Any]) -> ClipIndex[ClipInfo]:
     return probe_folders(config.data_dir, config.num_workers, *streams)
 
 
+def find_references(ref_path: str, flags: Mapping[str, Any]) -> None:
+    """Index the reference clips, as the evaluation will; DataError where that cannot be done."""
+    reading = pick(ClipReadingConfig, flags)
+    options = {"num_workers": reading.num_workers, "flag": "ref_path"}
+    build_index(ref_path, reading.max_bad_share, **options)
+
+
+def load_checked(path: str, this: SamplingRun) -> tuple[Weights, dict[str, Any]]:
+    """The weights of a checkpoint, and the flags that they are sampled with.
+
+    ValueError where its clips could not be made or written as the flags say.
+    """
+    weights, trained = checkpoint.load_state(path)
+    flags = merge_checkpoint_flags(this.flags, this.explicit, trained, path)
+    data = pick(DataConfig, flags)
+    data.check_durations()
+    pick(ModelConfig, flags)
+    encode.check_audio_codec(this.config.audio_codec, data.audio_fps)
+    check_frames_fit(data.video_size, this.upsampler)
+    return weights, flags
+
+
 def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipReadingConfig]:
     """Fill `folder` with clips of one checkpoint, keeping those that are there.
 
     Returns its folders of clips and how to read them.
     """
     config, world, upsampler = this.config, this.world, this.upsampler
-    weights, trained = checkpoint.load_state(path)
-    flags = merge_checkpoint_flags(this.flags, this.explicit, trained, path)
+    weights, flags = load_checked(path, this)
     data, how = pick(DataConfig, flags), pick(SamplerConfig, flags)
-    data.check_durations()
-    check_frames_fit(data.video_size, upsampler)
     model, diffusion = load_model(path, weights, flags, config, world.device)
     cross = conditioning_settings(flags, this.modality) if this.modality else {}
     settings = {**cross, **how.solver_settings()}
@@ -187,7 +215,8 @@ def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipRead
         logger.log(f"{clips.index.data_dir}: {report}")
         clips.write_sources(folder, stem)
     logger.log(f"{path}: {count - len(todo)} clips exist, generating {len(todo)} in {folder}")
-    save = saver(folder, names, data, clips)
+    clip_format = output.ClipFormat(data.video_fps, data.audio_fps, config.audio_codec)
+    save = saver(folder, names, clip_format, clips)
     mine = todo[world.rank :: world.size]
     with tqdm(total=len(mine), disable=world.rank > 0, bar_format=BAR) as bar:
         options: dict[str, Any] = {
@@ -229,18 +258,18 @@ def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
         "process": vars(pick(DiffusionConfig, flags)),
         "seed": config.seed,
         "rates": [data.video_fps, data.audio_fps],
+        "audio_codec": config.audio_codec,
     }
 
 
 def saver(
-    folder: str, names: Sequence[str], data: DataConfig, clips: ConditioningClips | None
+    folder: str, names: Sequence[str], how: output.ClipFormat, clips: ConditioningClips | None
 ) -> Save:
     """A function that writes the files of a clip, and of the one it is conditioned on."""
-    rates = data.video_fps, data.audio_fps
 
     def save(index: int, video: th.Tensor, audio: th.Tensor, large: th.Tensor | None) -> None:
         if clips:
-            output.write_truth(folder, names[index], clips.truth(index), *rates)
-        output.write_sample(folder, names[index], video, audio, *rates, large)
+            output.write_truth(folder, names[index], clips.truth(index), how)
+        output.write_sample(folder, names[index], video, audio, how, large)
 
     return save

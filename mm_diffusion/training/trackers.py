@@ -120,8 +120,7 @@ class WeightsAndBiases:
 
     def log_clip(self, name: str, clip: Clip, step: int) -> None:
         """A video file with audio; mono is played on both sides."""
-        stereo = clip.audio.expand(2, -1) if len(clip.audio) == 1 else clip.audio
         with TemporaryDirectory() as folder:
             path = Path(folder, "clip.mp4")
-            encode.write_clip(path, clip.video, clip.fps, stereo, clip.sample_rate)
+            encode.write_clip(path, clip.video, clip.fps, clip.audio, clip.sample_rate)
             self.log_scalars({f"{name}/video": self.wandb.Video(str(path))}, step)
