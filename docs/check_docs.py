@@ -36,7 +36,8 @@ PASS_ON = {
     "multimodal_train_slurm": "py_scripts/multimodal_train.py",
     "benchmark": "benchmarks/run.py",
 }
-NOT_OURS = {"--no", "--shm", "--ipc", "--nodes"}  # flags of pip, docker and sbatch, up to a hyphen
+# Flags of pip, docker, sbatch and mpiexec, up to a hyphen
+NOT_OURS = {"--no", "--shm", "--ipc", "--nodes", "--allow"}
 
 
 def sentences(text: str) -> list[str]:
