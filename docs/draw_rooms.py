@@ -27,7 +27,7 @@ LEVELS = (
         "networks": ["nn", "cross_attention"],
         "checkpoint": ["checkpoint"],
     },
-    {"foundation": ["tree", "rng", "modality", "files", "logger", "dist_util"]},
+    {"foundation": ["tree", "rng", "modality", "files", "logger", "dist_util", "devices"]},
 )
 # (room, room or module) that may not be imported from it, although it lies below.
 NEVER = {("data", "networks"), ("evaluation", "data.toy")}

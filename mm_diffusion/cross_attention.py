@@ -77,6 +77,40 @@ def rotate(x: Tensor, times: Tensor, heads: int) -> Tensor:
     return th.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1).flatten(-2)
 
 
+def gather_windows(x: Tensor, first: int | Tensor, *, count: int, size: int, stride: int) -> Tensor:
+    """[B, T, C] -> [(B count), size, C]: `size` tokens from `first` on, then `stride` further on.
+
+    Modulo T; `first` + (`count` - 1) `stride` + `size` is at most 2 T. `first` is a tensor in
+    compiled networks, which serve all shifts.
+    """
+    gather = windows_by_index if x.device.type == "cpu" else windows_by_unfolding
+    return gather(x, first, count=count, size=size, stride=stride)  # by the faster gradient
+
+
+def windows_by_index(
+    x: Tensor, first: int | Tensor, *, count: int, size: int, stride: int
+) -> Tensor:
+    """As `gather_windows`; the gradient adds to indexed places, on a GPU atomically."""
+    begin = first + th.arange(count, device=x.device) * stride
+    index = (begin[:, None] + th.arange(size, device=x.device)) % x.shape[1]
+    chosen = x.index_select(1, index.flatten())
+    return rearrange(chosen, "b (f t) c -> (b f) t c", f=count)
+
+
+def windows_by_unfolding(
+    x: Tensor, first: int | Tensor, *, count: int, size: int, stride: int
+) -> Tensor:
+    """As `gather_windows`; the gradient is a sum in fixed order."""
+    total, length = x.shape[1], (count - 1) * stride + size
+    if isinstance(first, Tensor):
+        y = x.index_select(1, (th.arange(length, device=x.device) + first) % total)
+    elif first + length <= total:
+        y = x[:, first : first + length]
+    else:
+        y = th.cat([x[:, first:], x[:, : first + length - total]], dim=1)
+    return rearrange(y.unfold(1, size, stride), "b f c t -> (b f) t c")
+
+
 class CrossStream(nn.Module):
     """One modality's norm, projection to query, key and value, and projection of the result."""
 
@@ -143,12 +177,12 @@ class CrossAttention(nn.Module):
         window = self.window_frames * other_per_frame
         if window == total:  # every frame attends to every token, and their order does not matter
             return attend(query, key, value, self.num_heads)
-        first = (th.arange(num_frames, device=query.device) + shift) * other_per_frame
-        index = (first[:, None] + th.arange(window, device=query.device)) % total
         frames, rest = query.tensor_split([num_frames * per_frame], dim=1)
-        split = partial(rearrange, pattern="b (f t) c -> (b f) t c", f=num_frames)
-        key, value = (split(x.index_select(1, index.flatten())) for x in (key, value))
-        out = attend(split(frames), key, value, self.num_heads)
+        frames = rearrange(frames, "b (f t) c -> (b f) t c", f=num_frames)
+        windows = {"count": num_frames, "size": window, "stride": other_per_frame}
+        first = shift * other_per_frame
+        key, value = (gather_windows(x, first, **windows) for x in (key, value))
+        out = attend(frames, key, value, self.num_heads)
         out = rearrange(out, "(b f) t c -> b (f t) c", f=num_frames)
         if not rest.shape[1]:
             return out

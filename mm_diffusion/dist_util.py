@@ -11,7 +11,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,9 @@ from typing import Any, NoReturn, TypeVar
 import torch as th
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from . import logger
+from .devices.gpus import check_gpu, tune_gpus, unused_gpus
 
 # Of mpiexec: MPICH and Intel MPI, Open MPI
 MPIEXEC_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_RANK")
@@ -61,7 +64,7 @@ class World:
 SINGLE_PROCESS = World()
 
 
-def setup_dist(devices: str = "") -> World:
+def setup_dist(devices: str = "", deterministic: bool = False) -> World:
     """Join the process group of all ranks (NCCL for GPUs, gloo); a single process forms none.
 
     `devices`: "" (all visible), "G8" (up to 8 GPUs a host) or a list of GPU numbers such as "0,1".
@@ -70,18 +73,15 @@ def setup_dist(devices: str = "") -> World:
     rank, size, local_rank = read_rank()
     device = _device(devices, local_rank)
     if device.type == "cuda":
+        check_gpu(device)
         th.cuda.set_device(device)
-        tune_gpus()
+        tune_gpus(deterministic)
+    elif rank == 0 and (reason := unused_gpus(size)):
+        logger.warn(reason)
     if size > 1 and not dist.is_initialized():
         set_rendezvous()
         _join(rank, size, device)
     return World(rank, size, local_rank, device)
-
-
-def tune_gpus() -> None:
-    """Pick the fastest convolution for each size (sizes are fixed); float32 without TF32."""
-    th.backends.cudnn.benchmark = True
-    th.backends.cudnn.allow_tf32 = False
 
 
 def dev() -> th.device:
@@ -330,6 +330,13 @@ def from_rank_0(make: Callable[[], Result]) -> Result:
     return box[0]
 
 
+def broadcast(tensors: Iterable[th.Tensor]) -> None:
+    """Fill the tensors of all ranks, in place, with those of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
 def all_sum(values: th.Tensor) -> th.Tensor:
     """The sum over ranks, on every rank."""
     if dist.is_initialized():
@@ -346,13 +353,31 @@ def all_gather(values: th.Tensor) -> th.Tensor:
     return th.cat(rows)
 
 
-def max_of_ranks(value: int) -> int:
-    """The largest value of all ranks, on every rank; does not wait for the devices."""
-    if not dist.is_initialized():
-        return value
-    box = th.tensor(value)  # on the CPU
-    dist.all_reduce(box, dist.ReduceOp.MAX)
-    return int(box)
+class MaxOfRanks:
+    """The largest value of all ranks, without a wait: each call returns that of the call before.
+
+    A single process gets its own value at once.
+    """
+
+    def __init__(self) -> None:
+        self.box = th.zeros((), dtype=th.int64)  # on the CPU: does not wait for the devices
+        self.work: dist.Work | None = None
+        self.is_late = dist.is_initialized()
+
+    def __call__(self, value: int) -> int:
+        """Hand in `value` -> the largest of those handed in by the call before, 0 at the first."""
+        before = self.wait()
+        self.box.fill_(value)
+        if not self.is_late:
+            return value
+        self.work = dist.all_reduce(self.box, dist.ReduceOp.MAX, async_op=True)
+        return before
+
+    def wait(self) -> int:
+        """The largest value of the last call."""
+        if self.work is not None:
+            self.work.wait()
+        return int(self.box)
 
 
 # ------------------------------------------------------------ errors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,8 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import logger
 from .modality import from_tokens, tokens
-from .tree import append_dims
 
 NORM_GROUPS, NORM_EPS = 32, 1e-5
 HALF_DTYPES = (th.bfloat16, th.float16)
@@ -25,6 +27,12 @@ MAX_ATTENTION_SCORES = 2**22
 # kernel is fast on half-precision feature maps.
 CACHED_ELEMENTS = 2**17
 MIN_NATIVE_NORM_POSITIONS = 1024
+KERNEL_DEVICES = ("cuda",)
+MAX_KERNEL_ERROR = 1e-5  # of the norm kernel on its first use, relative
+MAX_KERNEL_ELEMENTS = 2**28  # of a sample, whose places and grid the norm kernel counts in 32 bits
+# Attention on a GPU: sequences that a kernel takes at most, and elements, each sequence padded to
+# a multiple of SEQUENCE_TILE.
+MAX_SEQUENCES, MAX_ELEMENTS, SEQUENCE_TILE = 2**16 - 1, 2**31 - 1, 128
 
 Module = TypeVar("Module", bound=nn.Module)
 Normalized = tuple[Tensor, Tensor, Tensor]  # with mean and 1 / deviation per channel
@@ -46,6 +54,18 @@ def zero_init(module: Module) -> Module:
     return module
 
 
+def store_channels_last(model: nn.Module) -> None:
+    """Store weights of convolutions as their kernels read them, who would rearrange them each time.
+
+    [O, I, 3] are used as [O, I, 1, 3] or [O, I, 3, 1].
+    """
+    for weight in model.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=th.channels_last)
+        if weight.ndim == 3:
+            weight.data = weight.data.mT.contiguous().mT
+
+
 def concat_channels(a: Tensor, b: Tensor) -> Tensor:
     """Two feature maps [B, C, *grid] concatenated on the channels, in channels-last memory."""
     return from_tokens(th.cat([tokens(a), tokens(b)], dim=-1))
@@ -62,25 +82,125 @@ class GroupNorm32(nn.Module):
         self.weight: Tensor = nn.Parameter(th.ones(channels))
         self.bias: Tensor = nn.Parameter(th.zeros(channels))
 
-    def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """Over the grid of [B, C, *grid], then * (1 + scale) + shift (`scale_shift` [B, 2C])."""
-        weight, bias = self.weight, self.bias
-        if scale_shift is not None:
-            scale, shift = tokens(append_dims(scale_shift.float(), x)).chunk(2, dim=-1)
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        return from_tokens(_normalize(tokens(x), weight, bias, list(range(1, x.ndim - 1))))
+    def forward(self, x: Tensor, scale_shift: Tensor | None = None, silu: bool = False) -> Tensor:
+        """Over the grid of [B, C, *grid], * (1 + scale) + shift (`scale_shift` [B, 2C]), SiLU."""
+        dims = list(range(1, x.ndim - 1))
+        return from_tokens(self._on_tokens(tokens(x), dims, scale_shift, silu))
 
     def over(self, x: Tensor, dims: list[int]) -> Tensor:
-        """Tokens [..., C] normalised over the axes `dims` only."""
-        return _normalize(x, self.weight, self.bias, dims)
+        """Tokens [..., C] normalised over the adjacent axes `dims` only."""
+        return self._on_tokens(x, dims)
+
+    def _on_tokens(
+        self, x: Tensor, dims: list[int], scale_shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
+        if _has_kernel(x):
+            return _kernel_normalize(x, (self.weight, self.bias, scale_shift), dims, silu)
+        weight, bias = self.weight, self.bias
+        if scale_shift is not None:
+            one_per_sample = (len(x), *[1] * (x.ndim - 2), -1)
+            scale, shift = scale_shift.float().reshape(one_per_sample).chunk(2, dim=-1)
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        y = _normalize(x, weight, bias, dims)
+        return F.silu(y) if silu else y
+
+
+# ------------------------------------------------------------ the norm in one kernel
+
+_norm_kernel = "auto"
+
+
+def use_norm_kernel(choice: str) -> None:
+    """Norms on GPUs: our Triton kernel if it works ("auto"), in any case ("triton"), or "torch"."""
+    global _norm_kernel
+    _norm_kernel = choice
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether the kernel normalises these tokens; ValueError if it must and cannot."""
+    device = x.device
+    if device.type not in KERNEL_DEVICES or _norm_kernel == "torch" or x.dtype is th.float64:
+        return False
+    if math.prod(x.shape[1:]) > MAX_KERNEL_ELEMENTS:
+        return False
+    return _kernel_works(device.type, device.index or 0, _norm_kernel == "triton")
+
+
+@th.compiler.assume_constant_result
+def _kernel_works(kind: str, index: int, is_wanted: bool) -> bool:
+    fault = _kernel_fault(kind, index)
+    if fault and is_wanted:
+        raise ValueError(f"--norm_kernel triton: {fault}; use --norm_kernel auto")
+    return not fault
+
+
+@functools.cache
+def _kernel_fault(kind: str, index: int) -> str:
+    """Why the kernel cannot be used on a device, with a warning; "" if it works on a small map."""
+    try:
+        error = _kernel_error(th.device(kind, index))
+        fault = "" if error <= MAX_KERNEL_ERROR else f"its result is wrong (error {error:.1e})"
+    except ImportError:
+        fault = "this build of torch comes without Triton"
+    except Exception as failure:  # of its compiler, or of the driver
+        fault = f"it does not run here ({(str(failure).strip() or repr(failure)).splitlines()[0]})"
+    if fault:
+        logger.warn(f"{th.device(kind, index)}: norms take torch's slower kernels: {fault}")
+    return fault
+
+
+def _kernel_error(device: th.device) -> float:
+    """The largest relative error of result and gradients on a small map, against float64."""
+    channels, generator = 2 * NORM_GROUPS, th.Generator().manual_seed(0)
+    shapes = ((1, 7, channels), (channels,), (channels,), (1, 2 * channels))
+    inputs = [th.randn(shape, generator=generator, dtype=th.float64) for shape in shapes]
+    results = []
+    for normalize, dtype in ((_reference_norm, th.float64), (_kernel_norm, th.float32)):
+        with th.enable_grad():
+            given = [x.to(device, dtype).requires_grad_() for x in inputs]
+            y = normalize(*given)
+            results.append([y, *th.autograd.grad(y.square().sum(), given)])
+    errors = [(ours - exact).norm() / exact.norm() for exact, ours in zip(*results, strict=True)]
+    return float(th.stack(errors).max())
+
+
+def _kernel_norm(x: Tensor, weight: Tensor, bias: Tensor, scale_shift: Tensor) -> Tensor:
+    return _kernel_normalize(x, (weight, bias, scale_shift), [1], True)
+
+
+def _reference_norm(x: Tensor, weight: Tensor, bias: Tensor, scale_shift: Tensor) -> Tensor:
+    """Tokens [B, P, C] normalised, scaled and shifted, and SiLU, by torch."""
+    scale, shift = scale_shift[:, None].chunk(2, dim=-1)
+    y = from_tokens(x)
+    y = tokens(F.group_norm(y, NORM_GROUPS, weight, bias, NORM_EPS))
+    return F.silu(y * (1 + scale) + shift)
+
+
+def _kernel_normalize(
+    x: Tensor, affine: Sequence[Tensor | None], dims: list[int], silu: bool
+) -> Tensor:
+    """Tokens [..., C] by the kernel; affine: weight [C], bias [C], scale_shift [B, 2C] or None."""
+    from .devices import norm_kernel  # where there is Triton
+
+    sizes = x.shape[: dims[0]], [x.shape[d] for d in dims], x.shape[dims[-1] + 1 : -1]
+    rows = x.contiguous().view(*map(math.prod, sizes), x.shape[-1])
+    weight, bias, scale_shift = affine
+    if scale_shift is not None:
+        scale_shift = scale_shift.contiguous()
+    return norm_kernel.norm(rows, weight, bias, scale_shift, silu)[0].view(x.shape)
+
+
+# ------------------------------------------------------------ the norm by torch
 
 
 def _normalize(x: Tensor, weight: Tensor, bias: Tensor, dims: list[int]) -> Tensor:
     with th.autocast(x.device.type, enabled=False):
+        weight, bias = weight.float(), bias.float()
+        if not th.compiler.is_compiling():
+            return _Normalize.apply(x, weight, bias, dims)
         # The compiler derives and fuses the backward itself; torch 2.11 makes zeros of ours.
-        if th.compiler.is_compiling():
-            return _exact_normalize(x, weight.float(), bias.float(), dims)[0]
-        return _Normalize.apply(x, weight.float(), bias.float(), dims)
+        formula = _fused_normalize if x.dtype in HALF_DTYPES else _exact_normalize
+        return formula(x, weight, bias, dims)[0]
 
 
 class _Normalize(th.autograd.Function):
@@ -154,6 +274,15 @@ def _moments_normalize(x: Tensor, weight: Tensor, bias: Tensor, dims: list[int])
     rstd = ((_group_mean(square) - mean.square()).clamp(min=0) + NORM_EPS).rsqrt()
     scale = rstd * weight
     return th.addcmul(bias - mean * scale, x, scale, out=th.empty_like(x)), mean, rstd
+
+
+def _fused_normalize(x: Tensor, weight: Tensor, bias: Tensor, dims: list[int]) -> Normalized:
+    """From E[x] and E[x^2], for the compiler: the two-pass formula keeps a float32 copy of x."""
+    mean = _group_mean(x.mean(dims, keepdim=True, dtype=th.float32))
+    square = _group_mean(x.float().square().mean(dims, keepdim=True))
+    rstd = ((square - mean.square()).clamp(min=0) + NORM_EPS).rsqrt()
+    scale = rstd * weight
+    return (x * scale + (bias - mean * scale)).to(x.dtype), mean, rstd
 
 
 def _native_normalize(x: Tensor, weight: Tensor, bias: Tensor, dims: list[int]) -> Normalized:
@@ -263,12 +392,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of heads [N, H, Q, D] on [N, H, K, D] -> [N, Q, H D], scale 1 / sqrt(D)."""
-    if _prefers_products(q, k):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        out = scores.softmax(dim=-1) @ v  # which computes in float32 inside
+    most = max_sequences(q, k)
+    if len(q) <= most:
+        out = _attend_heads(q, k, v)
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
+        parts = zip(*(x.split(most) for x in (q, k, v)), strict=True)
+        out = th.cat([_attend_heads(*part) for part in parts])
     return rearrange(out, "n h t d -> n t (h d)")
+
+
+def _attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if not _prefers_products(q, k):
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1) @ v  # which computes in float32 inside
+
+
+def max_sequences(q: Tensor, k: Tensor) -> int:
+    """How many sequences of heads [N, H, Q, D], [N, H, K, D] torch's GPU kernels take at a time.
+
+    Their grids end at 65,535, and the backward pass counts padded elements in 32 bits.
+    """
+    padded = SEQUENCE_TILE * math.ceil(max(q.shape[-2], k.shape[-2]) / SEQUENCE_TILE)
+    return max(1, min(MAX_SEQUENCES, MAX_ELEMENTS // (q.shape[1] * padded * q.shape[-1])))
 
 
 def _prefers_products(q: Tensor, k: Tensor) -> bool:

@@ -8,7 +8,9 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +19,12 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from . import rng
+from . import logger, rng
 from .calls import Progress, bind
 from .config.flags import CUDA_GRAPH_MODES
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
+from .nn import store_channels_last
 from .respace import SpacedDiffusion
 from .rng import Generators
 from .tree import Tree, check_conditioning, leaves, to_device, tree_map
@@ -51,6 +54,9 @@ SR_SETTINGS: Settings = {"dpm_solver": _MULTISTEP, "dpm_solver++": _MULTISTEP}
 
 CPU_ACTIVATION_BYTES = 2**31  # for the frames that go through the upsampler together on a CPU
 GPU_ACTIVATION_SHARE = 0.6  # of the free memory of a GPU
+# Of the compiler: so many reads and operations may be done again rather than written to memory,
+# or it keeps feature maps in float32.
+FUSION = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
 COMPILERS = ("g++", "clang++", "c++")
 
 Conditioning = dict[str, th.Tensor]  # modality -> [B, ...]
@@ -110,10 +116,12 @@ class Compiled(nn.Module):
         self.network: Any = network
         self.signature = inspect.signature(network.forward)
         self.largest = 0
-        self.has_graphs = mode in CUDA_GRAPH_MODES
+        self.mode, self.has_graphs, self.is_ready = mode, mode in CUDA_GRAPH_MODES, False
         if "backend" not in options:
             require_compiler()
-            options["mode"] = mode
+            from torch._inductor import list_mode_options  # takes a second
+
+            options["options"] = list_mode_options(mode) | FUSION
         self.compiled = th.compile(network.forward, fullgraph=True, dynamic=False, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,11 +133,21 @@ class Compiled(nn.Module):
         if "video" in full:
             shifts = th.tensor(self.network.draw_shifts(full["video"].shape[1]))
             full["shifts"] = to_device(shifts, full["video"].device)
-        if not self.has_graphs:
-            return _map_output(lambda x: x[:batch], self.compiled(**full))
-        th.compiler.cudagraph_mark_step_begin()
+        if self.has_graphs:
+            th.compiler.cudagraph_mark_step_begin()
+        with nullcontext() if self.is_ready else self._logged():
+            out = self.compiled(**full)
         # The next call of a CUDA graph overwrites its results.
-        return _map_output(lambda x: x[:batch].clone(), self.compiled(**full))
+        return _map_output(lambda x: x[:batch].clone() if self.has_graphs else x[:batch], out)
+
+    @contextmanager
+    def _logged(self) -> Iterator[None]:
+        """Around the first call, which compiles."""
+        logger.log(f"compiling the network ({self.mode}), which takes minutes")
+        start = time.monotonic()
+        yield
+        self.is_ready = True
+        logger.log(f"compiled it in {time.monotonic() - start:.0f} s")
 
 
 def _map_output(fn: Callable[[th.Tensor], th.Tensor], out: Any) -> Any:
@@ -159,9 +177,7 @@ class InferenceModel(nn.Module):
             raise ValueError(f"precision {precision!r}: choose from {', '.join(DTYPES)}")
         self.precision = precision
         self.model: Any = copy.deepcopy(model).requires_grad_(False).to(DTYPES[precision]).eval()
-        for weight in self.model.parameters():
-            if weight.ndim == 4:  # of a 2-d convolution, which would rearrange it at every call
-                weight.data = weight.data.contiguous(memory_format=th.channels_last)
+        store_channels_last(self.model)
         self.run: nn.Module = self.model
         if compile_mode:
             self.run = Compiled(self.model, compile_mode, **options).eval()

@@ -6,21 +6,24 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
 import torch as th
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from . import checkpoint, logger, rng
 from .checkpoint import published_name
 from .config import TrainConfig
 from .data.loader import prefetch_to_device
-from .dist_util import SINGLE_PROCESS, World, barrier, from_rank_0, max_of_ranks
+from .dist_util import SINGLE_PROCESS, MaxOfRanks, World, barrier, broadcast, from_rank_0
 from .files import is_remote, remove_unfinished
 from .gaussian_diffusion import GaussianDiffusion
+from .nn import store_channels_last, use_norm_kernel
 from .resample import create_named_schedule_sampler
 from .rng import randn_like
 from .sampling import DTYPES, Compiled, bind, choose_precision
@@ -35,6 +38,7 @@ from .tree import Tree, leaves, tree_map
 from .unet import window_shift
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+NO_BATCH: tuple[Tree, dict[str, Any]] = {}, {}
 # What a rank asks for; the largest counts.
 CONTINUE, OUT_OF_TIME, DATA_FAILED, SIGNALLED = range(4)
 
@@ -81,6 +85,9 @@ class TrainLoop:
         meter: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ) -> None:
         self.model, self.diffusion = model.to(world.device), diffusion
+        if world.device.type == "cuda":
+            store_channels_last(self.model)
+        use_norm_kernel(config.norm_kernel)
         self.config, self.world = config, world
         self.flags, self.preview = flags or {}, preview
         self.tasks, self.meter = TaskMix(task_mix), meter
@@ -97,7 +104,7 @@ class TrainLoop:
         if initial and state:
             ignored = f"{initial.flag} {initial.path} ignored"
             logger.log(f"{ignored}: resuming the existing run in {state.folder}")
-        elif initial:
+        elif initial and world.rank == 0:
             start_from(initial.path, self.model)
         self.forward_model = self._wrap_model()  # gives all ranks the weights of rank 0
         self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
@@ -145,15 +152,20 @@ class TrainLoop:
         limits = (self.config.lr_anneal_steps, self.config.max_steps)
         total, is_silent = min(filter(None, limits), default=None), self.world.rank > 0
         bar = partial(tqdm, unit="step", disable=is_silent, dynamic_ncols=True)
-        verdict = CONTINUE
+        agree, verdict = MaxOfRanks(), CONTINUE
         with (
             self.lock,
             stop_signals() as received,
             bar(total=total, initial=self.step) as progress,
         ):
+            upcoming = self._next_batch(received) if agree.is_late else NO_BATCH
+            agree(self._wish(received))
             while total is None or self.step < total:
-                batch = self._next_batch(received)
-                if verdict := self._vote(received):
+                batch = upcoming if agree.is_late else self._next_batch(received)
+                if agree.is_late and self.step + 1 != total:
+                    # What a rank hands in must say whether it can do the next step.
+                    upcoming = self._next_batch(received)
+                if verdict := agree(self._wish(received)):
                     reason = self._reason_to_stop(verdict, received)
                     logger.log(f"stopping after {self.step} steps: {reason}")
                     break
@@ -168,32 +180,35 @@ class TrainLoop:
                     progress.set_postfix_str(pace, refresh=False)
                 if self.step % self.config.save_interval == 0:
                     self.save()
-            has_failed = verdict == DATA_FAILED
+            agree(self._wish(received))
+            is_signalled, has_failed = agree.wait() == SIGNALLED, verdict == DATA_FAILED
             if self.saved_step != self.step and (self.step or not has_failed):
                 # After a signal there may be no time for previews.
-                self.save(preview=not received and not has_failed)
+                self.save(preview=not is_signalled and not has_failed)
             if has_failed:
                 self._raise_data_error()
 
     def _next_batch(self, received: list[str]) -> tuple[Tree, dict[str, Any]]:
         """The next batch; nothing, and `data_error` is set, where the data fails.
 
-        Unless a signal that stops us has stopped the loader as well.
+        Unless a signal that stops us has stopped the loader as well. Nothing after either.
         """
+        if received or self.data_error:
+            return NO_BATCH
         with self.pace.waiting():
             try:
                 return next(self.data)
             except Exception as error:
                 time.sleep(0.1)  # the loader may receive the signal before us
                 self.data_error = None if received else error
-                return {}, {}
+                return NO_BATCH
 
-    def _vote(self, received: list[str]) -> int:
-        """Whether all ranks stop before the next step; the same on all of them."""
+    def _wish(self, received: list[str]) -> int:
+        """What this rank asks for."""
         hours, limit = (time.monotonic() - self.started) / 3600, self.config.max_hours
         wish = OUT_OF_TIME if limit and hours >= limit else CONTINUE
         wish = DATA_FAILED if self.data_error else wish
-        return max_of_ranks(SIGNALLED if received else wish)
+        return SIGNALLED if received else wish
 
     def _reason_to_stop(self, verdict: int, received: list[str]) -> str:
         if verdict == SIGNALLED:
@@ -275,7 +290,10 @@ class TrainLoop:
         if self.precision == "fp16":
             grads = [p.grad for p in self.params if p.grad is not None]
             th._foreach_mul_(grads, (2.0**-self.log_loss_scale).float())
-        norm = nn.utils.clip_grad_norm_(self.params, self.config.grad_clip or float("inf"))
+        if self.config.grad_clip:
+            norm = nn.utils.clip_grad_norm_(self.params, self.config.grad_clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         bad = (~norm.isfinite()).float()
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -398,9 +416,15 @@ class TrainLoop:
         return {published_name(n): t for n, t in zip(self.names, tensors, strict=True)}
 
     def _resume(self, state: State) -> None:
-        """Continue from the files of a state; CheckpointError naming one that is missing."""
-        checkpoint.load_weights(self.model, state.path("model"))
-        train = self._resume_weights(state) if state.is_weights_only() else self._resume_all(state)
+        """Continue from the files of a state, which rank 0 reads for all ranks.
+
+        CheckpointError naming one that is missing.
+        """
+        if self.world.rank == 0:
+            checkpoint.load_weights(self.model, state.path("model"))
+        broadcast(self.params)
+        is_weights_only = from_rank_0(state.is_weights_only)
+        train = self._resume_weights(state) if is_weights_only else self._resume_all(state)
         self.sampler.load_state_dict(train.get("schedule_sampler", {}))
         if self.precision == train.get("precision") == "fp16":
             self.log_loss_scale.copy_(train["log_loss_scale"])
@@ -427,20 +451,35 @@ class TrainLoop:
 
     def _resume_all(self, state: State) -> dict[str, Any]:
         """Averages and optimizer -> what else the optimizer's file holds of the run."""
-        for rate, ema in self.emas.items():
-            averages, _ = checkpoint.load_state(state.path(f"ema_{rate}_"))
-            _fill(ema, [averages[published_name(name)] for name in self.names])
+        if self.world.rank == 0:
+            for rate, ema in self.emas.items():
+                averages, _ = checkpoint.load_state(state.path(f"ema_{rate}_"))
+                _fill(ema, [averages[published_name(name)] for name in self.names])
+        broadcast(chain(*self.emas.values()))
         return self._load_optimizer(state.path("opt"))
 
     def _load_optimizer(self, path: str) -> dict[str, Any]:
-        """Load the optimizer's state -> what else its file holds of the run."""
+        """Load the optimizer's state, on rank 0 -> what else its file holds of the run."""
+        content, train = self._read_optimizer(path) if self.world.rank == 0 else ({}, {})
+        train, outline = from_rank_0(lambda: (train, _outline(content)))
+        if self.world.rank > 0:
+            content = tree_map_only(th.Tensor, partial(th.empty_like, device="cpu"), outline)
+        for group in content["param_groups"]:  # before loading: fused ones count on the device
+            group |= {"weight_decay": self.config.weight_decay, "fused": True}
+        self.optimizer.load_state_dict(content)
+        broadcast(chain(*(values.values() for values in self.optimizer.state.values())))
+        return train
+
+    def _read_optimizer(self, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The optimizer's state, and what else its file holds of the run."""
         content = checkpoint.load(path)
         shapes = {published_name(n): p.shape for n, p in zip(self.names, self.params, strict=True)}
-        state = from_published(content, shapes, path)
-        for group in state["param_groups"]:  # before loading: fused ones count on the device
-            group |= {"weight_decay": self.config.weight_decay, "fused": True}
-        self.optimizer.load_state_dict(state)
-        return content.get("train", {})
+        return from_published(content, shapes, path), content.get("train", {})
+
+
+def _outline(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with tensors that have a shape and dtype only."""
+    return tree_map_only(th.Tensor, partial(th.empty_like, device="meta"), content)
 
 
 @th.no_grad()

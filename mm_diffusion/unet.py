@@ -90,16 +90,16 @@ class ResStream(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """`emb`: [B, 2 O] as scale and shift, or [B, O]."""
-        h = F.silu(self.in_norm(x))
+        h = self.in_norm(x, silu=True)
         if self.resample_first:
             h = self.in_conv(self.resample(h))
         else:
             h = self.resample(self.in_conv(h))
         if self.use_scale_shift_norm:
-            h = self.out_norm(h, emb)
+            h = self.out_norm(h, emb, silu=True)
         else:
-            h = self.out_norm(h + append_dims(emb, h))
-        h = self.skip(self.resample(x)) + self.out_conv(self.dropout(F.silu(h)))
+            h = self.out_norm(h + append_dims(emb, h), silu=True)
+        h = self.skip(self.resample(x)) + self.out_conv(self.dropout(h))
         for block in self.attention.values():
             h = block(h)
         return h
@@ -222,7 +222,7 @@ class OutputConv(nn.Module):
         self.conv = zero_init(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.silu(self.norm(x)))
+        return self.conv(self.norm(x, silu=True))
 
 
 class UNet(nn.Module):

@@ -34,7 +34,7 @@ DEFAULTS = {"lr": 1e-4, "batch_size": 6, "sample_fn": "ddim", "preview_clips": 4
 def main() -> None:
     flags, explicit = parse(__doc__, *CONFIGS, defaults=DEFAULTS)
     config = pick(TrainConfig, flags)
-    world = setup_dist(config.devices)
+    world = setup_dist(config.devices, config.deterministic)
     logger.configure(config.output_dir, world.rank == 0, make_trackers(flags, world.rank))
     for note in notes_on(explicit, *CONFIGS):
         logger.log(note)

@@ -29,7 +29,7 @@ CONFIGS = (ModelConfig, DiffusionConfig, DataConfig, JointTrainConfig)
 def main() -> None:
     flags, explicit = parse(__doc__, *CONFIGS)
     config = pick(JointTrainConfig, flags)
-    world = setup_dist(config.devices)
+    world = setup_dist(config.devices, config.deterministic)
     logger.configure(config.output_dir, world.rank == 0, make_trackers(flags, world.rank))
     for note in notes_on(explicit, *CONFIGS):
         logger.log(note)

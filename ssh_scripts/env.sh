@@ -12,8 +12,11 @@ esac
 # the time on CPUs.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-68719476736}
-# On GPUs segments that grow waste less where sizes vary, as in adaptive sampling.
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# On GPUs segments that grow waste less where sizes vary, as in adaptive sampling. Torch takes either
+# name, and ours would win over the older one.
+if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+    export PYTORCH_ALLOC_CONF=expandable_segments:True
+fi
 
 # The scripts find the package in this checkout, installed or not.
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}

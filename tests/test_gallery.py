@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import math
+import multiprocessing
 import os
 import re
 import runpy
@@ -24,6 +25,7 @@ from mm_diffusion.data import encode, images
 from mm_diffusion.dist_util import World
 from mm_diffusion.evaluation import scores, stereo
 from mm_diffusion.generation import previews
+from mm_diffusion.generation.output import ClipFormat, GalleryDrawer, show_gallery, write_sample
 from mm_diffusion.viewing import gallery, measures
 from mm_diffusion.viewing import spectrogram as spectrograms
 
@@ -576,6 +578,8 @@ def preview(folder: Path, step: int, broken: bool = False) -> None:
     data = DataConfig(video_fps=FPS, audio_fps=RATE)
     config = TrainConfig(output_dir=str(folder))
     previews.make_preview(diffusion, config, data, World())(model, step)
+    for child in multiprocessing.active_children():  # draws the gallery
+        child.join()
 
 
 def test_previews_of_all_steps_are_on_one_page(tmp_path):
@@ -585,11 +589,44 @@ def test_previews_of_all_steps_are_on_one_page(tmp_path):
     assert folders == ["000001", "000020"]
 
 
-def test_a_page_that_cannot_be_written_is_reported_and_training_continues(tmp_path, capsys):
-    (tmp_path / "samples/index.html").mkdir(parents=True)
-    preview(tmp_path, 1)
+def test_a_page_that_cannot_be_written_is_reported_and_the_run_continues(tmp_path, capsys):
+    clip = tiny.clips(0, 1)
+    write_sample(tmp_path, "a", clip["video"][0], clip["audio"][0], ClipFormat(FPS, RATE))
+    (tmp_path / "index.html").mkdir()
+    show_gallery(str(tmp_path))
     assert "no gallery (" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("samples/*/*.mp4"))) == 1
+
+
+def test_only_eight_ranks_make_previews_and_all_wait_for_them(tmp_path, monkeypatch):
+    """Fault: of 64 GPUs each made a clip, and 63 waited while one drew them all."""
+    model, diffusion = tiny.build()
+    config = TrainConfig(output_dir=str(tmp_path), preview_clips=1)
+    waited, made = [], []
+    monkeypatch.setattr(previews, "barrier", lambda: waited.append(1))
+    nothing = {"video": [], "audio": []}
+    monkeypatch.setattr(previews, "sample_joint", lambda *args: made.append(1) or nothing)
+    for rank in (7, 8, 63):
+        world = World(rank=rank, size=64)
+        previews.make_preview(diffusion, config, DataConfig(), world)(model, 1)
+    assert (len(made), len(waited)) == (1, 3)
+
+
+def test_the_gallery_is_drawn_by_another_process_while_clips_are_made(tmp_path):
+    """Fault: the clips of a long run were drawn at its end, for half a minute."""
+    clip = tiny.clips(0, 1)
+    drawer = GalleryDrawer(str(tmp_path))
+    write_sample(tmp_path, "a", clip["video"][0], clip["audio"][0], ClipFormat(FPS, RATE))
+    drawer.draw_meanwhile()
+    first = drawer.process
+    drawer.draw_meanwhile()  # busy
+    assert drawer.process is first
+    assert first.pid != os.getpid()
+    drawer.wait()
+    assert [*read_clips(tmp_path / "index.html")] == ["original/a"]
+    write_sample(tmp_path, "b", clip["video"][0], clip["audio"][0], ClipFormat(FPS, RATE))
+    drawer.draw()
+    drawer.wait()
+    assert [*read_clips(tmp_path / "index.html")] == ["original/a", "original/b"]
 
 
 # ---------------------------------------------------------------- in a browser

@@ -230,6 +230,31 @@ def test_graphs_and_microbatches_are_refused_together():
     assert TrainConfig(compile="True", **options).compile == "default"
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_the_compiler_may_compute_again_rather_than_keep_float32_maps(monkeypatch, mode, capsys):
+    """The log says what is compiled and how long it took, once."""
+    asked = {}
+
+    def compile_nothing(function, **options):
+        asked.update(options)
+        return function
+
+    monkeypatch.setattr(th, "compile", compile_nothing)
+    monkeypatch.setattr("mm_diffusion.sampling.require_compiler", lambda: None)
+    model, _ = tiny.build_upsampler()
+    network = prepare(model, compile_mode=mode)
+    assert asked["options"]["realize_reads_threshold"] > 4  # torch's own
+    assert asked["options"]["realize_opcount_threshold"] > 30
+    assert asked["options"].get("triton.cudagraphs", False) is (mode == "reduce-overhead")
+    x, low_res = th.randn(1, 3, 32, 32), th.randn(1, 3, 8, 8)
+    for _ in range(2):
+        network(x, th.tensor([3]), low_res=low_res)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0] for line in lines[:1]] == ["compiling the network"]
+    assert len(lines) == 2
+    assert lines[1].startswith("compiled it in ")
+
+
 def test_an_unknown_way_to_compile_is_refused():
     told = "compile 'fast': choose from false, true, reduce-overhead, max-autotune"
     with pytest.raises(ValueError, match=told):

@@ -35,6 +35,7 @@ AUDIO_CODECS = ("flac", "aac")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TASKS = {"joint": "", "video2audio": "video", "audio2video": "audio"}  # -> what is known
 CONDITIONINGS = ("auto", "clean", "replacement")
+NORM_KERNELS = ("auto", "triton", "torch")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,14 @@ class ComputeConfig(DeviceConfig):
         "False",
         "compile the network first, for minutes: True, reduce-overhead or max-autotune",
         compile_mode,
+    )
+    norm_kernel: str = flag(
+        "auto",
+        "norms on GPUs: our Triton kernel if it works (auto), in any case (triton), or torch",
+        one_of(NORM_KERNELS),
+    )
+    deterministic: bool = flag(
+        False, "the same results every time on GPUs, as far as torch can; slower"
     )
 
 
@@ -323,7 +332,7 @@ class TrainConfig(ComputeConfig, BatchConfig):
     )
     sample_fn: str = flag("dpm_solver", "sampler of the previews", one_of(SAMPLE_FNS))
     preview_clips: int = flag(
-        1, "clips or images that each rank samples at every save; 0: none", at_least(0)
+        1, "clips or images that each of 8 ranks samples at every save; 0: none", at_least(0)
     )
     save_type: str = flag(
         "mp4", "files of the previews: mp4, or wav for the audio alone", one_of(("mp4", "wav"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,42 @@ def show_gallery(folder: str) -> None:
         logger.log(f"gallery of the clips: {gallery.write_gallery(folder)}")
     except (ValueError, OSError) as error:
         logger.warn(f"{folder}: no gallery ({error})")
+
+
+class GalleryDrawer:
+    """Draws the gallery of a local folder of clips in a process of its own."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.process: Any = None
+
+    def draw(self) -> None:
+        """Start to draw and log what is there, after what it may be drawing still."""
+        self.wait()
+        self._start(show_gallery)
+
+    def draw_meanwhile(self) -> None:
+        """Start to draw what is there, unless it is drawing still; the log says nothing of it."""
+        if not self.process or not self.process.is_alive():
+            self._start(_draw_quietly)
+
+    def _start(self, function: Callable[[str], None]) -> None:
+        if is_remote(self.folder):
+            return
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=function, args=(self.folder,))
+        self.process.start()
+
+    def wait(self) -> None:
+        """Wait until it has drawn."""
+        if self.process:
+            self.process.join()
+
+
+def _draw_quietly(folder: str) -> None:
+    """A failure is logged when the whole gallery is drawn."""
+    with suppress(ValueError, OSError):
+        gallery.write_gallery(folder)
 
 
 def claim_folder(folder: str | os.PathLike, description: dict[str, Any]) -> None:

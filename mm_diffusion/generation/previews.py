@@ -31,8 +31,9 @@ from ..sampling import (
 )
 from ..script_util import create_diffusion
 from .load import usual_respacing
-from .output import show_gallery
+from .output import GalleryDrawer
 
+MOST_PREVIEW_RANKS = 8  # clips of more ranks say no more, and all ranks wait for them
 BAR = "{l_bar}{bar}| {remaining} left"
 
 
@@ -64,6 +65,7 @@ def make_preview(
     sampler = make_sampler(name, diffusion, **PREVIEW_SETTINGS.get(name, {}))
     indices = range(world.rank * count, (world.rank + 1) * count)
     samples = bf.join(config.output_dir, "samples")
+    drawer = GalleryDrawer(samples)
 
     def save(index: int, video: th.Tensor, audio: th.Tensor, step: int) -> None:
         file = f"{name}_samples_{step}_0_{index:05d}.{config.save_type}"
@@ -74,15 +76,19 @@ def make_preview(
             encode.write_clip(path, video, data.video_fps, audio, data.audio_fps)
         logger.log_clip(f"clip {index}", video, data.video_fps, audio, data.audio_fps, step)
 
-    def preview(model: nn.Module, step: int) -> None:
+    def generate(model: nn.Module, step: int) -> None:
         sample: dict[str, th.Tensor] = {"video": th.empty(0), "audio": th.empty(0)}
         with preview_bar(world) as progress, warned_if_not_finite(step):
             sample = sample_joint(model, sampler, indices, 0, world.device, progress)
         for index, video, audio in zip(indices, sample["video"], sample["audio"], strict=False):
             save(index, video, audio, step)
+
+    def preview(model: nn.Module, step: int) -> None:
+        if world.rank < MOST_PREVIEW_RANKS:
+            generate(model, step)
         barrier()
         if config.save_type == "mp4" and world.rank == 0:
-            show_gallery(samples)
+            drawer.draw()
 
     return preview if count else None
 
@@ -110,6 +116,8 @@ def make_sr_preview(
     upsample = partial(upsample_video, device=world.device)
 
     def preview(model: nn.Module, step: int) -> None:
+        if world.rank >= MOST_PREVIEW_RANKS:
+            return
         large, small = pairs()
         done = []
         with preview_bar(world) as progress, warned_if_not_finite(step):

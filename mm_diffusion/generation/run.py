@@ -46,6 +46,7 @@ from ..evaluation.evaluate import (
 )
 from ..evaluation.measures import make_measures
 from ..files import absolute, short_names
+from ..nn import use_norm_kernel
 from ..sampling import Progress, Sampler, make_sampler, part_of, sample_joint
 from ..script_util import merge_checkpoint_flags
 from . import output
@@ -122,7 +123,8 @@ def run(
     check_metrics_config(pick(MetricsConfig, flags))
     flags = with_preset(flags, explicit)
     config, metrics = pick(SamplingConfig, flags), pick(MetricsConfig, flags)
-    world = setup_dist(config.devices)
+    world = setup_dist(config.devices, config.deterministic)
+    use_norm_kernel(config.norm_kernel)
     logger.configure(enabled=world.rank == 0)
     for note in notes_on(explicit, *configs):
         logger.log(note)
@@ -216,7 +218,10 @@ def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipRead
         clips.write_sources(folder, stem)
     logger.log(f"{path}: {count - len(todo)} clips exist, generating {len(todo)} in {folder}")
     clip_format = output.ClipFormat(data.video_fps, data.audio_fps, config.audio_codec)
-    save = saver(folder, names, clip_format, clips)
+    # On a CPU it would take the cores that sampling needs.
+    draws = config.gallery and world.rank == 0 and world.device.type == "cuda"
+    drawer = output.GalleryDrawer(folder) if draws else None
+    save = saver(folder, names, clip_format, clips, drawer)
     mine = todo[world.rank :: world.size]
     with tqdm(total=len(mine), disable=world.rank > 0, bar_format=BAR) as bar:
         options: dict[str, Any] = {
@@ -230,6 +235,8 @@ def sample_from(path: str, folder: str, this: SamplingRun) -> dict[str, ClipRead
         generate_clips(model, sampler, mine, save, **options)
     barrier()
     logger.log(f"{count} clips in {folder}: {', '.join(['original', *more])} and audios")
+    if drawer:
+        drawer.wait()
     if config.gallery and world.rank == 0:
         output.show_gallery(folder)
     return sizes_of_samples(flags, upsampling)
@@ -263,13 +270,22 @@ def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saver(
-    folder: str, names: Sequence[str], how: output.ClipFormat, clips: ConditioningClips | None
+    folder: str,
+    names: Sequence[str],
+    how: output.ClipFormat,
+    clips: ConditioningClips | None,
+    drawer: output.GalleryDrawer | None = None,
 ) -> Save:
-    """A function that writes the files of a clip, and of the one it is conditioned on."""
+    """A function that writes the files of a clip, and of the one it is conditioned on.
+
+    Meanwhile the `drawer`, if any, draws the clips that are there.
+    """
 
     def save(index: int, video: th.Tensor, audio: th.Tensor, large: th.Tensor | None) -> None:
         if clips:
             output.write_truth(folder, names[index], clips.truth(index), how)
         output.write_sample(folder, names[index], video, audio, how, large)
+        if drawer:
+            drawer.draw_meanwhile()
 
     return save

@@ -104,7 +104,7 @@ def flags_to_start_with(
         path = initial.path
     else:
         return values
-    trained = checkpoint.load_state(path)[1]
+    trained = from_rank_0(lambda: checkpoint.load_state(path)[1])
     if not state:
         trained = {name: value for name, value in trained.items() if name not in explicit}
     return merge_checkpoint_flags(values, explicit, trained, path, carried)
