@@ -103,11 +103,18 @@ CHANGES = {
     "norm": Change(
         "against torch's group norm of float32 copies",
         replaced(layers, "_normalize", library_norm),
+        devices=("cpu",),
+    ),
+    "norm kernel": Change(
+        "against torch's kernels",
+        replaced(layers, "_has_kernel", lambda x: False),
+        devices=("cuda",),
     ),
     "norm, backward": Change(
         "written out, against autograd's",
         replaced(layers, "_normalize", derived_norm),
         calls=("step",),
+        devices=("cpu",),
     ),
     "norm, one kernel": Change(
         "of half-precision feature maps, against two passes",

@@ -24,7 +24,8 @@ from report import HEAD, Report, compare, read
 
 from mm_diffusion import logger
 from mm_diffusion.config import Parser
-from mm_diffusion.dist_util import friendly_errors, tune_gpus
+from mm_diffusion.devices.gpus import tune_gpus
+from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.sampling import DTYPES, SAMPLERS, choose_precision
 
 SECTIONS = {
@@ -66,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def make_parser() -> Parser:
     """The flags; None stands for a default that depends on --quick."""
-    variants = [*network.RECOMPUTED, *["compiled"] * (device().type == "cuda")]
+    is_gpu = device().type == "cuda"
+    variants = ["plain"] if is_gpu else list(network.RECOMPUTED)
     precisions = ["fp32", choose_precision("", True, device())]
     usual = [name for name in SECTIONS if name not in ON_REQUEST]
     parser = Parser(description=__doc__)
@@ -82,7 +84,8 @@ def make_parser() -> Parser:
     add_list("--calls", CALLS, list(CALLS), "of the section changes")
     add_list("--samplers", SAMPLERS, list(SAMPLERS), "to generate a clip with")
     add = parser.add_argument
-    add("--batch_size", type=int, default=1, help="clips or images of a pass and a training step")
+    batch = "clips or images of a pass and a training step"
+    add("--batch_size", type=int, default=4 if is_gpu else 1, help=batch)
     add("--seconds", type=float, help="to repeat a figure for; None: 30, with --quick 2")
     add("--longest", type=float, help="seconds for a clip at most; None: 300, with --quick 60")
     weights = "checkpoints, for weights that are not random"

@@ -21,6 +21,7 @@ import models
 import network
 import rates
 import report
+import roofline
 import run
 
 from mm_diffusion.unet import window_shift
@@ -103,6 +104,44 @@ def test_flop_are_the_same_counted_with_and_without_computing(name):
 
 def test_the_published_base_model_takes_the_published_work():
     assert models.forward_flop(models.MODELS["base"]) == pytest.approx(2.109e12, rel=1e-3)
+
+
+def test_the_norm_kernel_saves_half_of_the_kernels_and_no_flops(small):
+    """Counted without a GPU; a step is three passes, since backward is two."""
+    passes = [roofline.count_pass("small_base", 2, ours) for ours in (False, True)]
+    kernels = [sum(work.kernels.values()) for work in passes]
+    assert kernels[1] < 0.5 * kernels[0]
+    assert [work.flop for work in passes] == [2 * models.forward_flop(MODELS["small_base"])] * 2
+    step = roofline.count_step("small_base", 2, norm_kernel=True)
+    assert step.flop == pytest.approx(3 * passes[0].flop, rel=0.05)
+
+
+def test_a_kernel_is_predicted_to_take_as_long_as_its_bytes_or_its_flops():
+    work, gpu = roofline.Work(), roofline.Gpu(bandwidth=1e12, flops=1e14)
+    work.add("copy", 1, int(0.82e9), 0)
+    work.add("mm", 1, 0, int(0.7e11))
+    work.add("tiny", 2, 1, 1)
+    assert work.seconds(gpu) == pytest.approx(1e-3 + 1e-3 + 2 * roofline.LAUNCH)
+
+
+def test_our_norm_counts_as_the_passes_over_the_map_that_it_makes():
+    with roofline.paths_of_gpus(norm_kernel=True):
+        x = th.randn(2, 64, 1000).movedim(1, -1).contiguous().movedim(-1, 1).bfloat16()
+        x.requires_grad_()
+        norm = roofline.layers.GroupNorm32(64)
+        with roofline.Work() as work:
+            norm(x, silu=True).sum().backward()
+    held = 2 * x.numel()
+    assert work.bytes["norm"] == pytest.approx(3 * held, rel=1e-2)
+    assert work.bytes["norm_backward"] == pytest.approx(5 * held, rel=1e-2)
+
+
+def test_on_a_gpu_the_batch_is_that_of_training_and_nothing_is_compiled(monkeypatch):
+    """Fault: batch 1, and hours of compiling."""
+    monkeypatch.setattr(run, "device", lambda: th.device("cuda"))
+    monkeypatch.setattr(run, "choose_precision", lambda *args: "bf16")
+    options = run.parse(["--json", ""])
+    assert (options.batch_size, options.variants) == (4, ["plain"])
 
 
 def test_signal_to_noise_of_a_tenth_is_20_dB():
