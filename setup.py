@@ -12,7 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mm_diffusion*"]),
-    package_data={"mm_diffusion.viewing": ["*.html"]},
+    package_data={
+        "mm_diffusion.viewing": ["*.html", "*.css"],
+        "mm_diffusion.evaluation": ["*.json"],
+    },
     python_requires=">=3.11,<3.13",
     install_requires=(HERE / "requirements_training_joint.txt").read_text().splitlines(),
     extras_require={

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 import torch as th
 from tqdm import tqdm
 
 from ..data import DataError, MediaError, decode, images
 from ..data.index import VIDEO_EXTENSIONS, find_files, identity
 from ..files import write_text
+from . import pages
 from .measures import SCORES, Score, is_silent, measure, positions, why_no_object
 from .spectrogram import RANGE_DB, mel_height, spectrogram
 
@@ -249,9 +249,8 @@ def render(
     folder_medians = {}
     for folder in sorted({row["folder"] for row in rows}):
         folder_medians[folder] = _medians(scores, [row for row in rows if row["folder"] == folder])
-    text = TEMPLATE.read_text(encoding="utf-8")
-    strict = jinja2.StrictUndefined
-    page = jinja2.Template(text, autoescape=True, undefined=strict, trim_blocks=True).render(
+    return pages.render(
+        TEMPLATE,
         title=title,
         rows=rows,
         scores=scores,
@@ -266,7 +265,11 @@ def render(
         range_db=RANGE_DB,
         marked_hz=MARKED_HZ,
     )
-    return os.fsencode(page).decode("utf-8", errors="replace")  # file names may be no Unicode
+
+
+def anchor(name: str) -> str:
+    """The id of a clip on the page, by its path below the folder."""
+    return f"clip-{quote(os.fsencode(name))}"
 
 
 def _row(
@@ -291,6 +294,7 @@ def _row(
         "name": os.path.splitext(name)[0],
         "folder": os.path.dirname(name),
         "src": quote(os.fsencode(name)),
+        "anchor": anchor(name),
         "frames": _strip_frames(clip),
         "marked": marked,
         "object_path": svg_path(clip.object_positions),
