@@ -152,7 +152,7 @@ def test_a_preset_reads_the_beginning_of_each_clip_for_i3d_and_the_embedding(tmp
 
 def test_the_report_says_what_each_figure_is_made_of(tmp_path, clips, networks):  # noqa: F811
     report = report_on(flags_of(clips, **networks))
-    saved = json.loads(json.dumps(dataclasses.asdict(report)))
+    saved = json.loads(json.dumps(report.as_json()))
     assert {score["measure"] for score in saved["scores"]} == set(saved["how"]) - {"clips"}
     assert "8 frames at 4 fps, 32 x 32 pixels, resized (bicubic) without" in saved["how"]["clips"]
     assert "all samples at 16000 Hz as logmel; output of embedding.pt" in saved["how"]["embedding"]

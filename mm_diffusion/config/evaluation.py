@@ -45,6 +45,7 @@ class MetricsConfig(Config):
     boxes_dir: str = flag("", "CLIP.csv of frame,category,x0,y0,x1,y1 (256 px)")
     events_dir: str = flag("", "CLIP.csv of frame,category,x (10 Hz); empty: localised")
     match_categories: bool = flag(False, "boxes count only for events of their own category")
+    bootstrap_draws: int = flag(1000, "draws of files for the intervals; 0: none", at_least(0))
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class EvalConfig(MetricsConfig, ClipReadingConfig, DeviceConfig):
     """Evaluation of a folder of clips."""
 
     samples_path: str = flag("", "folders of clips to evaluate as one")
+    compare: str = flag("", "folders to compare, with commas, in place of samples_path")
     output_dir: str = flag("", "where metrics.json goes; empty: samples_path", path)
     fake_dir: str = flag("", "published name of samples_path")
     ref_dir: str = flag("", "published name of ref_path")
@@ -67,3 +69,17 @@ class EvalConfig(MetricsConfig, ClipReadingConfig, DeviceConfig):
                 both = f"--{published} {value} and --{own} {other}"
                 raise ValueError(f"{both}: two names of one setting; give one of them")
             object.__setattr__(self, own, value or other)
+        if self.compare:
+            self._check_comparison()
+
+    def _check_comparison(self) -> None:
+        folders = [folder for folder in self.compare.split(",") if folder.strip()]
+        if len(folders) < 2 or len(set(folders)) < len(folders):
+            need = "need two or more different folders, with commas between"
+            raise ValueError(f"--compare {self.compare}: {need}")
+        for name in ("samples_path", "boxes_dir", "events_dir"):
+            if value := getattr(self, name):
+                remedy = f"of one run only; leave out --{name}"
+                raise ValueError(f"--compare and --{name} {value}: {remedy}")
+        if not self.output_dir:
+            raise ValueError("--compare: give --output_dir for the comparison")

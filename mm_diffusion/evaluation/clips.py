@@ -13,7 +13,7 @@ import torch as th
 
 from ..config import ClipReadingConfig, DataConfig
 from ..data import decode, images
-from ..data.clips import ClipDataset, count_frames, count_windows
+from ..data.clips import ClipDataset, count_frames, count_windows, locate
 from ..data.decode import ClipInfo
 from ..data.index import ClipIndex, build_index, fingerprint, identity
 
@@ -100,6 +100,16 @@ class ClipFolder:
         """The name of clip `number` in a report."""
         path, _, start = self.dataset.source(number)
         return f"{path} at {float(start):g} s" if start else path
+
+    def place(self, number: int) -> dict[str, Any]:
+        """Where clip `number` is: {"path", "start": seconds}."""
+        path, _, start = self.dataset.source(number)
+        return {"path": path, "start": float(start)}
+
+    def file_numbers(self) -> th.Tensor:
+        """[N]: the file of each clip."""
+        first_after = self.dataset.first_after
+        return th.tensor([locate(number, first_after)[0] for number in range(len(self))])
 
     def content(self) -> str:
         """Identifies the clips by their files' content and the way they are read."""

@@ -5,6 +5,7 @@ All are computed in float64.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch as th
@@ -19,21 +20,55 @@ class TooFewError(ValueError):
     """A set is too small for a distance."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """A set of points [N, D], the group of each [N], and R weightings of the groups [R, G].
+
+    Points of a group, such as those of a file, are drawn together: a weight says how often.
+    """
+
+    x: th.Tensor
+    groups: th.Tensor
+    weights: th.Tensor
+
+    @classmethod
+    def unweighted(cls, x: th.Tensor) -> Points:
+        """One group of weight 1."""
+        return cls(x, th.zeros(len(x), dtype=th.long), th.ones(1, 1, dtype=th.float64))
+
+    @property
+    def counts(self) -> th.Tensor:
+        """[G]: how many points a group has."""
+        return self.groups.bincount(minlength=self.weights.shape[1]).double()
+
+
 def frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> squared Frechet distance of Gaussians with their means and covariances.
+    """[N, D], [M, D] -> `frechet_distances` of unweighted points."""
+    return frechet_distances(Points.unweighted(x), Points.unweighted(y)).item()
+
+
+def frechet_distances(x: Points, y: Points) -> th.Tensor:
+    """Squared Frechet distance [R] of Gaussians with the means and covariances of weighted points.
 
     |mu_x - mu_y|^2 + tr A + tr B - 2 tr (A B)^(1/2), arXiv 1706.08500, covariances unbiased.
-    With A = R^T R and B = S^T S from QR decompositions of the centred points, the last trace is
-    the nuclear norm of R S^T. No matrix root is taken, so sets smaller than D are exact, too.
-    TooFewError for fewer than 2 points.
+    With A = R^T R and B = S^T S from the centred points, the last trace is the nuclear norm of
+    R S^T. No matrix root is taken, so sets smaller than D are exact, too. NaN under weights that
+    leave a single point. TooFewError for fewer than 2 points.
     """
     _require("a Frechet distance", 2, x, y)
-    x, y = x.double(), y.double()
-    between_means = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
-    r, s = _covariance_root(x), _covariance_root(y)
+    first, second = x.x.double(), y.x.double()
+    pairs = zip(x.weights[:, x.groups], y.weights[:, y.groups], strict=True)
+    return th.stack([_frechet_distance(first, second, *weights) for weights in pairs])
+
+
+def _frechet_distance(x: th.Tensor, y: th.Tensor, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+    if min(w.count_nonzero(), v.count_nonzero()) < 2:
+        return th.tensor(th.nan, dtype=th.float64)
+    mean_x, r = _moments(x, w)
+    mean_y, s = _moments(y, v)
+    between_means = (mean_x - mean_y).square().sum()
     cross = th.linalg.svdvals(r @ s.T).sum()
-    distance = between_means + r.square().sum() + s.square().sum() - 2 * cross
-    return max(0.0, distance.item())
+    return (between_means + r.square().sum() + s.square().sum() - 2 * cross).clamp(min=0)
 
 
 def standard_frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
@@ -46,14 +81,25 @@ def standard_frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
     return frechet_distance(x / spread, y / spread)
 
 
-def _covariance_root(x: th.Tensor) -> th.Tensor:
-    """[N, D] -> R [min(N, D), D] such that R^T R is the covariance."""
-    centred = x - x.mean(dim=0)
-    return th.linalg.qr(centred / (len(x) - 1) ** 0.5, mode="r").R
+def _moments(x: th.Tensor, w: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """[N, D], weights [N] -> (mean [D], R [min(N, D), D] such that R^T R is the covariance).
+
+    It is divided by 1 - sum p^2, with p the share of a point: as it would be for distinct points.
+    """
+    x, w = x[w > 0], w[w > 0]
+    p = w / w.sum()
+    mean = p @ x
+    root = (p / (1 - p.square().sum())).sqrt()[:, None] * (x - mean)
+    return mean, th.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root
 
 
 def kernel_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> unbiased squared maximum mean discrepancy under k = (x . y / D + 1)^3.
+    """[N, D], [M, D] -> `kernel_distances` of unweighted points."""
+    return kernel_distances(Points.unweighted(x), Points.unweighted(y)).item()
+
+
+def kernel_distances(x: Points, y: Points) -> th.Tensor:
+    """Unbiased squared maximum mean discrepancy [R] under k = (x . y / D + 1)^3.
 
     mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),
     arXiv 1801.01401. For two sets of one distribution it is 0 on average and often negative.
@@ -63,13 +109,18 @@ def kernel_distance(x: th.Tensor, y: th.Tensor) -> float:
 
 
 def gaussian_distance(x: th.Tensor, y: th.Tensor) -> float:
+    """[N, D], [M, D] -> `gaussian_distances` of unweighted points."""
+    return gaussian_distances(Points.unweighted(x), Points.unweighted(y)).item()
+
+
+def gaussian_distances(x: Points, y: Points) -> th.Tensor:
     """The same under k = exp(-|x - y|^2 / (2 s^2)), arXiv 2502.15602 (KAD, without a factor).
 
-    s is the median distance of different points of y. TooFewError for fewer than 2 points, or
-    where s is 0.
+    s is the median distance of different points of y, unweighted. TooFewError for fewer than 2
+    points, or where s is 0.
     """
     _require("a kernel distance", 2, x, y)
-    bandwidth = _median_distance(y.double())
+    bandwidth = _median_distance(y.x.double())
     if not bandwidth:
         raise TooFewError("a kernel distance needs reference points that differ")
 
@@ -88,44 +139,72 @@ def _polynomial(x: th.Tensor, y: th.Tensor) -> th.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** KERNEL_DEGREE
 
 
-def _mean_discrepancy(kernel: Kernel, x: th.Tensor, y: th.Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy; TooFewError for fewer than 2 points."""
+def _mean_discrepancy(kernel: Kernel, x: Points, y: Points) -> th.Tensor:
+    """Unbiased squared maximum mean discrepancy [R]; TooFewError for fewer than 2 points.
+
+    NaN under weights that leave no pair.
+    """
     _require("a kernel distance", 2, x, y)
-    x, y = x.double(), y.double()
-    between = _kernel_sum(kernel, x, y) / (len(x) * len(y))
+    sums = ((x.weights @ _group_sums(kernel, x, y)) * y.weights).sum(dim=1)
+    between = sums / ((x.weights @ x.counts) * (y.weights @ y.counts))
     return _mean_within(kernel, x) + _mean_within(kernel, y) - 2 * between
 
 
-def _mean_within(kernel: Kernel, x: th.Tensor) -> float:
-    """Mean of the kernel over all pairs of different points."""
-    return _kernel_sum(kernel, x, x, skip_same_index=True) / (len(x) * (len(x) - 1))
+def _mean_within(kernel: Kernel, x: Points) -> th.Tensor:
+    """Mean [R] of the kernel over pairs of different points.
+
+    Pairs of two groups count as often as the product of their weights, and those within a group as
+    often as its weight. So copies of a group make no pairs, and the mean over draws is unbiased.
+    """
+    sums = _group_sums(kernel, x, x, skip_same_index=True)
+    pairs = x.counts.outer(x.counts) - x.counts.diag()
+    return _over_pairs(sums, x.weights) / _over_pairs(pairs, x.weights)
 
 
-def _kernel_sum(kernel: Kernel, x: th.Tensor, y: th.Tensor, skip_same_index: bool = False) -> float:
-    total = 0.0
-    for start in range(0, len(x), BLOCK):
-        values = kernel(x[start : start + BLOCK], y)
+def _over_pairs(sums: th.Tensor, weights: th.Tensor) -> th.Tensor:
+    """[G, G], [R, G] -> [R]."""
+    within = sums.diagonal()
+    between = sums - within.diag()
+    return ((weights @ between) * weights).sum(dim=1) + weights @ within
+
+
+def _group_sums(kernel: Kernel, x: Points, y: Points, skip_same_index: bool = False) -> th.Tensor:
+    """[G, H]: the sum of the kernel over the points of each group of x and each one of y."""
+    first, second = x.x.double(), y.x.double()
+    sizes = x.weights.shape[1], y.weights.shape[1]
+    total = th.zeros(*sizes, dtype=th.float64)
+    for start in range(0, len(first), BLOCK):
+        values = kernel(first[start : start + BLOCK], second)
         if skip_same_index:
             values.diagonal(start).fill_(0)
-        total += values.sum().item()
+        rows = th.zeros(len(values), sizes[1], dtype=th.float64).index_add_(1, y.groups, values)
+        total.index_add_(0, x.groups[start : start + BLOCK], rows)
     return total
 
 
-def _require(what: str, least: int, x: th.Tensor, y: th.Tensor) -> None:
-    if min(len(x), len(y)) < least:
-        raise TooFewError(f"{what} needs at least {least} in each set, got {len(x)} and {len(y)}")
+def _require(what: str, least: int, x: Points, y: Points) -> None:
+    sizes = len(x.x), len(y.x)
+    if min(sizes) < least:
+        raise TooFewError(
+            f"{what} needs at least {least} in each set, got {sizes[0]} and {sizes[1]}"
+        )
 
 
-def earth_movers_distance(x: th.Tensor, y: th.Tensor, bin_width: float = 1.0) -> float:
-    """Counts [K], [K] in equal bins -> Wasserstein-1 distance, in the unit of `bin_width`.
+def earth_movers_distance(x: th.Tensor, y: th.Tensor, bin_width: float = 1.0) -> th.Tensor:
+    """Counts [..., K], [..., K] in equal bins -> Wasserstein-1 distance [...].
 
-    TooFewError for an empty histogram.
+    In the unit of `bin_width`; NaN for an empty histogram.
     """
-    if not (x.any() and y.any()):
-        raise TooFewError("a distance of histograms needs counts in both")
     x, y = x.double(), y.double()
-    difference = (x / x.sum() - y / y.sum()).cumsum(dim=0)
-    return bin_width * difference.abs().sum().item()
+    shares = x / x.sum(dim=-1, keepdim=True), y / y.sum(dim=-1, keepdim=True)
+    return bin_width * (shares[0] - shares[1]).cumsum(dim=-1).abs().sum(dim=-1)
+
+
+def weighted_median(values: th.Tensor, weights: th.Tensor) -> th.Tensor:
+    """[N], [R, N] -> [R]: the first value up to which half of the weight lies."""
+    ordered, order = values.sort()
+    below = weights[:, order].cumsum(dim=1)
+    return ordered[(below >= below[:, -1:] / 2).long().argmax(dim=1)]
 
 
 def nearest(
@@ -136,7 +215,8 @@ def nearest(
     `skip_same_index`: x is y, perhaps flipped, and a point is no neighbour of itself.
     TooFewError where no neighbour is left.
     """
-    _require("a nearest neighbour", 2 if skip_same_index else 1, x, y)
+    if len(y) < 1 + skip_same_index:
+        raise TooFewError(f"no neighbour among {len(y)} points")
     found = []
     for start in range(0, len(x), BLOCK):
         rows = x[start : start + BLOCK].double()

@@ -53,6 +53,13 @@ def max_pool(x: th.Tensor, kernel: Triple, stride: Triple) -> th.Tensor:
     return F.max_pool3d(pad_same(x, kernel, stride), kernel, stride)
 
 
+def check_frames(count: int) -> None:
+    """ValueError for fewer frames than the network can take."""
+    if count < MIN_FRAMES:
+        need = f"I3D needs at least {MIN_FRAMES} frames (got {count})"
+        raise ValueError(f"--i3d_path: {need}; set --video_size, --i3d_frames or --i3d_fps")
+
+
 class Unit(nn.Module):
     """Convolution of a cubic kernel, batch norm, ReLU."""
 
@@ -112,11 +119,7 @@ class InceptionI3D(nn.Module):
         self.logits = Logits(width)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        if x.shape[2] < MIN_FRAMES:
-            remedy = "set --video_size or --i3d_frames"
-            raise ValueError(
-                f"--i3d_path: I3D needs at least {MIN_FRAMES} frames (got {x.shape[2]}); {remedy}"
-            )
+        check_frames(x.shape[2])
         for name, block in self.named_children():
             if name in POOLING:
                 x = max_pool(x, *POOLING[name])

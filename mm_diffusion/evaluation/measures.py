@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch as th
 
-from ..config import MetricsConfig
+from ..config import ClipReadingConfig, MetricsConfig
 from ..data.clips import count_frames
 from ..data.index import VIDEO_EXTENSIONS, find_files, folders_in
-from . import features, spatial_av_align, stereo, temporal_av_align
+from . import features, i3d, spatial_av_align, stereo, temporal_av_align
 from .clips import Clip, Rows
 from .spatial_av_align import Box, Boxes, Events
 
@@ -70,6 +70,14 @@ def left_out(config: MetricsConfig) -> list[str]:
     return lines
 
 
+def check_i3d_frames(config: MetricsConfig, sizes: ClipReadingConfig) -> None:
+    """ValueError if clips of these sizes have too few frames for the published I3D."""
+    if not config.i3d_path or features.is_script(os.path.expanduser(config.i3d_path)):
+        return
+    frames, fps = sizes.video_size[0], sizes.video_fps
+    i3d.check_frames(config.i3d_frames or round(frames / fps * (config.i3d_fps or fps)))
+
+
 def _expand_paths(config: MetricsConfig) -> MetricsConfig:
     """ "~" in paths expanded."""
     names = [field.name for field in dataclasses.fields(config)]
@@ -98,14 +106,14 @@ def _thumbnail(clip: Clip) -> Rows:
 
 def _i3d_measure(config: MetricsConfig, device: th.device) -> Measure:
     path, num_frames, fps = config.i3d_path, config.i3d_frames, config.i3d_fps
-    i3d = features.load_i3d(path, device)
+    network = features.load_i3d(path, device)
 
     def compute(clip: Clip) -> Rows:
         if not (num_frames or fps):
-            return {"features": i3d(clip.video)}
+            return {"features": network(clip.video)}
         rate = fps or clip.fps
         count = num_frames or round(len(clip.video) / clip.fps * rate)
-        return {"features": i3d(clip.frames_at(rate, count))}
+        return {"features": network(clip.frames_at(rate, count))}
 
     frames = f"first {num_frames} frames" if num_frames else "all frames"
     at = f"{fps} fps" if fps else "the rate of the clip"

@@ -10,25 +10,28 @@ from typing import Any
 import torch as th
 
 from . import stereo, temporal_av_align
-from .clips import Results
+from .bootstrap import ClipSet, Interval, Resampling, as_they_are, distance_interval, interval
+from .clips import Results, Rows
 from .distances import (
+    Points,
     TooFewError,
     earth_movers_distance,
-    frechet_distance,
-    gaussian_distance,
-    kernel_distance,
-    nearest,
+    frechet_distances,
+    gaussian_distances,
+    kernel_distances,
+    weighted_median,
 )
 from .features import VIEWS
+from .memorisation import Neighbours, find_neighbours
 
 FEW = 30  # scores of fewer clips are unreliable
 BLACK = -0.98  # the brightest pixel of a black clip
-NUM_CLOSEST = 3  # pairs of a sample and its nearest reference clip that are named
 PUBLISHED_FAD_SCALE = 1000
-TEMPORAL = {
-    "temporal": "Temporal AV-Align",
-    "temporal_published": "Temporal AV-Align, published count",
-}
+TEMPORAL, TEMPORAL_PUBLISHED = "Temporal AV-Align", "Temporal AV-Align, published count"
+SPATIAL = "Spatial AV-Align"
+ILD, ITD = "ILD, mean |R - L| (dB)", "ITD, mean |L - R| (ms)"
+CORRELATION, SMR = "left-right correlation", "SMR, side to mid (dB)"
+NEAREST, MEMORISED = "nearest reference clip (RMS, median)", "memorised (share)"
 SEGMENTS = "segments of 0.1 s"
 # Bin edges of the histograms: dB, ms.
 EDGES = {
@@ -36,7 +39,9 @@ EDGES = {
     "ild_band": stereo.BAND_EDGES_DB,
     "itd": 1e3 * stereo.ITD_EDGES_SECONDS,
 }
-Figure = tuple[float | None, int, str]  # value, number of clips (events, ...) behind it, note
+# Of each clip [N]: numerator and denominator, 0 where the clip has no say. The figure of a set is
+# the ratio of their sums.
+Ratio = tuple[th.Tensor, th.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Score:
     """A figure of the samples and, where defined, of the reference clips.
 
     A value of None comes with a note that says why. `better` is "lower", "higher", or "" where
-    the reference's value is the aim. Counts are of `unit`.
+    the reference's value is the aim. Counts are of `unit`. Intervals are of the bootstrap.
     """
 
     name: str
@@ -56,36 +61,62 @@ class Score:
     unit: str = "clips"
     note: str = ""
     measure: str = ""  # what it is made of; the report says how that was computed
+    interval: Interval = None
+    reference_interval: Interval = None
+    # [R]: the value and its draws; for comparisons of runs, not part of a report.
+    draws: th.Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the draws."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name != "draws"}
+
+
+def make_score(
+    name: str, values: th.Tensor | None, reference: th.Tensor | None = None, **more: Any
+) -> Score:
+    """A score from its values [R] under all weightings; the first may be NaN, for undefined."""
+    (value, spread), (true_value, true_spread) = _figure(values), _figure(reference)
+    more |= {"interval": spread, "reference_interval": true_spread}
+    return Score(name, value, true_value, draws=values, **more)
+
+
+def make_distance(name: str, values: th.Tensor | None, **more: Any) -> Score:
+    """The same of distances between samples and reference."""
+    score = make_score(name, values, better="lower", **more)
+    spread = None if values is None else distance_interval(values)
+    return dataclasses.replace(score, interval=spread)
+
+
+def _figure(values: th.Tensor | None) -> tuple[float | None, Interval]:
+    if values is None or not values[0].isfinite():
+        return None, None
+    return values[0].item(), interval(values)
 
 
 def compute_scores(
     generated: Results,
     reference: Results,
-    name: Callable[[int], str] = str,
-    reference_name: Callable[[int], str] = str,
+    resampling: Resampling | None = None,
+    neighbours: Neighbours | None = None,
 ) -> tuple[list[Score], list[str]]:
-    """All scores, and notes on them, in which clips have these names; `reference` may be empty."""
-    both = generated, reference
-    scores = _feature_distances(*both)
-    for measure, title in TEMPORAL.items():
-        if measure in generated:
-            mean_overlap = functools.partial(_mean_overlap, measure)
-            scores += _made_of(measure, _compare(title, mean_overlap, *both, "higher"))
-    if "spatial" in generated:
-        score = _compare("Spatial AV-Align", _hit_share, *both, "higher", "events")
-        scores += _made_of("spatial", score)
-    scores += _made_of("stereo", *_stereo_scores(*both))
+    """All scores, and notes on them; `reference` may be empty.
+
+    They have intervals with `resampling`. `neighbours`: by `find_neighbours`, if known.
+    """
+    sets = as_they_are(generated), as_they_are(reference)
     notes = _set_notes("samples", generated)
     if reference:
         notes += _set_notes("reference", reference)
-        score, pairs = _memorisation(*both, name, reference_name)
-        scores += _made_of("thumbnail", score)
-        notes += pairs
+    if resampling:
+        sets = resampling.sets(generated, reference)
+        if not resampling.is_possible:
+            notes.append("no intervals: they need two files in each set")
+    scores = [*_feature_distances(*sets), *_figure_scores(*sets), *_stereo_distances(*sets)]
+    if reference:
+        found = neighbours or find_neighbours(generated, reference)
+        scores += _memorisation(*sets, found)
     return scores, notes
-
-
-def _made_of(measure: str, *scores: Score) -> list[Score]:
-    return [dataclasses.replace(score, measure=measure) for score in scores]
 
 
 def scores_of_mono(scores: list[Score]) -> list[Score]:
@@ -99,9 +130,11 @@ def published_scale(scores: list[Score]) -> list[Score]:
     """FAD as the published evaluations print it: of the mean of both channels, times 1000."""
     scaled = []
     for score in scores:
-        if score.name == "FAD mid" and score.value is not None:
-            name, value = f"FAD mid x {PUBLISHED_FAD_SCALE}", PUBLISHED_FAD_SCALE * score.value
-            scaled.append(dataclasses.replace(score, name=name, value=value))
+        if score.name == "FAD mid" and score.draws is not None:
+            fields = ("count", "reference_count", "unit", "note", "measure")
+            kept = {field: getattr(score, field) for field in fields}
+            name = f"FAD mid x {PUBLISHED_FAD_SCALE}"
+            scaled.append(make_distance(name, PUBLISHED_FAD_SCALE * score.draws, **kept))
     return scaled
 
 
@@ -119,150 +152,197 @@ def _set_notes(which: str, results: Results) -> list[str]:
     return notes
 
 
-def _compare(
-    name: str,
-    figure: Callable[[Results], Figure],
-    generated: Results,
-    reference: Results,
-    better: str = "",
-    unit: str = "clips",
-) -> Score:
-    """The same figure of the samples and, if there are any, of the reference clips."""
-    value, count, note = figure(generated)
-    true_value, true_count, true_note = figure(reference) if reference else (None, 0, "")
-    if true_note:
-        note = "; ".join(filter(None, [note, f"reference: {true_note}"]))
-    return Score(name, value, true_value, better, count, true_count, unit, note)
-
-
 # ---------------------------------------------------------------- distances to the reference
 
 
-def _feature_distances(generated: Results, reference: Results) -> list[Score]:
+def _feature_distances(generated: ClipSet, reference: ClipSet) -> list[Score]:
     scores = []
-    if "i3d" in reference:
-        points = generated["i3d"]["features"], reference["i3d"]["features"]
-        fvd = _distance("FVD", frechet_distance, *points)
-        kvd = _distance("KVD", kernel_distance, *points)
-        mmd = _distance("I3D MMD (Gaussian)", gaussian_distance, *points)
-        scores += _made_of("i3d", fvd, kvd, mmd)
-    if "embedding" in reference:
+    if "i3d" in reference.rows:
+        x, y = _points(generated, "i3d", "features"), _points(reference, "i3d", "features")
+        scores.append(_distance("FVD", frechet_distances, x, y, "i3d"))
+        scores.append(_distance("KVD", kernel_distances, x, y, "i3d"))
+        scores.append(_distance("I3D MMD (Gaussian)", gaussian_distances, x, y, "i3d"))
+    if "embedding" in reference.rows:
         for view in VIEWS:
-            x = generated["embedding"][view].flatten(0, 1)
-            y = reference["embedding"][view].flatten(0, 1)
-            fad = _distance(f"FAD {view}", frechet_distance, x, y, unit="patches")
-            kad = _distance(f"KAD {view}", gaussian_distance, x, y, unit="patches")
-            scores += _made_of("embedding", fad, kad)
+            x, y = _points(generated, "embedding", view), _points(reference, "embedding", view)
+            scores.append(_distance(f"FAD {view}", frechet_distances, x, y, "embedding"))
+            scores.append(_distance(f"KAD {view}", gaussian_distances, x, y, "embedding"))
     return scores
+
+
+def _points(clips: ClipSet, measure: str, row: str) -> Points:
+    """Features [N, D], or [N, P, D] of P patches of a clip, as points."""
+    features = clips.rows[measure][row]
+    patches = features.shape[1] if features.ndim > 2 else 1
+    files = clips.files.repeat_interleave(patches)
+    return Points(features.reshape(-1, features.shape[-1]), files, clips.weights)
 
 
 def _distance(
     name: str,
-    distance: Callable[[th.Tensor, th.Tensor], float],
-    x: th.Tensor,
-    y: th.Tensor,
-    unit: str = "clips",
+    distance: Callable[[Points, Points], th.Tensor],
+    x: Points,
+    y: Points,
+    measure: str,
 ) -> Score:
-    size, note = x.shape[1], ""
-    if distance is frechet_distance and min(len(x), len(y)) <= size:
+    values, note, size = None, "", x.x.shape[1]
+    if distance is frechet_distances and min(len(x.x), len(y.x)) <= size:
         note = f"too few: not more than the {size} features, far too large"
     try:
-        value = distance(x, y)
+        values = distance(x, y)
     except TooFewError as error:
-        value, note = None, str(error)
-    return Score(name, value, None, "lower", len(x), len(y), unit, note)
+        note = str(error)
+    more: dict[str, Any] = {"unit": "clips" if measure == "i3d" else "patches", "note": note}
+    more |= {"count": len(x.x), "reference_count": len(y.x), "measure": measure}
+    return make_distance(name, values, **more)
 
 
-# ---------------------------------------------------------------- alignment
+# ---------------------------------------------------------------- ratios of sums over clips
 
 
-def _mean_overlap(measure: str, results: Results) -> Figure:
-    """Mean over the clips that have onsets or peaks."""
-    overlap = temporal_av_align.overlap(**results[measure])
-    undefined = len(results[measure]["pairs"]) - len(overlap)
-    note = f"{undefined} clips without onsets or peaks of motion left out" if undefined else ""
-    value = overlap.double().mean().item() if len(overlap) else None
-    return value, len(overlap), note
+def _overlap(rows: Rows) -> Ratio:
+    overlap = temporal_av_align.overlap(**rows)
+    return overlap.nan_to_num(), (~overlap.isnan()).double()
 
 
-def _hit_share(results: Results) -> Figure:
-    """TP / (TP + FN) over all events of all clips."""
-    if "spatial" not in results:
-        return None, 0, "the CSV files are of the samples only"
-    hits = int(results["spatial"]["hits"].double().sum())
-    events = hits + int(results["spatial"]["misses"].double().sum())
-    return (hits / events, events, "") if events else (None, 0, "no audio events")
+def _hits(rows: Rows) -> Ratio:
+    """TP of TP + FN."""
+    return rows["hits"], rows["hits"] + rows["misses"]
 
 
-# ---------------------------------------------------------------- stereo
+def _sizes(row: str, rows: Rows) -> Ratio:
+    """Sum of the absolute values of a histogram, each bin by its centre, and its count."""
+    centres = (EDGES[row][1:] + EDGES[row][:-1]) / 2
+    return rows[row].double() @ centres.abs(), rows[row].double().sum(dim=1)
 
 
-def _stereo_scores(generated: Results, reference: Results) -> list[Score]:
-    both = generated, reference
-    mean_ild, mean_itd = functools.partial(_mean_size, "ild"), functools.partial(_mean_size, "itd")
-    scores = [
-        _compare("ILD, mean |R - L| (dB)", mean_ild, *both, unit=SEGMENTS),
-        _compare("ITD, mean |L - R| (ms)", mean_itd, *both, unit=SEGMENTS),
-        _compare("left-right correlation", functools.partial(_mean_row, "correlation"), *both),
-        _compare("SMR, side to mid (dB)", functools.partial(_mean_row, "smr"), *both),
-    ]
-    if reference:
-        scores.append(_histogram_distance("ILD distance (dB)", *both, "ild"))
-        scores.append(_histogram_distance("ITD distance (ms)", *both, "itd"))
-        scores.append(_histogram_distance("ILD-W (dB)", *both, "ild_band"))
-        scores.append(_error_of_mean("SMR-Err (dB)", scores[3]))
+def _values(row: str, rows: Rows) -> Ratio:
+    """The values that are defined."""
+    return rows[row].nan_to_num(), (~rows[row].isnan()).double()
+
+
+def _without_onsets(rows: Rows) -> str:
+    undefined = int((_overlap(rows)[1] == 0).sum())
+    return f"{undefined} clips without onsets or peaks of motion left out" if undefined else ""
+
+
+def _without_events(rows: Rows) -> str:
+    return "" if _hits(rows)[1].any() else "no audio events"
+
+
+def _why_undefined(rows: Rows) -> str:
+    """Why differences between the channels are undefined."""
+    return "one channel is always silent" if rows["audible"].any() else "all clips are silent"
+
+
+def _without_differences(ratio: Callable[[Rows], Ratio], rows: Rows) -> str:
+    return "" if ratio(rows)[1].any() else _why_undefined(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure that is a ratio of sums over clips, and a note on clips that have no say in it."""
+
+    measure: str
+    ratio: Callable[[Rows], Ratio]
+    note: Callable[[Rows], str]
+    better: str = ""
+    unit: str = "clips"
+
+
+def _stereo_figure(ratio: Callable[[Rows], Ratio], unit: str = "clips") -> Figure:
+    return Figure("stereo", ratio, functools.partial(_without_differences, ratio), unit=unit)
+
+
+FIGURES = {
+    TEMPORAL: Figure("temporal", _overlap, _without_onsets, "higher"),
+    TEMPORAL_PUBLISHED: Figure("temporal_published", _overlap, _without_onsets, "higher"),
+    SPATIAL: Figure("spatial", _hits, _without_events, "higher", "events"),
+    ILD: _stereo_figure(functools.partial(_sizes, "ild"), SEGMENTS),
+    ITD: _stereo_figure(functools.partial(_sizes, "itd"), SEGMENTS),
+    CORRELATION: _stereo_figure(functools.partial(_values, "correlation")),
+    SMR: _stereo_figure(functools.partial(_values, "smr")),
+}
+
+
+def clip_values(results: Results, neighbours: Neighbours | None = None) -> dict[str, th.Tensor]:
+    """Name of a score -> its value of each clip alone [N], NaN where undefined."""
+    values = {}
+    for name, figure in FIGURES.items():
+        if figure.measure in results:
+            numerator, denominator = figure.ratio(results[figure.measure])
+            values[name] = numerator.double() / denominator
+    if neighbours:
+        values[NEAREST] = neighbours.distance
+    return values
+
+
+def _figure_scores(generated: ClipSet, reference: ClipSet) -> list[Score]:
+    scores = []
+    for name, figure in FIGURES.items():
+        if figure.measure not in generated.rows:
+            continue
+        values, count, note = _evaluate(figure, generated)
+        true_values, true_count, true_note = None, 0, ""
+        if figure.measure in reference.rows:
+            true_values, true_count, true_note = _evaluate(figure, reference)
+        elif reference.rows:
+            true_note = "the CSV files are of the samples only"
+        if true_note:
+            note = "; ".join(filter(None, [note, f"reference: {true_note}"]))
+        more: dict[str, Any] = {"count": count, "reference_count": true_count, "unit": figure.unit}
+        more |= {"better": figure.better, "note": note, "measure": figure.measure}
+        scores.append(make_score(name, values, true_values, **more))
     return scores
 
 
-def _error_of_mean(name: str, score: Score) -> Score:
-    """|samples - reference| of a score."""
-    known = score.value is not None and score.reference is not None
-    error = abs(score.value - score.reference) if known else None  # type: ignore[operator]
-    return dataclasses.replace(score, name=name, value=error, reference=None, better="lower")
+def _evaluate(figure: Figure, clips: ClipSet) -> tuple[th.Tensor, int, str]:
+    """Values [R], number of clips (events, ...) behind them, note."""
+    rows = clips.rows[figure.measure]
+    numerator, denominator = (part.double() for part in figure.ratio(rows))
+    values = (clips.clip_weights @ numerator) / (clips.clip_weights @ denominator)
+    return values, int(denominator.sum()), figure.note(rows)
 
 
-def _counts(results: Results, row: str) -> th.Tensor:
-    """Histogram [K] over all clips."""
-    return results["stereo"][row].double().sum(dim=0)
+# ---------------------------------------------------------------- distances of stereo
 
 
-def _mean_size(row: str, results: Results) -> Figure:
-    """Mean absolute value of a histogram, each bin by its centre."""
-    counts = _counts(results, row)
-    total = counts.sum()
-    if not total:
-        return None, 0, _why_undefined(results)
-    centres = (EDGES[row][1:] + EDGES[row][:-1]) / 2
-    return ((counts * centres.abs()).sum() / total).item(), int(total), ""
+def _stereo_distances(generated: ClipSet, reference: ClipSet) -> list[Score]:
+    if not reference.rows:
+        return []
+    return [
+        _histogram_distance("ILD distance (dB)", generated, reference, "ild"),
+        _histogram_distance("ITD distance (ms)", generated, reference, "itd"),
+        _histogram_distance("ILD-W (dB)", generated, reference, "ild_band"),
+        _error_of_mean("SMR-Err (dB)", FIGURES[SMR], generated, reference),
+    ]
 
 
-def _mean_row(row: str, results: Results) -> Figure:
-    """Mean over the clips where it is defined."""
-    values = results["stereo"][row]
-    defined = values[~values.isnan()]
-    if not len(defined):
-        return None, 0, _why_undefined(results)
-    return defined.double().mean().item(), len(defined), ""
+def _error_of_mean(name: str, figure: Figure, generated: ClipSet, reference: ClipSet) -> Score:
+    """|samples - reference| of a figure."""
+    values, counts, notes = [], [], []
+    for which, clips in {"samples": generated, "reference": reference}.items():
+        value, count, note = _evaluate(figure, clips)
+        values.append(value)
+        counts.append(count)
+        notes += [f"{which}: {note}"] if note else []
+    more: dict[str, Any] = {"note": "; ".join(notes), "unit": figure.unit}
+    more |= {"count": counts[0], "reference_count": counts[1], "measure": figure.measure}
+    return make_distance(name, (values[0] - values[1]).abs(), **more)
 
 
-def _why_undefined(results: Results) -> str:
-    """Why differences between the channels are undefined."""
-    is_audible = results["stereo"]["audible"].any()
-    return "one channel is always silent" if is_audible else "all clips are silent"
-
-
-def _histogram_distance(name: str, generated: Results, reference: Results, row: str) -> Score:
+def _histogram_distance(name: str, generated: ClipSet, reference: ClipSet, row: str) -> Score:
     """Wasserstein-1 distance."""
-    x, y = _counts(generated, row), _counts(reference, row)
-    notes = []
-    if not x.any():
-        notes.append(f"samples: {_why_undefined(generated)}")
-    if not y.any():
-        notes.append(f"reference: {_why_undefined(reference)}")
-    bin_width = float(EDGES[row][1] - EDGES[row][0])
-    value = None if notes else earth_movers_distance(x, y, bin_width)
-    counts = int(x.sum()), int(y.sum())
-    return Score(name, value, None, "lower", *counts, SEGMENTS, "; ".join(notes))
+    histograms, notes = [], []
+    for which, clips in {"samples": generated, "reference": reference}.items():
+        histograms.append(clips.clip_weights @ clips.rows["stereo"][row].double())
+        if not histograms[-1][0].any():
+            notes.append(f"{which}: {_why_undefined(clips.rows['stereo'])}")
+    x, y = histograms
+    values = earth_movers_distance(x, y, float(EDGES[row][1] - EDGES[row][0]))
+    more: dict[str, Any] = {"count": int(x[0].sum()), "reference_count": int(y[0].sum())}
+    more |= {"unit": SEGMENTS, "note": "; ".join(notes), "measure": "stereo"}
+    return make_distance(name, values, **more)
 
 
 def histograms(generated: Results, reference: Results) -> dict[str, Any]:
@@ -281,45 +361,34 @@ def histograms(generated: Results, reference: Results) -> dict[str, Any]:
 def _shares(results: Results, row: str) -> list[float] | None:
     if not results:
         return None
-    counts = _counts(results, row)
+    counts = results["stereo"][row].double().sum(dim=0)
     return (counts / counts.sum()).tolist() if counts.any() else None
 
 
 # ---------------------------------------------------------------- memorisation
 
 
-def _memorisation(
-    generated: Results,
-    reference: Results,
-    name: Callable[[int], str],
-    reference_name: Callable[[int], str],
-) -> tuple[Score, list[str]]:
-    """Distance of thumbnails to the nearest reference clip, and the closest pairs.
+def _memorisation(generated: ClipSet, reference: ClipSet, found: Neighbours) -> list[Score]:
+    """Distances to the nearest reference clip, and the share of samples that are memorised.
 
-    Training flips clips, so a sample may be close to a flipped one. The reference's value is the
-    distance of each clip to its nearest other one, also flipped: samples that are much closer
-    are memorised.
+    The reference's values are of the distance of each of its clips to its nearest other one.
+    Draws keep the nearest clips that were found.
     """
-    x, y = generated["thumbnail"]["pixels"], reference["thumbnail"]["pixels"]
-    distance, index, is_flipped = _nearest_or_flipped(x, y)
-    own_value, note = None, "one reference clip only"
-    if len(y) > 1:
-        own_value, note = _nearest_or_flipped(y, y, skip_same_index=True)[0].median().item(), ""
-    pairs = []
-    for k in distance.argsort()[:NUM_CLOSEST].tolist():
-        pair = f"{name(k)} and {reference_name(int(index[k]))}"
-        flipped = " (flipped)" if is_flipped[k] else ""
-        pairs.append(f"nearest reference clip, distance {distance[k]:.3f}: {pair}{flipped}")
-    title, value = "nearest reference clip (RMS, median)", distance.median().item()
-    return Score(title, value, own_value, "", len(x), len(y), note=note), pairs
+    weights, own_weights = generated.clip_weights, reference.clip_weights
+    counts = {"count": len(generated.files), "reference_count": len(reference.files)}
+    more: dict[str, Any] = {"measure": "thumbnail", **counts}
+    medians = weighted_median(found.distance, weights)
+    if found.own is None or found.threshold is None:
+        more["note"] = "one reference clip only"
+        memorised = make_score(MEMORISED, None, better="lower", **more)
+        return [make_score(NEAREST, medians, **more), memorised]
+    own_medians = weighted_median(found.own, own_weights)
+    shares = _share(found.distance <= found.threshold, weights)
+    own_shares = _share(found.own <= found.threshold, own_weights)
+    memorised = make_score(MEMORISED, shares, own_shares, better="lower", **more)
+    return [make_score(NEAREST, medians, own_medians, **more), memorised]
 
 
-def _nearest_or_flipped(
-    x: th.Tensor, y: th.Tensor, skip_same_index: bool = False
-) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-    """`nearest` of x [N, ...] as it is or flipped -> (distance, index, is flipped), each [N]."""
-    as_is = nearest(x.flatten(1), y.flatten(1), skip_same_index)
-    flipped = nearest(x.flip(-1).flatten(1), y.flatten(1), skip_same_index)
-    is_flipped = flipped[0] < as_is[0]
-    distance = th.minimum(as_is[0], flipped[0])
-    return distance, th.where(is_flipped, flipped[1], as_is[1]), is_flipped
+def _share(chosen: th.Tensor, weights: th.Tensor) -> th.Tensor:
+    """[N], [R, N] -> the share [R] of the weight that is chosen."""
+    return (weights @ chosen.double()) / weights.sum(dim=1)

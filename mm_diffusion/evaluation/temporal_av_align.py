@@ -117,9 +117,9 @@ def _rows(peaks: list[float], onsets: list[float], pairs: int) -> Rows:
 
 
 def overlap(peaks: th.Tensor, onsets: th.Tensor, pairs: th.Tensor) -> th.Tensor:
-    """Counts [N] of clips -> intersection over union [N'], N' clips with peaks or onsets.
+    """Counts [N] of clips -> intersection over union [N], NaN without peaks and onsets.
 
     Published counts may exceed 1: with 1 peak and 4 onsets near it they give 4 / (1 + 4 - 4).
     """
     union = peaks + onsets - pairs
-    return (pairs / union.clamp(min=1))[union > 0]
+    return th.where(union > 0, pairs / union.clamp(min=1), th.nan)

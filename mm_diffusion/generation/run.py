@@ -44,11 +44,12 @@ from ..evaluation.evaluate import (
     sizes_of_samples,
     with_preset,
 )
-from ..evaluation.measures import make_measures
+from ..evaluation.measures import check_i3d_frames, make_measures
 from ..files import absolute, short_names
 from ..nn import use_norm_kernel
 from ..sampling import Progress, Sampler, make_sampler, part_of, sample_joint
 from ..script_util import merge_checkpoint_flags
+from ..viewing.metrics_page import write_metrics_page
 from . import output
 from .conditioning import ConditioningClips
 from .load import Upsampler, Weights, check_frames_fit, load_model, load_upsampler
@@ -145,7 +146,8 @@ def run(
     for path, folder in zip(paths, output_folders(config.output_dir, paths), strict=True):
         sizes = sample_from(path, folder, this)
         if metrics.ref_path:
-            evaluate_samples(folder, metrics, sizes, measures, world)
+            for report in evaluate_samples(folder, metrics, sizes, measures, world):
+                logger.log(f"page of the metrics: {write_metrics_page(report)}")
 
 
 def output_folders(output_dir: str, checkpoints: Sequence[str]) -> list[str]:
@@ -182,6 +184,7 @@ def load_checked(path: str, this: SamplingRun) -> tuple[Weights, dict[str, Any]]
     pick(ModelConfig, flags)
     encode.check_audio_codec(this.config.audio_codec, data.audio_fps)
     check_frames_fit(data.video_size, this.upsampler)
+    check_i3d_frames(pick(MetricsConfig, flags), pick(ClipReadingConfig, flags))
     return weights, flags
 
 
