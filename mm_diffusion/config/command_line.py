@@ -59,21 +59,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(
-    description: str, *configs: type[Config], defaults: Mapping[str, Any] | None = None
+    description: str,
+    *configs: type[Config],
+    defaults: Mapping[str, Any] | None = None,
+    positional: str = "",
 ) -> tuple[dict[str, Any], set[str]]:
     """The command line -> values of all flags of `configs`, and the names of the explicit ones.
 
-    `defaults` replace those of the fields. --help groups the flags by config. A flag given by its
-    published name is returned under ours.
+    `defaults` replace those of the fields. `positional` is a field given without its name. --help
+    groups the flags by config. A flag given by its published name is returned under ours.
     """
-    parser = Parser(description=description, usage="%(prog)s [--FLAG VALUE ...]")
+    usage = " ".join(["%(prog)s", *filter(None, [positional.upper()]), "[--FLAG VALUE ...]"])
+    parser = Parser(description=description, usage=usage)
     values = flag_defaults(*configs) | dict(defaults or {})
     readers: dict[str, Reader] = {}
     for config in configs:
         group = parser.add_argument_group((config.__doc__ or "").splitlines()[0].rstrip("."))
         for field in dataclasses.fields(config):
             name = flag_name(config, field)
-            if name not in readers:
+            if name == positional:
+                parser.add_argument(name, metavar=name.upper(), help=field.metadata["help"])
+            elif name not in readers:
                 readers[name] = partial(_read, name, field)
                 _add_flag(group, name, field, values[name], readers[name])
     aliases = _add_published_names(parser, readers)
