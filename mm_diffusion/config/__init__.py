@@ -7,7 +7,7 @@ command line and in checkpoints ("2,4,8"), and a tuple in a config.
 
 # ruff: noqa: F401 (names for other modules)
 
-from .checks import CheckMetricsConfig
+from .checks import CheckMetricsConfig, UpsamplerCheckConfig
 from .command_line import Parser, flag_defaults, notes_on, parse, pick
 from .diffusion import DiffusionConfig, SRDiffusionConfig
 from .evaluation import EVALUATION_PRESETS, EvalConfig, MetricsConfig

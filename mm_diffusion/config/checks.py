@@ -1,11 +1,11 @@
-"""Settings of scripts that check: metrics on clips that are spoiled."""
+"""Settings of scripts that check: metrics on clips that are spoiled, upsamplers on true frames."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from .evaluation import MetricsConfig
-from .flags import at_least, flag
+from .flags import Config, at_least, flag, positive
 from .subjects import ClipReadingConfig, DeviceConfig
 
 
@@ -27,3 +27,10 @@ class CheckMetricsConfig(MetricsConfig, ClipReadingConfig, DeviceConfig):
                 if name != "ref_path":
                     reason = "such a file knows nothing of the changes; give --detector_path"
                 raise ValueError(f"--{name} {value}: {reason}")
+
+
+@dataclass(frozen=True)
+class UpsamplerCheckConfig(Config):
+    """Check of an upsampler on true frames."""
+
+    num_frames: int = flag(20, "frames of each video file, the first ones", positive)

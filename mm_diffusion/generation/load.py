@@ -81,6 +81,7 @@ class Upsampler:
     frames_at_once: int  # 0: decided at the first clip, as free memory changes afterwards
     noise: th.Tensor | None
     description: dict[str, Any]
+    antialias: bool = False  # how the images it was trained on were resized
 
     @property
     def small_size(self) -> int:
@@ -140,8 +141,16 @@ def load_upsampler(
         "sr_sizes": [model.small_size, model.large_size],
     }
     prepared = _load(model.to(device), path, weights, config, precision)
-    frames_at_once = upsampling.sr_batch_size
-    return Upsampler(prepared, sampler, config.seed, device, frames_at_once, noise, description)
+    return Upsampler(
+        prepared,
+        sampler,
+        config.seed,
+        device,
+        frames_at_once=upsampling.sr_batch_size,
+        noise=noise,
+        description=description,
+        antialias=flags.get("antialias", False),
+    )
 
 
 def usual_respacing(steps: int) -> str:

@@ -18,6 +18,7 @@ from .. import logger
 from ..config import DataConfig, SRDiffusionConfig, TrainConfig
 from ..data import encode, images
 from ..dist_util import World, barrier
+from ..evaluation.image_quality import psnr
 from ..respace import SpacedDiffusion
 from ..sampling import (
     LOOPS,
@@ -91,11 +92,6 @@ def make_preview(
             drawer.draw()
 
     return preview if count else None
-
-
-def psnr(generated: th.Tensor, reference: th.Tensor) -> float:
-    """Peak signal to noise ratio in dB of images in [-1, 1]."""
-    return float(10 * th.log10(4 / (generated - reference).square().mean()))
 
 
 def make_sr_preview(
