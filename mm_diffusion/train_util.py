@@ -259,22 +259,18 @@ class TrainLoop:
         x_start, cond, t, noise, weights, tasks = parts
         # Window shifts are the same for every microbatch and rank.
         shifts = rng.generator(self.config.seed, self.step, "window shift")
-        model_fn, known = bind(self.forward_model, cond), self.tasks.known(tasks)
-        if self.tasks.is_mixed:
-            model_fn = bind_known(model_fn, x_start, known)
+        known = self.tasks.known(tasks)
+        model_fn = bind_known(bind(self.forward_model, cond), x_start, known)
         with window_shift(shifts):
             with self._autocast():
                 terms = self.diffusion.training_losses(model_fn, x_start, t, noise)
-            if self.tasks.is_mixed:
-                terms = without_known(terms, known)
+            terms = without_known(terms, known)
             loss = (terms["loss"] * weights).sum() * share
             if self.precision == "fp16":
                 loss = loss * 2**self.log_loss_scale
             loss.backward()
         weighted = {name: term.detach() * weights for name, term in terms.items()}
-        counted: dict[str, th.Tensor] = {}
-        if self.tasks.is_mixed:
-            weighted, counted = self.tasks.counted(weighted, tasks)
+        weighted, counted = self.tasks.counted(weighted, tasks)
         self.averages.add(QUARTILES * t // self.diffusion.num_timesteps, weighted, counted)
         return terms["loss"].detach()
 

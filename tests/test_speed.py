@@ -143,12 +143,14 @@ def no_recompilation():
 
 
 def test_one_graph_serves_all_window_shifts_timesteps_and_smaller_batches(no_recompilation):
-    model, _ = tiny.build()
+    """With rotary positions, and a timestep per modality."""
+    model, _ = tiny.build(cross_attention_rope=True)
     plain, compiled = prepare(model), prepare(model, "fp32", "default", **EAGER)
     video, audio, t = tiny.inputs()
     with th.no_grad():
         for shift, step, batch in (("zero", 0, 2), ("max", 50, 2), ("zero", 7, 1), (None, 99, 2)):
-            given = video[:batch], audio[:batch], (t[:batch] + step) % 100
+            steps = (t[:batch] + step) % 100
+            given = video[:batch], audio[:batch], {"video": steps, "audio": steps // 2}
             outs = []
             for network in (plain, compiled):
                 with window_shift(shift or rng.generator(3)):

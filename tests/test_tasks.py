@@ -58,17 +58,6 @@ def test_the_timestep_of_a_modality_reaches_the_other_only_through_cross_attenti
         assert th.equal(one[0], other[0]) != is_coupled
 
 
-def test_compiled_networks_take_a_timestep_per_modality_and_rotary_positions():
-    model, _ = tiny.build(**SMALLER, cross_attention_rope=True)
-    video, audio, t = tiny.inputs()
-    plain, compiled = prepare(model), prepare(model, "fp32", "default", backend="eager")
-    timesteps = {"video": t, "audio": t // 2}
-    for size in (2, 1):  # a smaller batch is filled up
-        part = (video[:size], audio[:size], tree_map(lambda x, n=size: x[:n], timesteps))
-        with unet.window_shift("max"), th.no_grad():
-            th.testing.assert_close(compiled(*part), plain(*part), rtol=1e-4, atol=1e-4)
-
-
 # Drawing tasks
 
 
@@ -171,14 +160,14 @@ def test_values_that_do_not_count_change_no_average(monkeypatch):
     assert logged == {"a": 2, "a_q0": 1, "a_q3": 3, "c": 3, "c_q0": 1.5, "c_q3": 6}
 
 
-def test_two_and_two_steps_of_mixed_tasks_are_four(tmp_path):
+def test_one_and_one_step_of_mixed_tasks_are_two(tmp_path):
     def weights(folder, *limits):
         for limit in limits:
             trainer = loop(folder, task_mix=MIX, flags=SMALLER, max_steps=limit)
             trainer.run_loop()
         return trainer.params
 
-    for one, two in zip(weights(tmp_path / "a", 4), weights(tmp_path / "b", 2, 4), strict=True):
+    for one, two in zip(weights(tmp_path / "a", 2), weights(tmp_path / "b", 1, 2), strict=True):
         assert th.equal(one, two)
 
 
@@ -186,8 +175,8 @@ def test_mixed_tasks_teach_to_use_what_is_known(tmp_path):
     """Clips whose audio is as loud as the video is bright: known, it tells all of the video."""
 
     def data(start):
-        for step in itertools.count(start // 8):
-            level = th.rand(8, generator=th.Generator().manual_seed(step)) * 2 - 1
+        for step in itertools.count(start // 4):
+            level = th.rand(4, generator=th.Generator().manual_seed(step)) * 2 - 1
             yield (
                 {
                     "video": level.view(-1, 1, 1, 1, 1).expand(-1, 4, 3, 8, 8),
@@ -199,7 +188,7 @@ def test_mixed_tasks_teach_to_use_what_is_known(tmp_path):
     trainer = loop(
         tmp_path,
         data=data,
-        batch_size=8,
+        batch_size=4,
         task_mix={"audio2video": 1.0},
         flags={"prediction": "x_start", "cross_attention_shift": False, **SMALLER},
         lr=3e-3,
@@ -214,7 +203,8 @@ def test_mixed_tasks_teach_to_use_what_is_known(tmp_path):
 
 
 def clean(name, **settings):
-    model, diffusion = tiny.build(timestep_respacing=RESPACED[name], predict_xstart=True)
+    respacing = {"timestep_respacing": RESPACED[name]}
+    model, diffusion = tiny.build(**SMALLER, **respacing, predict_xstart=True)
     settings = SOLVERS.get(name, {}) | settings
     return model, make_sampler(name, diffusion, conditioning="clean", **settings)
 

@@ -36,7 +36,7 @@ LEVELS = tuple((k + 0.5) / 8 for k in range(8))  # t / T, two in each quartile
 THRESHOLD = 0.05  # from which a model counts as coupled
 MAX_CLIPS, MIN_CLIPS = 64, 4
 TIME_SHARE = 0.02  # of the time between two saves
-PASSES_PER_STEP = 3  # a pass without gradients takes a third of a training step
+PASSES_PER_STEP = 2.5  # a training step takes as long as 3 passes without gradients: some to spare
 
 
 def steps_per_clip(task_mix: Iterable[str]) -> float:
@@ -55,12 +55,14 @@ def make_meter(
     """
     clips_per_step = config.batch_size * world.size
     cost = steps_per_clip(config.task_mix)
-    most = min(MAX_CLIPS, int(config.save_interval * clips_per_step / cost))
+    limits = (config.save_interval, config.lr_anneal_steps, config.max_steps)
+    interval = min(filter(None, limits))
+    most = min(MAX_CLIPS, int(interval * clips_per_step / cost))
     if most < MIN_CLIPS:
-        interval = math.ceil(MIN_CLIPS * cost / clips_per_step)
+        needed = math.ceil(MIN_CLIPS * cost / clips_per_step)
         logger.log(
             f"coupling is not measured: it would slow training by more than {TIME_SHARE:.0%} with"
-            f" --save_interval {config.save_interval}; {interval} is enough"
+            f" {interval} steps to a save; {needed} are enough (--save_interval)"
         )
         return None
     clips = read_held_out(data, config.val_dir, config.val_share, most)
@@ -106,7 +108,7 @@ def denoising_errors(
             x, eps = (tree_map(lambda v, p=part: v[p].to(device), tree) for tree in (clips, noise))
             steps = th.full((len(first[part]),), t, device=device)
             masks = {known: th.ones_like(steps, dtype=th.bool)} if known else {}
-            model_fn = bind_known(bind(model), x, masks) if known else bind(model)
+            model_fn = bind_known(bind(model), x, masks)
             with window_shift(rng.generator("coupling", t, start)):
                 terms = diffusion.training_losses(model_fn, x, steps, eps)
             for key in errors:
@@ -144,14 +146,17 @@ class CouplingMeter:
         self.count = count
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for key, (own, other) in self._errors(model).items():
-            values |= _by_quartile(f"coupling_{key}", other / own - 1)
-            values |= _by_quartile(f"val_loss_{key}", own)
+        errors = self._errors(model)
+        couplings = {key: other / own - 1 for key, (own, other) in errors.items()}
         for task, known in self.known.items():
             ((own, other),) = self._errors(model, known).values()
-            values |= _by_quartile(f"coupling_{task}", other / own - 1)
-        logger.log(describe(values))
+            couplings[task] = other / own - 1
+        logger.log(describe(couplings))
+        values: dict[str, float] = {}
+        for key, by_level in couplings.items():
+            values |= _by_quartile(f"coupling_{key}", by_level)
+        for key, (own, _) in errors.items():
+            values |= _by_quartile(f"val_loss_{key}", own)
         return values
 
     def _errors(self, model: nn.Module, known: str = "") -> Errors:
@@ -167,17 +172,13 @@ def _by_quartile(name: str, values: th.Tensor) -> dict[str, float]:
     return {name: float(values.mean())} | {f"{name}_q{q}": x for q, x in enumerate(quartiles)}
 
 
-def describe(values: Mapping[str, float]) -> str:
-    """One line: all couplings, and whether the model is coupled by the largest of them.
+def describe(couplings: Mapping[str, th.Tensor]) -> str:
+    """One line: the mean of each coupling, and whether the model is coupled by the largest one.
 
     Samples agree as soon as one modality follows the other.
     """
-    found = {}
-    for name, value in values.items():
-        key = name.removeprefix("coupling_")
-        if key != name and key[-3:-1] != "_q":
-            found[key] = value
-    parts = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-    is_coupled = max(found.values()) >= THRESHOLD
+    means = {key: float(by_level.mean()) for key, by_level in couplings.items()}
+    parts = ", ".join(f"{key} {value:.3f}" for key, value in means.items())
+    is_coupled = max(means.values()) >= THRESHOLD
     verdict = "coupled" if is_coupled else f"not coupled yet, as all are below {THRESHOLD}"
     return f"coupling on held-out clips: {parts}: {verdict}"

@@ -9,7 +9,7 @@ import torch as th
 
 from .. import rng
 from ..config import TASKS
-from ..tree import append_dims, to_device, tree_map
+from ..tree import append_dims, to_device
 
 Terms = dict[str, th.Tensor]  # name -> [B]
 Known = dict[str, th.Tensor]  # modality -> [B] bool: the clips in which it is known
@@ -33,7 +33,7 @@ class TaskMix:
         return to_device(tasks, device)
 
     def known(self, tasks: th.Tensor) -> Known:
-        """Which modality of which clip is known."""
+        """Which modality of which clip is known; {} where all clips are joint."""
         masks: Known = {}
         for place, name in enumerate(self.names):
             if key := TASKS[name]:
@@ -41,8 +41,13 @@ class TaskMix:
         return masks
 
     def counted(self, terms: Terms, tasks: th.Tensor) -> tuple[Terms, Known]:
-        """The terms with the loss of each task, and for a term [B] whether it counts in the log."""
+        """The terms with the loss of each task, and for a term [B] whether it counts in the log.
+
+        Where all clips are joint, the terms as they are, of which all count.
+        """
         counted: Known = {}
+        if not self.is_mixed:
+            return terms, counted
         for key, mask in self.known(tasks).items():
             counted |= {name: ~mask for name in terms if name.endswith(f"_{key}")}
         losses = {f"loss_{name}": terms["loss"] for name in self.names}
@@ -52,6 +57,8 @@ class TaskMix:
 
 def bind_known(model_fn: Callable[..., Any], x_start: Any, known: Known) -> Callable[..., Any]:
     """A model that gets known modalities as they are in `x_start`, at timestep 0."""
+    if not known:
+        return model_fn
 
     def conditional(x_t: Any, t: th.Tensor) -> Any:
         timesteps = dict.fromkeys(x_t, t)
@@ -66,8 +73,11 @@ def bind_known(model_fn: Callable[..., Any], x_start: Any, known: Known) -> Call
 
 def without_known(terms: Terms, known: Known) -> Terms:
     """The terms of a loss, those of known modalities 0, and `loss`, their sum."""
+    if not known:
+        return terms
     terms = {name: term for name, term in terms.items() if name != "loss"}
     for key, mask in known.items():
-        own = {name: term for name, term in terms.items() if name.endswith(f"_{key}")}
-        terms |= tree_map(lambda term, mask=mask: term.masked_fill(mask, 0.0), own)
+        for name in terms:
+            if name.endswith(f"_{key}"):
+                terms[name] = terms[name].masked_fill(mask, 0.0)
     return {"loss": th.stack(list(terms.values())).sum(dim=0), **terms}
