@@ -55,7 +55,8 @@ def show(title: str, folder: str, alignment, clips) -> None:
     if math.isnan(value):
         reason = reason or "no frame has both object and audio"
     result = f"     - ({reason})" if reason else f"{value:6.3f}"
-    print(f"{f'{title} of {Path(folder).name}':40} {result}")
+    name = "/".join(Path(folder).parts[-2:])
+    print(f"{f'{title} of {name}':46} {result}")
 
 
 if __name__ == "__main__":
