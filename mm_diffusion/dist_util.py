@@ -37,7 +37,7 @@ RANK_VARIABLES = {
 OTHER_LAUNCHERS = "the mpiexec of this Python environment, or torchrun"
 # Ranks may start minutes apart where many hosts read the same disks
 JOINING = timedelta(minutes=10)
-# Rank 0 may index a large folder, or sample previews, while the others wait
+# Rank 0 may search a large folder, or sample previews, while the others wait
 TIMEOUT = timedelta(hours=2)
 PROBE_SECONDS, GRACE_SECONDS = 2.0, 10.0
 LOOPBACK, LOOPBACKS = "127.0.0.1", "127."
@@ -319,6 +319,23 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def group_rank() -> tuple[int, int]:
+    """This process's rank and the number of ranks in the process group; (0, 1) without one."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def to_rank_0(value: Result) -> list[Result]:
+    """On rank 0 the values of all ranks, in order of rank; an empty list on the others."""
+    rank, size = group_rank()
+    if size == 1:
+        return [value]
+    box: list = [None] * size if rank == 0 else []
+    dist.gather_object(value, box if rank == 0 else None)
+    return box
 
 
 def from_rank_0(make: Callable[[], Result]) -> Result:

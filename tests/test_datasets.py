@@ -1,8 +1,8 @@
 """Folders of clips: what is listed, what is refused, and in what order which samples come."""
 
 import dataclasses
+import functools
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -22,14 +22,13 @@ from mm_diffusion.data.decode import ClipInfo
 from mm_diffusion.data.index import (
     VIDEO_EXTENSIONS,
     ClipIndex,
-    Found,
     build_index,
     cache_path,
     find_files,
     folders_in,
-    probe_files,
 )
 from mm_diffusion.data.loader import GlobalOrder, _one_ahead, prefetch_to_device
+from mm_diffusion.data.probing import Probe, probe_files
 from mm_diffusion.data.toy import ToyConfig, write_toy_dataset
 from mm_diffusion.dist_util import World
 from mm_diffusion.evaluation.bright_object import mismatched_alignment, spatial_alignment
@@ -149,14 +148,28 @@ def test_a_missing_folder_is_named(tmp_path, folder, message):
         build_index(str(tmp_path))
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What the probes of these tests find in a file."""
+
+    value: int
+    note: str = ""
+
+
 def logged_size(path, log):
     """A probe that notes what it is called for."""
     with open(log, "a") as file:
         file.write(f"{Path(path).name}\n")
-    return Path(path).stat().st_size
+    return Size(Path(path).stat().st_size)
 
 
-def test_the_index_is_outside_the_folder_as_json_and_unchanged_files_are_not_probed_again(
+def probed(folders, probe, *arguments):
+    """The files of these folders by this probe, in one process."""
+    find = functools.partial(find_files, folders_in(folders), VIDEO_EXTENSIONS, "clips", "")
+    return probe_files(find, Probe(probe, Size, cache_path(folders), 1, arguments))
+
+
+def test_the_index_is_outside_the_folder_and_unchanged_files_are_not_probed_again(
     tmp_path, tmp_path_factory
 ):
     log = tmp_path_factory.mktemp("log") / "probed"
@@ -167,42 +180,31 @@ def test_the_index_is_outside_the_folder_as_json_and_unchanged_files_are_not_pro
     before = sorted(tmp_path.rglob("*"))
 
     def index():
-        found = find_files(folders_in(folders), VIDEO_EXTENSIONS, "clips", "")
-        return probe_files(found, logged_size, cache_path(folders), 1, (str(log),))
+        return probed(folders, logged_size, str(log))
 
     first = index()
-    assert [size for _, size in first.clips] == [5, 5]
+    assert [size.value for _, size in first.clips] == [5, 5]
     assert index() == first
     assert log.read_text().split() == ["one.mp4", "two.MKV"]
     os.utime(tmp_path / "a/one.mp4", (1, 1))
     assert index() == first
     assert log.read_text().split() == ["one.mp4", "two.MKV", "one.mp4"]
     assert sorted(tmp_path.rglob("*")) == before
-    assert "entries" in json.loads(cache_path(folders).read_text())
-
-
-def test_rank_0_alone_probes_the_folder_for_all(toy, monkeypatch):
-    """Fault: ranks that probe a folder while it is being copied train on different data."""
-    index = build_index(str(toy))
-    monkeypatch.setattr("mm_diffusion.data.index.from_rank_0", lambda make: index)
-    monkeypatch.setattr(
-        "mm_diffusion.data.index.find_files", lambda *_: pytest.fail("another rank searched")
-    )
-    assert build_index(str(toy)) is index
+    assert cache_path(folders).exists()
 
 
 def fails_once(path, mark):
     if not os.path.exists(mark):
         Path(mark).touch()
         raise MediaError(f"{path}: cannot be decoded (Input/output error)")
-    return 1.0
+    return Size(1)
 
 
 def test_a_file_that_could_not_be_read_once_is_probed_again(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"1")
-    found, mark = Found([str(tmp_path / "a.mp4")], {}), str(tmp_path / "mark")
+    mark = str(tmp_path / "mark")
     for reasons in (["cannot be decoded (Input/output error)"], []):
-        index = probe_files(found, fails_once, cache_path(str(tmp_path)), 1, (mark,))
+        index = probed(str(tmp_path), fails_once, mark)
         assert [reason.partition(": ")[2] for reason in index.bad.values()] == reasons
 
 

@@ -27,8 +27,8 @@ from mm_diffusion.data.frames import (
     load_frames,
     opencv_cubic,
 )
-from mm_diffusion.data.index import FINGERPRINT_BYTES
 from mm_diffusion.data.loader import GlobalOrder
+from mm_diffusion.data.probing import FINGERPRINT_BYTES
 from mm_diffusion.data.workers import ReaderPool
 from mm_diffusion.dist_util import World
 
@@ -304,7 +304,7 @@ def test_impossible_sizes_are_refused_before_anything_is_read(change, message):
         config(**change)
 
 
-def test_the_folder_is_probed_and_logged_once_by_rank_0(tmp_path, monkeypatch, capsys):
+def test_the_folder_is_logged_when_it_is_searched(tmp_path, capsys):
     write_video(write_images(tmp_path, 3) / "video.mp4", seconds=1.5)
     (tmp_path / "empty.png").write_bytes(b"")
     index = find_frames(config(tmp_path, max_bad_share=0.5))
@@ -312,10 +312,6 @@ def test_the_folder_is_probed_and_logged_once_by_rank_0(tmp_path, monkeypatch, c
     assert len(logged) == 2
     assert logged[0].endswith(f"{tmp_path}: 3 images and 1 videos (1.5 s), 1 files left out:")
     assert "empty.png: is empty" in logged[1]
-    monkeypatch.setattr(
-        "mm_diffusion.data.frames.find_files", lambda *_: pytest.fail("probed again")
-    )
-    monkeypatch.setattr("mm_diffusion.data.frames.from_rank_0", lambda make: index)
     assert find_frames(config(tmp_path, max_bad_share=0.5)) == index
     assert capsys.readouterr().out.splitlines() == logged
     settings = config(batch_size=9, random_flip=False)

@@ -20,7 +20,7 @@ from media_files import NOT_VIDEOS, ODD_VIDEOS, damaged_clips, damaged_images
 
 from mm_diffusion import logger
 from mm_diffusion.config import DataConfig, FrameDataConfig
-from mm_diffusion.data import MediaError, decode, images, index
+from mm_diffusion.data import MediaError, decode, images, probing
 from mm_diffusion.data.clips import ClipDataset
 from mm_diffusion.data.frames import FrameDataset, find_images
 from mm_diffusion.data.index import build_index
@@ -90,7 +90,7 @@ def main(*folders: str) -> None:
     """Print what is wrong with each file of "clips:folder" or "images:folder", and peak memory."""
     th.set_num_threads(1)
     logger.configure(enabled=False)
-    index.tqdm = lambda items, *_, **__: items
+    probing.tqdm = functools.partial(probing.tqdm, file=open(os.devnull, "w"))  # noqa: SIM115
     reasons: dict[str, str] = {}
     for what, folder in (argument.split(":", 1) for argument in folders):
         reasons |= dict({"clips": read_clips, "images": read_images}[what](folder))

@@ -26,18 +26,18 @@ from mm_diffusion.data import DataError
 from mm_diffusion.data.clips import audio_shares, load_data, notes_on_audio
 from mm_diffusion.data.decode import ClipInfo
 from mm_diffusion.data.extract import ExtractSettings, extract_videos
+from mm_diffusion.data.frames import FrameInfo
 from mm_diffusion.data.held_out import split
 from mm_diffusion.data.index import (
     VIDEO_EXTENSIONS,
     ClipIndex,
-    Found,
     build_index,
     cache_folder,
     find_files,
     folders_in,
-    probe_files,
 )
 from mm_diffusion.data.loader import _worker_failure, endless_batches
+from mm_diffusion.data.probing import Found, Probe, probe_files
 from mm_diffusion.dist_util import World, friendly_errors
 from mm_diffusion.generation.conditioning import ConditioningClips
 
@@ -134,7 +134,7 @@ def test_a_folder_whose_name_has_a_comma_wins_over_two_folders(tmp_path):
 corrupted_by: list[str] = []
 
 
-def size_unless_deadly(path):
+def info_unless_deadly(path):
     name = Path(path).name
     if corrupted_by:
         os.abort()
@@ -144,13 +144,14 @@ def size_unless_deadly(path):
         os.abort()
     if name.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return len(name)
+    return FrameInfo(is_video=True)
 
 
 def test_a_file_that_kills_its_reader_is_listed_and_the_others_go_on(tmp_path):
     names = ["a.mp4", "abort.mp4", "b.mp4", "corrupts.mp4", "kill.mp4", "kill2.mp4", "z.mp4"]
     found = Found([touch(tmp_path / name) for name in names], {})
-    index = probe_files(found, size_unless_deadly, tmp_path / "cache.json", num_workers=2)
+    probe = Probe(info_unless_deadly, FrameInfo, tmp_path / "cache.index", num_workers=2)
+    index = probe_files(lambda: found, probe)
     good = [Path(path).name for path, _ in index.clips]
     assert good == ["a.mp4", "b.mp4", "corrupts.mp4", "z.mp4"]
     reasons = {Path(path).name: reason for path, reason in index.bad.items()}

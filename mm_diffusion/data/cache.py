@@ -19,7 +19,8 @@ import torch as th
 from .. import logger
 from ..files import absolute, write_atomically
 from . import decode
-from .index import folders_in, identity
+from .index import folders_in
+from .probing import identity
 
 Tensors = tuple[th.Tensor, ...]
 Parts = Sequence[tuple[tuple[int, ...], str]]  # shape and type of each array of a decoded item

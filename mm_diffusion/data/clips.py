@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -38,15 +36,26 @@ def is_mirrored(seed: int, epoch: int, index: int) -> bool:
     return rng.derive_seed(seed, "mirror", epoch, index) % 2 == 1
 
 
+def frame_counts(seconds: np.ndarray | float, fps: float) -> np.ndarray:
+    """Frames at `fps` of videos of these durations, at least 1; containers round durations."""
+    return np.maximum(1, np.asarray(seconds * fps + ROUNDING_FRAMES).astype(int))
+
+
 def count_frames(seconds: float, fps: float) -> int:
-    """Frames at `fps` of a video of this duration, at least 1; containers round durations."""
-    return max(1, int(seconds * fps + ROUNDING_FRAMES))
+    """`frame_counts` of one video."""
+    return int(frame_counts(seconds, fps))
+
+
+def window_counts(
+    seconds: np.ndarray | float, num_frames: int, fps: float, clip_stride: int
+) -> np.ndarray:
+    """Windows of `num_frames` that begin every `clip_stride` frames; 1 in a shorter file."""
+    return np.maximum(0, frame_counts(seconds, fps) - num_frames) // clip_stride + 1
 
 
 def count_windows(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) -> int:
-    """Windows of `num_frames` that begin every `clip_stride` frames; 1 in a shorter file."""
-    spare_frames = count_frames(info.duration_seconds, fps) - num_frames
-    return max(0, spare_frames) // clip_stride + 1
+    """`window_counts` of one file."""
+    return int(window_counts(info.duration_seconds, num_frames, fps, clip_stride))
 
 
 def audio_shares(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) -> np.ndarray:
@@ -62,23 +71,25 @@ def audio_shares(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) 
 def notes_on_audio(index: ClipIndex[ClipInfo], config: DataConfig) -> list[str]:
     """What the user should know: windows without audio, and files of several mono streams."""
     sizes = (config.video_size[0], config.video_fps, config.clip_stride)
-    counts = np.zeros(3, int)  # windows in all, without audio, with little
+    without = little = 0  # windows without audio, with little
     quiet = []
-    for path, info in index.clips:
+    for number in _gaps_in_audio(index, config):
+        path, info = index.clips[number]
         shares = audio_shares(info, *sizes)
-        without, little = (shares <= 0).sum(), (shares < LEAST_AUDIO_SHARE).sum()
-        counts += (len(shares), without, little - without)
-        if little:
+        without += (shares <= 0).sum()
+        little += ((shares > 0) & (shares < LEAST_AUDIO_SHARE)).sum()
+        if (shares < LEAST_AUDIO_SHARE).any():
             quiet.append(path)
     notes = []
     if quiet:
-        windows, without, little = counts
+        windows = window_counts(index.column("duration_seconds"), *sizes).sum()
         less = f"{little} have it for less than {LEAST_AUDIO_SHARE:.0%} of their time"
         files = f"in {len(quiet)} files, for example {quiet[0]}"
         notes.append(f"{without} of {windows} windows have no audio, {less} ({files})")
-    mono = [(path, info.mono_streams) for path, info in index.clips if len(info.mono_streams) > 1]
-    if mono and config.audio_stream is None:
-        path, streams = mono[0]
+    mono = np.flatnonzero(np.fromiter(map(len, index.column("mono_streams")), int) > 1)
+    if len(mono) and config.audio_stream is None:
+        path, info = index.clips[int(mono[0])]
+        streams = info.mono_streams
         pair = ",".join(map(str, streams[:2]))
         example = f"for example {path}: {', '.join(map(str, streams))}"
         notes.append(
@@ -88,10 +99,20 @@ def notes_on_audio(index: ClipIndex[ClipInfo], config: DataConfig) -> list[str]:
     return notes
 
 
-def locate(item: int, first_after: Sequence[int]) -> tuple[int, int]:
+def _gaps_in_audio(index: ClipIndex[ClipInfo], config: DataConfig) -> np.ndarray:
+    """Numbers of the files that may have a window with less than LEAST_AUDIO_SHARE of audio."""
+    duration = index.column("duration_seconds")
+    late = np.maximum(0, index.column("audio_begin_seconds"))
+    early = np.maximum(0, duration - index.column("audio_end_seconds"))
+    window = np.minimum(config.video_size[0] / config.video_fps, duration)
+    # Half of what may be missing: the ends of windows are rounded.
+    return np.flatnonzero(late + early >= (1 - LEAST_AUDIO_SHARE) / 2 * window)
+
+
+def locate(item: int, first_after: np.ndarray) -> tuple[int, int]:
     """Item of all files -> (file, item of that file); file f ends before item `first_after[f]`."""
-    file = bisect.bisect_right(first_after, item)
-    return file, item - (first_after[file - 1] if file else 0)
+    file = int(np.searchsorted(first_after, item, side="right"))
+    return file, int(item - (first_after[file - 1] if file else 0))
 
 
 class ClipDataset(Dataset):
@@ -108,13 +129,13 @@ class ClipDataset(Dataset):
         self.index, self.clips, self.config, self.disk = index, index.clips, config, disk
         num_frames, _, height, width = config.video_size
         sizes = (num_frames, config.video_fps, config.clip_stride)
-        counts = [count_windows(info, *sizes) for _, info in index.clips]
-        self.first_after = list(itertools.accumulate(counts))  # of each clip: the next one's first
+        counts = window_counts(index.column("duration_seconds"), *sizes)
+        self.first_after = np.cumsum(counts)  # of each clip: the first window of the next one
         frames = ((num_frames, height, width, 3), "uint8")
         self.parts: Parts = [frames, ((2, config.audio_size[1]), "float32")]
 
     def __len__(self) -> int:
-        return self.first_after[-1]
+        return int(self.first_after[-1])
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, window = key if isinstance(key, tuple) else (0, key)

@@ -23,7 +23,8 @@ from ..files import absolute, unambiguous
 from . import DataError, MediaError, decode, images
 from .clips import count_frames
 from .frames import choose_resize
-from .index import VIDEO_EXTENSIONS, Found, find_files, fingerprint
+from .index import VIDEO_EXTENSIONS, Found, find_files
+from .probing import fingerprint
 
 FORMATS = ("png", "jpg")
 MAX_NAME_BYTES = 255 - len(".image__00000000.png")  # of a clip, as file systems allow 255 in all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -14,35 +14,45 @@ from torch.utils.data import Dataset
 
 from .. import logger, rng
 from ..config import FrameDataConfig
-from ..dist_util import World, from_rank_0
+from ..dist_util import World
 from . import decode, images
 from .cache import DiskCache, Parts
-from .clips import count_frames, is_mirrored, locate
+from .clips import frame_counts, is_mirrored, locate
 from .index import (
     VIDEO_EXTENSIONS,
     ClipIndex,
     cache_path,
     find_files,
     folders_in,
-    probe_files,
 )
 from .loader import endless_batches
+from .probing import Probe, probe_files
 
 cv2.setNumThreads(1)  # images are resized in several processes
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 NOISE_SHARE, MAX_NOISE_SIGMA = 0.5, 20.0  # of the small images; on the scale 0..255
 JPEG_SHARE, JPEG_QUALITIES = 0.5, (20, 80)
 
-FrameIndex = ClipIndex[float | None]  # duration of a video in seconds, None for an image
+
+@dataclasses.dataclass(frozen=True)
+class FrameInfo:
+    """What an image file or a video file holds."""
+
+    is_video: bool
+    duration_seconds: float = 0.0  # of a video
+    note: str = ""
+
+
+FrameIndex = ClipIndex[FrameInfo]
 Pair = tuple[th.Tensor, dict[str, th.Tensor]]
 
 
 def find_frames(config: FrameDataConfig) -> FrameIndex:
     """`find_images` in data_dir, logged; DataError as in `ClipIndex.refuse_if_bad`."""
     index = find_images(config.data_dir, config.num_workers)
-    videos = [seconds for _, seconds in index.clips if seconds is not None]
-    count = f"{len(index.clips) - len(videos)} images and {len(videos)} videos"
-    logger.log(f"{config.data_dir}: {index.report(f'{count} ({sum(videos):.1f} s)')}")
+    videos, seconds = index.column("is_video").sum(), index.column("duration_seconds").sum()
+    count = f"{len(index.clips) - videos} images and {videos} videos ({seconds:.1f} s)"
+    logger.log(f"{config.data_dir}: {index.report(count)}")
     index.refuse_if_bad(config.max_bad_share, lister="the log above")
     return index
 
@@ -50,26 +60,22 @@ def find_frames(config: FrameDataConfig) -> FrameIndex:
 def find_images(data_dir: str, num_workers: int = 4) -> FrameIndex:
     """The images and video files below `data_dir` (one folder or a comma list).
 
-    Rank 0 searches for all: must be called on every rank. DataError where a folder is missing or
-    holds neither.
+    Rank 0 searches, all ranks probe: must be called on every rank. DataError where a folder is
+    missing or holds neither.
     """
     remedy = "check --data_dir, or extract frames of videos with py_scripts/extract_video.py"
     kinds = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
-
-    def find() -> FrameIndex:
-        found = find_files(folders_in(data_dir), kinds, "images or videos", remedy)
-        index = probe_files(found, _duration, cache_path(data_dir, kind="frames"), num_workers)
-        return dataclasses.replace(index, data_dir=data_dir)
-
-    return from_rank_0(find)
+    find = functools.partial(find_files, folders_in(data_dir), kinds, "images or videos", remedy)
+    probe = Probe(_probe, FrameInfo, cache_path(data_dir, kind="frames"), num_workers)
+    return ClipIndex(*probe_files(find, probe), data_dir)
 
 
-def _duration(path: str) -> float | None:
-    """Seconds of a video file, None for an image; MediaError where it cannot be used."""
+def _probe(path: str) -> FrameInfo:
+    """What the file holds; MediaError where it cannot be used."""
     if not path.lower().endswith(IMAGE_EXTENSIONS):
-        return decode.video_duration(path)
+        return FrameInfo(is_video=True, duration_seconds=decode.video_duration(path))
     images.check_image(path)
-    return None
+    return FrameInfo(is_video=False)
 
 
 def opencv_cubic(image: th.Tensor, size: list[int]) -> th.Tensor:
@@ -112,12 +118,11 @@ class FrameDataset(Dataset):
     ) -> None:
         self.index, self.files, self.config, self.disk = index, index.clips, config, disk
         self.parts: Parts = [((3, config.large_size, config.large_size), "uint8")]
-        durations = [seconds for _, seconds in self.files]
-        counts = [1 if s is None else count_frames(s, config.video_fps) for s in durations]
-        self.first_after = list(itertools.accumulate(counts))
+        frames = frame_counts(index.column("duration_seconds"), config.video_fps)
+        self.first_after = np.cumsum(np.where(index.column("is_video"), frames, 1))
 
     def __len__(self) -> int:
-        return self.first_after[-1] if self.first_after else 0
+        return int(self.first_after[-1]) if len(self.first_after) else 0
 
     def __getitem__(self, key: int | tuple[int, int]) -> Pair:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -131,8 +136,8 @@ class FrameDataset(Dataset):
     def source(self, index: int) -> tuple[str, int | None]:
         """Index -> (path, frame at `video_fps`; None for an image file)."""
         file, number = locate(index, self.first_after)
-        path, seconds = self.files[file]
-        return path, None if seconds is None else number
+        path, info = self.files[file]
+        return path, number if info.is_video else None
 
     def image(self, index: int) -> th.Tensor:
         """[3, h, w] uint8 at the size in the file."""

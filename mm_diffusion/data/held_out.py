@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 
+import numpy as np
+
 from ..files import absolute
 from .decode import ClipInfo
 from .index import ClipIndex, folders_in
@@ -23,11 +25,9 @@ def split(index: Index, share: float) -> tuple[Index, Index]:
     if share * len(index.clips) < LEAST_FILES:
         return index, ClipIndex([], {}, index.data_dir)
     folders = [absolute(folder) for folder in folders_in(index.data_dir)]
-    parts: tuple[list, list] = ([], [])
-    for path, info in index.clips:
-        parts[_fraction(path, folders) < share].append((path, info))
-    training, held_out = parts
-    return ClipIndex(training, index.bad, index.data_dir), ClipIndex(held_out, {}, index.data_dir)
+    is_held_out = np.array([_fraction(path, folders) < share for path, _ in index.clips])
+    training = ClipIndex(index.choose(~is_held_out), index.bad, index.data_dir)
+    return training, ClipIndex(index.choose(is_held_out), {}, index.data_dir)
 
 
 def _fraction(path: str, folders: list[str]) -> float:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import blobfile
-from tqdm import tqdm
+import numpy as np
 
-from .. import logger
-from ..dist_util import from_rank_0
-from ..files import absolute, is_remote, unambiguous, write_text
-from . import DataError, MediaError, decode
+from ..files import absolute, is_remote, unambiguous
+from . import DataError, decode
 from .decode import ClipInfo
+from .probing import Found, Probe, probe_files
 from .streams import AudioChoice
-from .workers import ReaderPool
+from .table import Table
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".gif", ".mkv", ".webm", ".mov")
-FORMAT = 5  # of the cached index; raised whenever an entry changes its meaning
-FINGERPRINT_BYTES = 2**20  # at either end of a file
 MAX_EXAMPLES = 3  # bad files named in an error
 Info = TypeVar("Info")
 
@@ -35,7 +31,7 @@ Info = TypeVar("Info")
 class ClipIndex(Generic[Info]):
     """Usable files with what is known of each, sorted by path, and why the others are bad."""
 
-    clips: list[tuple[str, Info]]
+    clips: Sequence[tuple[str, Info]]
     bad: dict[str, str]
     data_dir: str = ""  # the folders that hold them
 
@@ -47,13 +43,28 @@ class ClipIndex(Generic[Info]):
 
     def notes(self) -> list[str]:
         """A line for each usable file that is not as it should be."""
-        noted = [(path, getattr(info, "note", "")) for path, info in self.clips]
-        return [f"{path}: {note}" for path, note in noted if note]
+        notes = self.column("note")
+        return [f"{self.clips[k][0]}: {notes[k]}" for k in np.flatnonzero(notes != "").tolist()]
+
+    def column(self, name: str) -> np.ndarray:
+        """A field of the info of every clip."""
+        if isinstance(self.clips, Table):
+            return self.clips.column(name)
+        return np.fromiter((getattr(info, name) for _, info in self.clips), object)
 
     def leave_out(self, bad: dict[str, str]) -> ClipIndex[Info]:
         """The index in which these files are bad as well; path -> why."""
-        clips = [(path, info) for path, info in self.clips if path not in bad]
+        if isinstance(self.clips, Table):
+            clips: Sequence = self.clips.without(bad)
+        else:
+            clips = [(path, info) for path, info in self.clips if path not in bad]
         return ClipIndex(clips, self.bad | bad, self.data_dir)
+
+    def choose(self, mask: np.ndarray) -> Sequence[tuple[str, Info]]:
+        """The clips for which the mask is true."""
+        if isinstance(self.clips, Table):
+            return self.clips.select(mask)
+        return [self.clips[number] for number in np.flatnonzero(mask).tolist()]
 
     def refuse_if_bad(self, max_bad_share: float, lister: str = "py_scripts/check_data.py") -> None:
         """DataError, with examples, where no file is good or more than `max_bad_share` are bad."""
@@ -84,66 +95,16 @@ def probe_folders(
 ) -> ClipIndex[ClipInfo]:
     """The index of all clips below `data_dir`: one folder or a comma list, local or remote.
 
-    Rank 0 probes for all: must be called on every rank. Streams: see `decode.probe`. DataError,
-    naming `flag`, where a folder is missing or there are no clips.
+    Rank 0 searches, all ranks probe: must be called on every rank. Streams: see `decode.probe`.
+    DataError, naming `flag`, where a folder is missing or there are no clips.
     """
     streams = (video_stream, audio_stream)
-
-    def find() -> ClipIndex[ClipInfo]:
-        found = find_files(folders_in(data_dir), VIDEO_EXTENSIONS, "clips", f"check --{flag}")
-        index = probe_files(found, _probe, cache_path(data_dir, *streams), num_workers, streams)
-        return ClipIndex([(p, ClipInfo(**info)) for p, info in index.clips], index.bad, data_dir)
-
-    return from_rank_0(find)
-
-
-def _probe(path: str, *streams: Any) -> dict[str, Any]:
-    return dataclasses.asdict(decode.probe(path, *streams))
-
-
-class Found(NamedTuple):
-    """Files, sorted, and folder -> why it could not be searched."""
-
-    paths: list[str]
-    unreadable: dict[str, str]
-
-
-def probe_files(
-    found: Found,
-    probe: Callable[..., Any],
-    cache: Path,
-    num_workers: int,
-    arguments: Sequence[Any] = (),
-) -> ClipIndex[Any]:
-    """The index of these files by `probe(path, *arguments)`: JSON, or MediaError for a bad file.
-
-    It is called in other processes (see `ReaderPool`). Good files of unchanged size and time are
-    taken from `cache`; what failed may work this time.
-    """
-    known, paths = _read_cache(cache), found.paths
-    entries, bad = {}, dict(found.unreadable)
-    size = max(1, num_workers)
-
-    def entry(path: str) -> dict[str, Any] | MediaError:
-        try:
-            current, old = identity(path), known.get(path, {})
-            if "info" in old and old.items() >= current.items():
-                return old
-            if not current["size"]:
-                raise MediaError(f"{path}: is empty (0 bytes)")
-            return {**current, "info": readers.call(probe, path, *arguments)}
-        except MediaError as error:
-            return error
-
-    with ReaderPool(size) as readers, ThreadPoolExecutor(size) as threads:
-        results = tqdm(threads.map(entry, paths), "files", len(paths), unit="file", leave=False)
-        for path, result in zip(paths, results, strict=True):
-            if isinstance(result, MediaError):
-                bad[path] = str(result)
-            else:
-                entries[path] = result
-    _write_cache(cache, entries)
-    return ClipIndex([(path, entries[path]["info"]) for path in entries], bad)
+    find = functools.partial(
+        find_files, folders_in(data_dir), VIDEO_EXTENSIONS, "clips", f"check --{flag}"
+    )
+    cache = cache_path(data_dir, *streams)
+    probe = Probe(decode.probe, ClipInfo, cache, num_workers, streams)
+    return ClipIndex(*probe_files(find, probe), data_dir)
 
 
 def folders_in(text: str) -> list[str]:
@@ -240,47 +201,4 @@ def cache_path(data_dir: str, *streams: AudioChoice | None, kind: str = "clips")
     """The file of this folder's cached index for these streams (video, audio; None: the best)."""
     folders = [absolute(folder) for folder in folders_in(data_dir)]
     key = json.dumps([folders, *(streams or (None, None))])
-    return cache_folder() / f"{kind}_{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-
-
-def _read_cache(path: Path) -> dict[str, dict]:
-    """Path -> entry of an earlier run; empty where the cache is missing or corrupt."""
-    try:
-        content = json.loads(path.read_text())
-        return dict(content["entries"]) if content["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_cache(path: Path, entries: dict[str, dict]) -> None:
-    try:
-        write_text(path, json.dumps({"format": FORMAT, "entries": entries}))
-    except OSError as error:
-        logger.warn(
-            f"{path}: cannot be written ({error.strerror}), so the files are probed again next"
-            " time; set MM_DIFFUSION_CACHE to a folder with space"
-        )
-
-
-def identity(path: str) -> dict[str, float]:
-    """Size and time, which change with the file; MediaError where it is missing."""
-    with _missing_as_media_error(path):
-        stat = blobfile.stat(path)
-    return {"size": stat.size, "mtime": stat.mtime}
-
-
-def fingerprint(path: str) -> str:
-    """sha256 of a file's size and first and last MiB; MediaError as above."""
-    with _missing_as_media_error(path), blobfile.BlobFile(path, "rb") as file:
-        first, size = file.read(FINGERPRINT_BYTES), file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        return hashlib.sha256(b"%d " % size + first + file.read()).hexdigest()
-
-
-@contextmanager
-def _missing_as_media_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, blobfile.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{path}: cannot be found ({reason})") from error
+    return cache_folder() / f"{kind}_{hashlib.sha256(key.encode()).hexdigest()[:24]}.index"

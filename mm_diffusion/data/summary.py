@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..config import DataConfig
 from . import MediaError, decode
-from .clips import count_windows, notes_on_audio
+from .clips import notes_on_audio, window_counts
 from .decode import ClipInfo
 from .index import ClipIndex
 from .streams import decode_from, open_media, stream_start
@@ -55,7 +55,9 @@ def measure_some(
 
 
 def _read_all(
-    function: Callable[[str, ClipInfo], Any], clips: list[tuple[str, ClipInfo]], num_workers: int
+    function: Callable[[str, ClipInfo], Any],
+    clips: Sequence[tuple[str, ClipInfo]],
+    num_workers: int,
 ) -> tuple[list[Any], dict[str, str]]:
     """`function(path, info)` of each clip by a `ReaderPool`, and path -> why it fails."""
     size = max(1, num_workers)
@@ -104,25 +106,25 @@ def measure(path: str, info: ClipInfo) -> MeasuredClip:
 
 def describe(index: ClipIndex[ClipInfo], rows: list[MeasuredClip], config: DataConfig) -> str:
     """A row for each measured clip, a summary of all in training windows, and the bad files."""
-    infos = [info for _, info in index.clips]
-    sizes = (config.video_size[0], config.video_fps, config.clip_stride)
-    windows = sum(count_windows(info, *sizes) for info in infos)
-    durations = [info.duration_seconds for info in infos]
+    count, sizes = len(index.clips), (config.video_size[0], config.video_fps, config.clip_stride)
+    durations = index.column("duration_seconds")
+    windows = window_counts(durations, *sizes).sum()
     figures = (min(durations), statistics.median(durations), max(durations), sum(durations))
+    frame_sizes = zip(index.column("width"), index.column("height"), strict=True)
     summary = {
-        "clips": f"{len(infos)} files, {windows} windows",
+        "clips": f"{count} files, {windows} windows",
         "seconds (min/median/max/total)": " / ".join(f"{seconds:.2f}" for seconds in figures),
-        "frames per second": _tally(f"{info.fps:.4g}" for info in infos),
-        "frame size": _tally(f"{info.width}x{info.height}" for info in infos),
-        "samples per second": _tally(info.sample_rate for info in infos),
-        "channels": _tally(info.channels for info in infos),
+        "frames per second": _tally(f"{fps:.4g}" for fps in index.column("fps")),
+        "frame size": _tally(f"{width}x{height}" for width, height in frame_sizes),
+        "samples per second": _tally(index.column("sample_rate")),
+        "channels": _tally(index.column("channels")),
         "loudness (dBFS, median)": _median(row.loudness_db for row in rows),
         "right minus left (dB, median)": _median(row.right_minus_left_db for row in rows),
         "left out": f"{len(index.bad)} files",
     }
     lines = [" seconds    fps       size     Hz ch   dBFS  R-L dB  file", *map(_row, rows)]
-    if len(infos) > len(rows):
-        lines.append(f"... and {len(infos) - len(rows)} more (--limit)")
+    if count > len(rows):
+        lines.append(f"... and {count - len(rows)} more (--limit)")
     lines += ["", *(f"{name:32}{value}" for name, value in summary.items())]
     lines += [f"  {line}" for line in [*index.bad.values(), *index.notes()]]
     return "\n".join(lines + [f"note: {note}" for note in notes_on_audio(index, config)])

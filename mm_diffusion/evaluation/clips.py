@@ -15,7 +15,8 @@ from ..config import ClipReadingConfig, DataConfig
 from ..data import decode, images
 from ..data.clips import ClipDataset, count_frames, count_windows, locate
 from ..data.decode import ClipInfo
-from ..data.index import ClipIndex, build_index, fingerprint, identity
+from ..data.index import ClipIndex, build_index
+from ..data.probing import fingerprint, identity
 
 MIN_RATE = 0.9  # share of --video_fps below which a file's own frame rate is too low
 Rows = dict[str, th.Tensor]  # what a measure computes: of one clip, or of all clips [N, ...]

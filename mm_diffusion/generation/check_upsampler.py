@@ -31,11 +31,11 @@ def true_clips(
     index: FrameIndex, config: FrameDataConfig, num_frames: int
 ) -> Iterator[tuple[str, th.Tensor]]:
     """(path, frames [F, 3, h, w] uint8) of each file: its first `num_frames`, one of an image."""
-    for path, seconds in index.clips:
-        if seconds is None:
+    for path, info in index.clips:
+        if not info.is_video:
             yield path, images.read_image(path)[None]
         else:
-            count = min(num_frames, count_frames(seconds, config.video_fps))
+            count = min(num_frames, count_frames(info.duration_seconds, config.video_fps))
             yield path, th.stack([*decode.read_frames(path, 0, count, config.video_fps)])
 
 

@@ -14,7 +14,8 @@ import torch as th
 from ..config import DataConfig
 from ..data.clips import ClipDataset, count_frames, locate
 from ..data.decode import ClipInfo
-from ..data.index import ClipIndex, identity
+from ..data.index import ClipIndex
+from ..data.probing import identity
 from ..files import write_text
 from .output import clip_name
 

@@ -23,7 +23,8 @@ import torch as th
 from tqdm import tqdm
 
 from ..data import DataError, MediaError, decode, images
-from ..data.index import VIDEO_EXTENSIONS, find_files, identity
+from ..data.index import VIDEO_EXTENSIONS, find_files
+from ..data.probing import identity
 from ..files import write_text
 from . import pages
 from .measures import SCORES, Score, is_silent, measure, positions, why_no_object
