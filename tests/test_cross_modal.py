@@ -298,16 +298,16 @@ def world(tmp_path, monkeypatch):
     """A folder of three video files, checkpoints, and a function that runs the script."""
     monkeypatch.setenv("MM_DIFFUSION_CACHE", str(tmp_path / "cache"))
     base, sr = saved(tmp_path)
-    (tmp_path / "films/more").mkdir(parents=True)
+    (tmp_path / "videos/more").mkdir(parents=True)
     for k, name in enumerate(("a.mp4", "b.mkv", "more/c.mov")):
-        small_clip(tmp_path / "films" / name, seed=k)
+        small_clip(tmp_path / "videos" / name, seed=k)
 
     def sample(known, out, *more, upsampled=False):
         line = [
             "--multimodal_model_path",
             base,
             "--data_dir",
-            str(tmp_path / "films"),
+            str(tmp_path / "videos"),
             "--output_dir",
             str(out),
         ]
@@ -338,8 +338,8 @@ def test_a_script_writes_what_it_drew_with_what_was_given_beside_the_clips_as_th
         "audios": [f"{n}.wav" for n in names],
         **{kind: [f"{n}.mp4" for n in names] for kind in kinds},
     }
-    films = [tmp_path / "films" / name for name in ("a.mp4", "b.mkv", "more/c.mov")]
-    sources = [read_window(film, 0, 4, 4, 8, 8, 64, 64) for film in films]
+    paths = [tmp_path / "videos" / name for name in ("a.mp4", "b.mkv", "more/c.mov")]
+    sources = [read_window(path, 0, 4, 4, 8, 8, 64, 64) for path in paths]
     for k, name in enumerate(names):
         truth, drawn = (
             read_window(out / f"{kind}/{name}.mp4", 0, 4, 4, 8, 8, 64, 64) for kind in kinds[1::-1]
@@ -399,7 +399,7 @@ def test_a_rerun_completes_the_folder_and_other_clips_or_scales_are_refused(worl
     for known, more in (("video", ["--classifier_scale", "1"]), ("audio", [])):
         with pytest.raises(ValueError, match=r"clips of another run \(given differ"):
             world(known, out, "--sample_fn", "ddim", *more)
-    small_clip(tmp_path / "films/d.mp4", seed=9)
+    small_clip(tmp_path / "videos/d.mp4", seed=9)
     with pytest.raises(ValueError, match=r"clips of another run \(given differ"):
         world("video", out, "--sample_fn", "ddim")
 
@@ -462,13 +462,13 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_short_films_are_left_out_and_told_where_that_is_allowed(world, tmp_path, capsys):
-    small_clip(tmp_path / "films/short.mp4", frames=6, samples=9600)
+def test_short_videos_are_left_out_and_reported_where_that_is_allowed(world, tmp_path, capsys):
+    small_clip(tmp_path / "videos/short.mp4", frames=6, samples=9600)
     found = world("video", tmp_path / "out", "--max_bad_share", "0.5", "--sample_fn", "ddim")
     assert len(found["original"]) == 3
-    told = capsys.readouterr().out
-    assert "3 conditioning clips, 1 files left out" in told
-    assert "short.mp4: lasts 0.60 s" in told
+    output = capsys.readouterr().out
+    assert "3 conditioning clips, 1 files left out" in output
+    assert "short.mp4: lasts 0.60 s" in output
 
 
 def test_the_scale_has_a_note_only_where_it_has_no_effect():

@@ -353,7 +353,7 @@ def test_a_rank_that_is_killed_ends_the_job_without_complaints_of_the_others(
 
 
 def test_without_a_launcher_that_ends_it_a_rank_ends_by_itself_when_another_is_gone(tmp_path):
-    """As with srun, which lets the others run on unless told otherwise."""
+    """As with srun, which lets the others run on by default."""
     (tmp_path / "job.py").write_text(JOB)
     env = untouched() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(dist_util._free_port())}

@@ -161,8 +161,8 @@ def test_silence_is_that_of_the_metrics(factor, silent):
     audio = factor * stereo.SILENT * th.tensor([1.0, -1.0]).repeat(2, RATE)
     assert (measures.measure(moving(RIGHT_AND_BACK), audio)["level"] == "silent") == silent
     assert bool(stereo.is_audible(audio[None])) != silent
-    heard = measures.positions(moving(RIGHT_AND_BACK), audio)[1]
-    assert heard == [None if silent else pytest.approx(0, abs=1e-4)] * FRAMES
+    localised = measures.positions(moving(RIGHT_AND_BACK), audio)[1]
+    assert localised == [None if silent else pytest.approx(0, abs=1e-4)] * FRAMES
 
 
 @pytest.mark.parametrize(("above", "reason"), [(-0.005, "black"), (0.005, "no object stands out")])
@@ -196,9 +196,9 @@ def test_a_path_breaks_at_gaps_and_shows_single_points():
 @pytest.mark.parametrize("hz", [250, 1000, 3000])
 def test_a_tone_is_in_its_channel_at_its_frequency(hz):
     tone = th.sin(2 * math.pi * hz * th.arange(2 * RATE) / RATE)
-    picture = spectrograms.spectrogram(th.stack([tone, tone * 0]), RATE).sum(0).double()
-    rows = (len(picture) - 1) // 2
-    left, right = picture[:rows], picture[-rows:]
+    image = spectrograms.spectrogram(th.stack([tone, tone * 0]), RATE).sum(0).double()
+    rows = (len(image) - 1) // 2
+    left, right = image[:rows], image[-rows:]
     assert left.mean(1).argmax().item() == pytest.approx(
         rows * (1 - spectrograms.mel_height(hz, RATE / 2)), abs=1.5
     )
@@ -221,11 +221,11 @@ def test_white_noise_is_equally_bright_at_all_frequencies():
     ("count", "rate"), [(1, 8), (50, 512), (1024, 512), (16000, 16000), (3, 96000)]
 )
 def test_a_spectrogram_is_drawn_of_any_length_and_rate(count, rate):
-    picture = spectrograms.spectrogram(th.zeros(2, count), rate)
-    assert picture.dtype == th.uint8
-    assert picture.shape[0] == 3
-    assert picture.shape[1] <= 2 * spectrograms.MAX_ROWS + 1
-    assert picture.shape[2] <= spectrograms.MAX_COLUMNS
+    image = spectrograms.spectrogram(th.zeros(2, count), rate)
+    assert image.dtype == th.uint8
+    assert image.shape[0] == 3
+    assert image.shape[1] <= 2 * spectrograms.MAX_ROWS + 1
+    assert image.shape[2] <= spectrograms.MAX_COLUMNS
 
 
 def test_a_strip_shows_frames_in_the_middle_of_equal_spans():
@@ -325,12 +325,12 @@ def test_the_images_of_a_clip_are_its_frames_its_poster_and_its_spectrograms(mix
     strip, poster, spectrogram = (images.read_image(mixed / source) for source in sources)
     assert len(set(sources)) == 3
     assert strip.shape == (3, 64, FRAMES * 64)
-    for picture, place in zip(
+    for image, place in zip(
         [*strip.chunk(FRAMES, dim=-1), poster],
         [*RIGHT_AND_BACK, RIGHT_AND_BACK[FRAMES // 2]],
         strict=True,
     ):
-        assert picture.double().mean((0, 1)).argmax().item() == pytest.approx(64 * place, abs=3)
+        assert image.double().mean((0, 1)).argmax().item() == pytest.approx(64 * place, abs=3)
     assert spectrogram.shape[1] == 2 * spectrograms.MAX_ROWS + 1
 
 

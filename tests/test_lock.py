@@ -1,4 +1,4 @@
-"""The lock of the output folder: who may write, who is told that somebody else does."""
+"""The lock of the output folder: who may write, and what a second run reads."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Predicting noise, clip or v: one process told in three ways; and schedules that end in noise."""
+"""Predicting noise, clip or v: three forms of one process; and schedules that end in noise."""
 
 import itertools
 

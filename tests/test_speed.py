@@ -258,10 +258,10 @@ def test_the_compiler_may_compute_again_rather_than_keep_float32_maps(monkeypatc
 
 
 def test_an_unknown_way_to_compile_is_refused():
-    told = "compile 'fast': choose from false, true, reduce-overhead, max-autotune"
-    with pytest.raises(ValueError, match=told):
+    message = "compile 'fast': choose from false, true, reduce-overhead, max-autotune"
+    with pytest.raises(ValueError, match=message):
         TrainConfig(output_dir="x", compile="fast")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         SamplingConfig(output_dir="x", compile="fast")
 
 

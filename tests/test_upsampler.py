@@ -390,8 +390,8 @@ def test_2_and_2_steps_of_the_upsampler_equal_4_bit_for_bit(tmp_path):
 def test_a_guided_diffusion_checkpoint_with_classes_starts_a_run_and_what_was_taken_is_told(
     tmp_path, monkeypatch
 ):
-    told = []
-    monkeypatch.setattr("mm_diffusion.logger.log", told.append)
+    logged = []
+    monkeypatch.setattr("mm_diffusion.logger.log", logged.append)
     model, _ = tiny.build_upsampler()
     state = published_state_dict(model) | {"label_emb.weight": th.zeros(10, 128)}
     del state["out.2.bias"]
@@ -399,9 +399,9 @@ def test_a_guided_diffusion_checkpoint_with_classes_starts_a_run_and_what_was_ta
     fresh, _ = tiny.build_upsampler(as_built=True)
     start_from(str(tmp_path / "guided.pt"), fresh)
     count = len(state) - 1
-    assert f"{count} of the model's {count + 1} tensors taken" in told[0]
-    assert "start anew: out.2.bias" in told[1]
-    assert "have no place in the model: label_emb.weight" in told[2]
+    assert f"{count} of the model's {count + 1} tensors taken" in logged[0]
+    assert "start anew: out.2.bias" in logged[1]
+    assert "have no place in the model: label_emb.weight" in logged[2]
     for name, value in published_state_dict(fresh).items():
         assert name == "out.2.bias" or th.equal(value, state[name])
 
@@ -457,9 +457,9 @@ def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_pat
     )
     preview(model, 12)
     (path,) = (tmp_path / "samples/000012").glob("*.png")
-    picture = read_image(str(path)).float() / 127.5 - 1
+    image = read_image(str(path)).float() / 127.5 - 1
     tiles = [
-        picture[:, 2 : 2 + 64, 2 + 66 * k : 66 * (k + 1)] for k in range(4)
+        image[:, 2 : 2 + 64, 2 + 66 * k : 66 * (k + 1)] for k in range(4)
     ]  # enlarged to 64 pixels, 2 between
     low, upsampled, bicubic, true = (tile[:, ::2, ::2] for tile in tiles)
     assert (true - large[0]).abs().max() < 0.01
@@ -669,16 +669,16 @@ def test_clips_of_another_process_are_refused_and_an_empty_folder_is_free(tmp_pa
 
 
 def test_the_training_script_trains_previews_and_goes_on(tmp_path, monkeypatch, capsys):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for k in range(3):
-        picture = (
+        image = (
             (127 + 60 * golden_data.noise(f"picture {k}", (3, 40, 50))).clamp(0, 255).to(th.uint8)
         )
-        write_png(picture, str(tmp_path / f"pictures/{k}.png"))
+        write_png(image, str(tmp_path / f"images/{k}.png"))
     flags = [text for name, value in tiny.SR_FLAGS.items() for text in (f"--{name}", str(value))]
     line = [
         "--data_dir",
-        str(tmp_path / "pictures"),
+        str(tmp_path / "images"),
         "--output_dir",
         str(tmp_path / "run"),
         "--num_workers",
@@ -698,10 +698,10 @@ def test_the_training_script_trains_previews_and_goes_on(tmp_path, monkeypatch, 
     for steps in ("1", "2"):
         monkeypatch.setattr(sys, "argv", ["image_sr_train.py", *line, "--max_steps", steps])
         runpy.run_path(str(SCRIPT.with_name("image_sr_train.py")))["main"]()
-    told = capsys.readouterr().out
-    assert told.count("3 images") == 2
-    assert "resumed from" in told
-    assert "PSNR" in told
+    output = capsys.readouterr().out
+    assert output.count("3 images") == 2
+    assert "resumed from" in output
+    assert "PSNR" in output
     assert (tmp_path / "run/model000002.pt").exists()
     assert len(list((tmp_path / "run/samples").glob("*/*.png"))) == 2
     assert checkpoint.load_state(str(tmp_path / "run/model000002.pt"))[1]["large_size"] == 32

@@ -69,7 +69,7 @@ def local_file(path: str, mode: str) -> AbstractContextManager[Any]:
 def choose_stream(path: AnyPath, container, kind: str, index: int | None = None) -> Any:
     """The stream of that index in the file, or the best of its kind ("video" or "audio").
 
-    Pictures that are attached, such as a cover, are no video.
+    Attached images, such as a cover, are no video.
     """
     streams = [s for s in container.streams if s.type == kind and not s.disposition & ATTACHED]
     indices = [stream.index for stream in streams]
