@@ -66,11 +66,11 @@ def test_the_loss_of_held_out_clips_is_that_of_training_at_the_same_noise_levels
 
 def test_of_mixed_tasks_it_tells_what_a_clean_modality_is_worth():
     """A video that is the clean audio's level: at equal noise levels nothing tells of it."""
-    seen = []
+    received = []
 
     class Reads(th.nn.Module):
         def forward(self, video, audio, timesteps):
-            seen.append(timesteps)
+            received.append(timesteps)
             is_clean = isinstance(timesteps, dict) and int(timesteps["audio"].max()) == 0
             level = audio.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1) * is_clean
             return level.expand_as(video), th.zeros_like(audio)
@@ -81,7 +81,7 @@ def test_of_mixed_tasks_it_tells_what_a_clean_modality_is_worth():
     assert values["coupling_video"] == values["coupling_audio"] == 0
     assert values["coupling_audio2video_q0"] > 100  # what is matched is predicted exactly
     assert "coupling_video2audio" not in values
-    assert all(th.equal(t["audio"], 0 * t["video"]) for t in seen if isinstance(t, dict))
+    assert all(th.equal(t["audio"], 0 * t["video"]) for t in received if isinstance(t, dict))
 
 
 @pytest.mark.parametrize("flags", [{"learn_sigma": True, "use_kl": True}, {"prediction": "v"}])

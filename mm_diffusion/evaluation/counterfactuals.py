@@ -64,7 +64,7 @@ _video_distance = Expectation(
 )
 _mid = Expectation(1e-4, rise=AUDIO_NOISE, open=ONE_LATE + FOUR_LATE + REVERSED, is_share=True)
 _channel = dataclasses.replace(_mid, rise=AUDIO_NOISE + MONO, open=_mid.open + SWAPPED)
-# These two tolerate one frame. Reversed sounds have other onsets. Mono is heard in the middle,
+# These two tolerate one frame. Reversed audio has other onsets. Mono is localised in the middle,
 # which is within reach of wide objects.
 _temporal = Expectation(
     0.04,

@@ -33,7 +33,7 @@ from .spectrogram import RANGE_DB, mel_height, spectrogram
 PAGE, IMAGES, SHEET = "index.html", "gallery", "contact_sheet.png"
 KINDS = ("poster", "strip", "spectrogram")  # images of a clip
 MEASURES_FORMAT = 3  # of the JSON file beside a clip's images; raised when Clip changes
-TEMPLATE = Path(__file__).with_name("gallery.html")
+TEMPLATE = "gallery.html"
 
 MAX_SECONDS = 60  # decoded of a clip
 MAX_FRAMES = 80  # spread over them

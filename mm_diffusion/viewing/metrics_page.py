@@ -19,7 +19,7 @@ from ..evaluation.report import cell, interval_cell
 from ..files import is_remote, write_text
 from . import gallery, pages
 
-TEMPLATE = Path(__file__).with_name("metrics.html")
+TEMPLATE = "metrics.html"
 NUM_EXTREME = 3  # clips listed at either end of a score
 MARGIN = 0.05  # of the axis of intervals, beyond the outermost value
 Row = dict[str, Any]
@@ -189,7 +189,7 @@ def link(place: Mapping[str, Any], folder: str) -> Row:
 
 
 def _url(path: Path, folder: str) -> str:
-    """A local file as seen from a page in `folder`."""
+    """A local file as a link in a page in `folder`."""
     if is_remote(folder):
         return path.as_uri()
     return quote(os.fsencode(os.path.relpath(path, os.path.abspath(folder))))

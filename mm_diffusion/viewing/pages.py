@@ -1,4 +1,4 @@
-"""HTML pages from templates with one style."""
+"""HTML pages: templates that extend `page.html`, which has what all have in common."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import jinja2
 
-STYLE = Path(__file__).with_name("style.css")
+TEMPLATES = Path(__file__).parent
 
 
-def render(template: Path, **values: Any) -> str:
-    """A page of this template, which has the common `style` and needs a value for every name."""
-    text, style = template.read_text(encoding="utf-8"), STYLE.read_text(encoding="utf-8")
-    strict = jinja2.StrictUndefined
-    parsed = jinja2.Template(text, autoescape=True, undefined=strict, trim_blocks=True)
-    page = parsed.render(style=style, **values)
+def render(template: str, **values: Any) -> str:
+    """A page of this template, which needs a value for every name."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template(template).render(**values)
     return os.fsencode(page).decode("utf-8", errors="replace")  # file names may be no Unicode
