@@ -42,11 +42,12 @@ from mm_diffusion.evaluation import (
 from mm_diffusion.evaluation.bright_object import horizontal_position, why_unaligned
 from mm_diffusion.evaluation.clips import ClipFolder
 from mm_diffusion.evaluation.distances import (
+    Points,
     TooFewError,
     earth_movers_distance,
-    frechet_distance,
-    gaussian_distance,
-    kernel_distance,
+    frechet_distances,
+    gaussian_distances,
+    kernel_distances,
     nearest,
     standard_frechet_distance,
 )
@@ -87,6 +88,20 @@ def with_moments(mean, covariance_root, count=64):
 
 
 # ---------------------------------------------------------------- distances
+
+
+def unweighted(distances):
+    """A distance between points [N, D], [M, D] of weight 1."""
+
+    def distance(x, y):
+        return distances(Points.unweighted(x), Points.unweighted(y)).item()
+
+    return distance
+
+
+frechet_distance = unweighted(frechet_distances)
+kernel_distance = unweighted(kernel_distances)
+gaussian_distance = unweighted(gaussian_distances)
 
 
 def test_frechet_distance_of_axis_parallel_gaussians_is_the_closed_form():
@@ -181,7 +196,7 @@ def test_gaussian_distance_is_bounded_blind_to_units_and_rotations_and_needs_spr
 
 @pytest.mark.parametrize("distance", [kernel_distance, gaussian_distance])
 def test_kernel_distances_are_unbiased(distance):
-    """Over all ways to split a population in two, such sets are 0 apart on average."""
+    """Two sets of one distribution are 0 apart on average."""
     trials = [distance(noise(6, 2, seed=k), noise(6, 2, seed=1000 + k)) for k in range(400)]
     error = th.tensor(trials).std().item() / math.sqrt(len(trials))
     assert abs(sum(trials) / len(trials)) < 4 * error
@@ -190,10 +205,10 @@ def test_kernel_distances_are_unbiased(distance):
 
 def test_kernel_distance_does_not_depend_on_blocks(monkeypatch):
     x, y = noise(9, 4), noise(7, 4, seed=1)
-    whole = kernel_distance(x, y), nearest(x, y)[0]
+    whole = kernel_distance(x, y), nearest(x, x, th.arange(9) // 2)[0]
     monkeypatch.setattr("mm_diffusion.evaluation.distances.BLOCK", 2)
     assert kernel_distance(x, y) == pytest.approx(whole[0], rel=1e-12)
-    assert nearest(x, y)[0].equal(whole[1])
+    assert nearest(x, x, th.arange(9) // 2)[0].equal(whole[1])
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance, gaussian_distance])
@@ -209,14 +224,15 @@ def test_moving_a_histogram_by_k_bins_costs_k_bin_widths():
     assert earth_movers_distance(x, 0 * x).isnan()
 
 
-def test_the_nearest_is_found_and_a_point_is_no_neighbour_of_itself():
+def test_the_nearest_is_found_and_points_of_a_group_are_no_neighbours():
     y = th.tensor([[0.0, 0], [3, 0], [10, 10]])
     distance, index = nearest(th.tensor([[3.0, 4], [0, 0]]), y)
     assert index.tolist() == [1, 0]
     assert distance.tolist() == pytest.approx([4 / math.sqrt(2), 0])
-    assert nearest(y, y, skip_same_index=True)[1].tolist() == [1, 0, 1]
-    with pytest.raises(TooFewError):
-        nearest(y[:1], y[:1], skip_same_index=True)
+    assert nearest(y, y, th.arange(3))[1].tolist() == [1, 0, 1]
+    assert nearest(y, y, th.tensor([0, 0, 1]))[1].tolist() == [2, 2, 1]
+    with pytest.raises(TooFewError, match="no neighbour among 3 points of 1 groups"):
+        nearest(y, y, th.zeros(3))
 
 
 # ---------------------------------------------------------------- temporal AV-Align
@@ -378,7 +394,8 @@ def test_correlation_of_channels_is_the_cosine_of_their_angle():
     assert stereo.correlation(
         th.stack([left, math.cos(1) * left + math.sin(1) * other])
     ) == pytest.approx(math.cos(1), abs=1e-3)
-    assert math.isnan(stereo.correlation(th.zeros(2, 100)))
+    for constant in (0.0, 0.1, 0.3, -0.9):
+        assert math.isnan(stereo.correlation(th.full((2, 80000), constant)))
 
 
 def panned(gain_db=0.0, delay=0, seed=0):
@@ -532,6 +549,22 @@ def test_of_two_sets_of_one_distribution_neither_is_nearer_to_the_other_than_to_
     draw = th.rand(2, 200, generator=th.Generator().manual_seed(0))
     score = memorisation(lit(draw[0]), lit(draw[1]))[0][scores.NEAREST]
     assert score.value / score.reference == pytest.approx(1, abs=0.25)
+
+
+def test_windows_of_a_file_that_are_alike_do_not_hide_what_is_memorised():
+    """Of still scenes, in four windows each, samples are half copies and half other scenes."""
+    scenes, others = 2 * th.rand(2, 30, 1, 1, 8, 8, generator=th.Generator().manual_seed(0)) - 1
+    windows = scenes.repeat_interleave(4, dim=0).expand(-1, 2, 3, -1, -1)
+    copies, others = (x.expand(-1, 2, 3, -1, -1) for x in (scenes, others))
+    reference = {"thumbnail": {"pixels": windows + 0.01 * noise(*windows.shape)}}
+    samples = th.cat([copies + 0.05 * noise(*copies.shape, seed=1), others])
+    found = find_neighbours(
+        {"thumbnail": {"pixels": samples}}, reference, th.arange(30).repeat_interleave(4)
+    )
+    is_memorised = found.distance <= found.threshold
+    assert is_memorised.tolist() == [True] * 30 + [False] * 30
+    assert found.distance[30:].median() == pytest.approx(found.own.median().item(), rel=0.1)
+    assert find_neighbours(reference, reference, th.zeros(120)).own is None
 
 
 def test_a_copy_of_a_reference_clip_is_found_also_flipped():
@@ -1089,7 +1122,7 @@ def test_metrics_without_weights_are_left_out_with_the_flag_that_adds_them(clips
     text = report.text()
     for what, flag in {
         "FVD, KVD": "i3d_path",
-        "FAD": "audio_embedding_path",
+        "FAD, KAD": "audio_embedding_path",
         "Spatial": "detector_path",
     }.items():
         assert f"left out: {what}" in text
@@ -1153,6 +1186,8 @@ def test_seconds_that_no_clip_covers_are_reported(tmp_path):
         "--samples_path: 2 s at the end of 2 files are left out, too short for another clip of 2 s"
     )
     assert note in report.notes
+    first, *_ = ClipFolder(folder, SIZES, "samples_path", most=2).notes()
+    assert first.startswith("--samples_path: 1.5 s at the end of 1 files")
     (tmp_path / "whole").mkdir()
     shutil.move(tmp_path / "long/c.mp4", tmp_path / "whole")
     assert "left out, too short" not in report_on({"samples_path": str(tmp_path / "whole")}).text()

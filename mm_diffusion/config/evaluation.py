@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class MetricsConfig(Config):
     i3d_path: str = flag("", "I3D for FVD and KVD: i3d_pretrained_400.pt, or TorchScript")
     i3d_fps: int = flag(0, "frames per second for I3D; 0: video_fps", at_least(0))
     i3d_frames: int = flag(0, "frames for I3D, from a clip's start; 0: all", at_least(0))
-    audio_embedding_path: str = flag("", "TorchScript audio embedding, for FAD")
+    audio_embedding_path: str = flag("", "TorchScript audio embedding, for FAD and KAD")
     audio_embedding_input: str = flag("logmel", "logmel (as VGGish) or waveform")
     audio_embedding_fps: int = flag(16000, "samples per second of its input", positive)
     audio_embedding_samples: int = flag(
@@ -73,8 +74,8 @@ class EvalConfig(MetricsConfig, ClipReadingConfig, DeviceConfig):
             self._check_comparison()
 
     def _check_comparison(self) -> None:
-        folders = [folder for folder in self.compare.split(",") if folder.strip()]
-        if len(folders) < 2 or len(set(folders)) < len(folders):
+        folders = [part.strip() for part in self.compare.split(",") if part.strip()]
+        if len(folders) < 2 or len({os.path.normpath(part) for part in folders}) < len(folders):
             need = "need two or more different folders, with commas between"
             raise ValueError(f"--compare {self.compare}: {need}")
         for name in ("samples_path", "boxes_dir", "events_dir"):

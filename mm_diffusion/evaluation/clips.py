@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,8 @@ class ClipFolder:
         num_frames, fps = self.config.video_size[0], self.config.video_fps
         seconds = f"{num_frames / fps:g} s"
         short = slow = cut = unused = 0
-        for _, info in self.files:
+        last_file = int(self.file_numbers()[-1])
+        for _, info in itertools.islice(self.files, last_file + 1):
             used = num_frames * count_windows(info, num_frames, fps, num_frames)
             rest = count_frames(info.duration_seconds, fps) - used
             short += rest < 0

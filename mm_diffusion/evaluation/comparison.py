@@ -39,7 +39,7 @@ def difference(run: str, score: Score, baseline: Score) -> Difference:
     value, spread = score.value - baseline.value, None
     draws, other = score.draws, baseline.draws
     # Of a set that is too small for draws there are fewer.
-    if draws is not None and other is not None and len(draws) == len(other):
+    if draws and other and len(draws.values) == len(other.values):
         spread = interval(draws - other, centred=True)
     return Difference(score.name, run, value, spread, _verdict(spread, score.better))
 

@@ -42,11 +42,6 @@ class Points:
         return self.groups.bincount(minlength=self.weights.shape[1]).double()
 
 
-def frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> `frechet_distances` of unweighted points."""
-    return frechet_distances(Points.unweighted(x), Points.unweighted(y)).item()
-
-
 def frechet_distances(x: Points, y: Points) -> th.Tensor:
     """Squared Frechet distance [R] of Gaussians with the means and covariances of weighted points.
 
@@ -72,13 +67,13 @@ def _frechet_distance(x: th.Tensor, y: th.Tensor, w: th.Tensor, v: th.Tensor) ->
 
 
 def standard_frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """`frechet_distance` with each dimension divided by the standard deviation of y.
+    """[N, D], [M, D] -> `frechet_distances`, each dimension divided by the standard deviation of y.
 
-    A dimension in which y is constant is not scaled.
+    All points have one weight. A dimension in which y is constant is not scaled.
     """
     spread = y.double().std(dim=0)
     spread = th.where(spread > 0, spread, 1.0)
-    return frechet_distance(x / spread, y / spread)
+    return frechet_distances(Points.unweighted(x / spread), Points.unweighted(y / spread)).item()
 
 
 def _moments(x: th.Tensor, w: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -93,11 +88,6 @@ def _moments(x: th.Tensor, w: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     return mean, th.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root
 
 
-def kernel_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> `kernel_distances` of unweighted points."""
-    return kernel_distances(Points.unweighted(x), Points.unweighted(y)).item()
-
-
 def kernel_distances(x: Points, y: Points) -> th.Tensor:
     """Unbiased squared maximum mean discrepancy [R] under k = (x . y / D + 1)^3.
 
@@ -108,13 +98,8 @@ def kernel_distances(x: Points, y: Points) -> th.Tensor:
     return _mean_discrepancy(_polynomial, x, y)
 
 
-def gaussian_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> `gaussian_distances` of unweighted points."""
-    return gaussian_distances(Points.unweighted(x), Points.unweighted(y)).item()
-
-
 def gaussian_distances(x: Points, y: Points) -> th.Tensor:
-    """The same under k = exp(-|x - y|^2 / (2 s^2)), arXiv 2502.15602 (KAD, without a factor).
+    """`kernel_distances` under k = exp(-|x - y|^2 / (2 s^2)), arXiv 2502.15602 (KAD, unscaled).
 
     s is the median distance of different points of y, unweighted. TooFewError for fewer than 2
     points, or where s is 0.
@@ -208,21 +193,22 @@ def weighted_median(values: th.Tensor, weights: th.Tensor) -> th.Tensor:
 
 
 def nearest(
-    x: th.Tensor, y: th.Tensor, skip_same_index: bool = False
+    x: th.Tensor, y: th.Tensor, groups: th.Tensor | None = None
 ) -> tuple[th.Tensor, th.Tensor]:
     """[N, D], [M, D] -> (RMS difference to the nearest point of y [N], its index [N]).
 
-    `skip_same_index`: x is y, perhaps flipped, and a point is no neighbour of itself.
-    TooFewError where no neighbour is left.
+    `groups` [N]: x is y, perhaps flipped, and points of a group, such as those of a file, are no
+    neighbours. TooFewError where no neighbour is left.
     """
-    if len(y) < 1 + skip_same_index:
-        raise TooFewError(f"no neighbour among {len(y)} points")
+    count = len(y) if groups is None else len(groups.unique())
+    if count < (1 if groups is None else 2):
+        raise TooFewError(f"no neighbour among {len(y)} points of {count} groups")
     found = []
     for start in range(0, len(x), BLOCK):
         rows = x[start : start + BLOCK].double()
         distance = th.cdist(rows, y.double(), compute_mode="donot_use_mm_for_euclid_dist")
-        if skip_same_index:
-            distance.diagonal(start).fill_(th.inf)
+        if groups is not None:
+            distance[groups[start : start + BLOCK, None] == groups] = th.inf
         found.append(distance.min(dim=1))
     values, indices = (th.cat(parts) for parts in zip(*found, strict=True))
     return values / x.shape[1] ** 0.5, indices

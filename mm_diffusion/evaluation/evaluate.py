@@ -93,7 +93,9 @@ class Evaluation:
     @functools.cached_property
     def neighbours(self) -> Neighbours | None:
         """The nearest reference clips."""
-        return find_neighbours(self.generated, self.reference) if self.true_folder else None
+        if not self.true_folder:
+            return None
+        return find_neighbours(self.generated, self.reference, self.true_folder.file_numbers())
 
     def files(self) -> tuple[th.Tensor, th.Tensor]:
         """The file of each clip [N], and of each reference clip [M]."""

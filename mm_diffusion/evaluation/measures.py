@@ -21,7 +21,7 @@ FOLDERS = ("boxes_dir", "events_dir")
 LEFT_OUT = {
     "ref_path": ("comparisons with reference clips", "a folder of them"),
     "i3d_path": ("FVD, KVD", features.I3D_SOURCE),
-    "audio_embedding_path": ("FAD", features.EMBEDDING_SOURCE),
+    "audio_embedding_path": ("FAD, KAD", features.EMBEDDING_SOURCE),
     "detector_path": ("Spatial AV-Align", "weights of --detector; or give --boxes_dir"),
 }
 

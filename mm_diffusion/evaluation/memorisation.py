@@ -1,4 +1,4 @@
-"""Memorised samples: those nearer to a reference clip than reference clips are to each other."""
+"""Memorised samples: those nearer to a reference clip than clips of different files are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .clips import Results
 from .distances import nearest
 
 # A sample at most this far is memorised: the quantile of the reference clips' own distances to
-# their nearest other clip. Of samples of the same distribution, about this share is as near.
+# the nearest clip of another file. Of samples of the same distribution, about this share is as
+# near. Windows of one file may be as alike as copies, and do not count.
 QUANTILE = 0.01
 NUM_CLOSEST = 3  # pairs that are named
 
@@ -20,7 +21,8 @@ NUM_CLOSEST = 3  # pairs that are named
 class Neighbours:
     """Of each sample: distance to the nearest reference clip [N], its number, if it is mirrored.
 
-    `own` [M]: distance of each reference clip to the nearest other one; None if there is no other.
+    `own` [M]: distance of each reference clip to the nearest one of another file; None if all are
+    of one file.
     """
 
     distance: th.Tensor
@@ -49,26 +51,35 @@ class Neighbours:
                 f"nearest reference clip, distance {self.distance[k]:.3f}: {pair}{flipped}"
             )
         if self.threshold is not None:
-            share = f"the nearest {QUANTILE:.0%} of reference clips, one at least, are to another"
-            lines.append(f"memorised: at a distance of {self.threshold:.3f} or less, as {share}")
+            nearest_ones = f"the nearest {QUANTILE:.0%} of reference clips, one at least"
+            lines.append(
+                f"memorised: at a distance of {self.threshold:.3f} or less, as {nearest_ones},"
+                " are to one of another file"
+            )
         if self.threshold == 0:
-            lines.append("reference: holds equal clips, so that memorised means equal")
+            lines.append("reference: files with equal clips, so that memorised means equal")
         return lines
 
 
-def find_neighbours(generated: Results, reference: Results) -> Neighbours:
-    """By thumbnails. Training flips clips, so both kinds of distances are to flipped ones, too."""
+def find_neighbours(
+    generated: Results, reference: Results, files: th.Tensor | None = None
+) -> Neighbours:
+    """By thumbnails. Training flips clips, so both kinds of distances are to flipped ones, too.
+
+    `files` [M]: the file of each reference clip; None: each has one of its own.
+    """
     x, y = generated["thumbnail"]["pixels"], reference["thumbnail"]["pixels"]
-    own = _nearest_or_flipped(y, y, skip_same_index=True)[0] if len(y) > 1 else None
+    files = th.arange(len(y)) if files is None else files
+    own = _nearest_or_flipped(y, y, files)[0] if len(files.unique()) > 1 else None
     return Neighbours(*_nearest_or_flipped(x, y), own)
 
 
 def _nearest_or_flipped(
-    x: th.Tensor, y: th.Tensor, skip_same_index: bool = False
+    x: th.Tensor, y: th.Tensor, groups: th.Tensor | None = None
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """`nearest` of x [N, ...] as it is or flipped -> (distance, index, is flipped), each [N]."""
-    as_is = nearest(x.flatten(1), y.flatten(1), skip_same_index)
-    flipped = nearest(x.flip(-1).flatten(1), y.flatten(1), skip_same_index)
+    as_is = nearest(x.flatten(1), y.flatten(1), groups)
+    flipped = nearest(x.flip(-1).flatten(1), y.flatten(1), groups)
     is_flipped = flipped[0] < as_is[0]
     distance = th.minimum(as_is[0], flipped[0])
     return distance, th.where(is_flipped, flipped[1], as_is[1]), is_flipped

@@ -10,7 +10,16 @@ from typing import Any
 import torch as th
 
 from . import stereo, temporal_av_align
-from .bootstrap import ClipSet, Interval, Resampling, as_they_are, distance_interval, interval
+from .bootstrap import (
+    LEAST_FILES,
+    ClipSet,
+    Draws,
+    Interval,
+    Resampling,
+    as_they_are,
+    distance_interval,
+    interval,
+)
 from .clips import Results, Rows
 from .distances import (
     Points,
@@ -63,8 +72,8 @@ class Score:
     measure: str = ""  # what it is made of; the report says how that was computed
     interval: Interval = None
     reference_interval: Interval = None
-    # [R]: the value and its draws; for comparisons of runs, not part of a report.
-    draws: th.Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
+    # For comparisons of runs, not part of a report.
+    draws: Draws | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         """All but the draws."""
@@ -73,25 +82,25 @@ class Score:
 
 
 def make_score(
-    name: str, values: th.Tensor | None, reference: th.Tensor | None = None, **more: Any
+    name: str, figure: Draws | None, reference: Draws | None = None, **more: Any
 ) -> Score:
-    """A score from its values [R] under all weightings; the first may be NaN, for undefined."""
-    (value, spread), (true_value, true_spread) = _figure(values), _figure(reference)
-    more |= {"interval": spread, "reference_interval": true_spread}
-    return Score(name, value, true_value, draws=values, **more)
+    """A score from a figure and that of the reference; a value that is not finite is undefined."""
+    more |= {"interval": interval(figure) if figure else None}
+    more |= {"reference_interval": interval(reference) if reference else None}
+    return Score(name, _value(figure), _value(reference), draws=figure, **more)
 
 
-def make_distance(name: str, values: th.Tensor | None, **more: Any) -> Score:
+def make_distance(name: str, figure: Draws | None, **more: Any) -> Score:
     """The same of distances between samples and reference."""
-    score = make_score(name, values, better="lower", **more)
-    spread = None if values is None else distance_interval(values)
+    score = make_score(name, figure, better="lower", **more)
+    spread = distance_interval(figure) if figure else None
     return dataclasses.replace(score, interval=spread)
 
 
-def _figure(values: th.Tensor | None) -> tuple[float | None, Interval]:
-    if values is None or not values[0].isfinite():
-        return None, None
-    return values[0].item(), interval(values)
+def _value(figure: Draws | None) -> float | None:
+    if figure is None or not figure.values[0].isfinite():
+        return None
+    return figure.values[0].item()
 
 
 def compute_scores(
@@ -111,7 +120,7 @@ def compute_scores(
     if resampling:
         sets = resampling.sets(generated, reference)
         if not resampling.is_possible:
-            notes.append("no intervals: they need two files in each set")
+            notes.append(f"no intervals: they need {LEAST_FILES} files in each set")
     scores = [*_feature_distances(*sets), *_figure_scores(*sets), *_stereo_distances(*sets)]
     if reference:
         found = neighbours or find_neighbours(generated, reference)
@@ -134,7 +143,8 @@ def published_scale(scores: list[Score]) -> list[Score]:
             fields = ("count", "reference_count", "unit", "note", "measure")
             kept = {field: getattr(score, field) for field in fields}
             name = f"FAD mid x {PUBLISHED_FAD_SCALE}"
-            scaled.append(make_distance(name, PUBLISHED_FAD_SCALE * score.draws, **kept))
+            draws = Draws(PUBLISHED_FAD_SCALE * score.draws.values, score.draws.files)
+            scaled.append(make_distance(name, draws, **kept))
     return scaled
 
 
@@ -185,16 +195,16 @@ def _distance(
     y: Points,
     measure: str,
 ) -> Score:
-    values, note, size = None, "", x.x.shape[1]
+    figure, note, size = None, "", x.x.shape[1]
     if distance is frechet_distances and min(len(x.x), len(y.x)) <= size:
         note = f"too few: not more than the {size} features, far too large"
     try:
-        values = distance(x, y)
+        figure = Draws(distance(x, y), min(x.weights.shape[1], y.weights.shape[1]))
     except TooFewError as error:
         note = str(error)
     more: dict[str, Any] = {"unit": "clips" if measure == "i3d" else "patches", "note": note}
     more |= {"count": len(x.x), "reference_count": len(y.x), "measure": measure}
-    return make_distance(name, values, **more)
+    return make_distance(name, figure, **more)
 
 
 # ---------------------------------------------------------------- ratios of sums over clips
@@ -282,26 +292,26 @@ def _figure_scores(generated: ClipSet, reference: ClipSet) -> list[Score]:
     for name, figure in FIGURES.items():
         if figure.measure not in generated.rows:
             continue
-        values, count, note = _evaluate(figure, generated)
-        true_values, true_count, true_note = None, 0, ""
+        ours, count, note = _evaluate(figure, generated)
+        true, true_count, true_note = None, 0, ""
         if figure.measure in reference.rows:
-            true_values, true_count, true_note = _evaluate(figure, reference)
+            true, true_count, true_note = _evaluate(figure, reference)
         elif reference.rows:
             true_note = "the CSV files are of the samples only"
         if true_note:
             note = "; ".join(filter(None, [note, f"reference: {true_note}"]))
         more: dict[str, Any] = {"count": count, "reference_count": true_count, "unit": figure.unit}
         more |= {"better": figure.better, "note": note, "measure": figure.measure}
-        scores.append(make_score(name, values, true_values, **more))
+        scores.append(make_score(name, ours, true, **more))
     return scores
 
 
-def _evaluate(figure: Figure, clips: ClipSet) -> tuple[th.Tensor, int, str]:
-    """Values [R], number of clips (events, ...) behind them, note."""
+def _evaluate(figure: Figure, clips: ClipSet) -> tuple[Draws, int, str]:
+    """The figure, number of clips (events, ...) behind it, note."""
     rows = clips.rows[figure.measure]
     numerator, denominator = (part.double() for part in figure.ratio(rows))
     values = (clips.clip_weights @ numerator) / (clips.clip_weights @ denominator)
-    return values, int(denominator.sum()), figure.note(rows)
+    return Draws(values, clips.num_files), int(denominator.sum()), figure.note(rows)
 
 
 # ---------------------------------------------------------------- distances of stereo
@@ -320,15 +330,16 @@ def _stereo_distances(generated: ClipSet, reference: ClipSet) -> list[Score]:
 
 def _error_of_mean(name: str, figure: Figure, generated: ClipSet, reference: ClipSet) -> Score:
     """|samples - reference| of a figure."""
-    values, counts, notes = [], [], []
+    figures, counts, notes = [], [], []
     for which, clips in {"samples": generated, "reference": reference}.items():
-        value, count, note = _evaluate(figure, clips)
-        values.append(value)
+        found, count, note = _evaluate(figure, clips)
+        figures.append(found)
         counts.append(count)
         notes += [f"{which}: {note}"] if note else []
     more: dict[str, Any] = {"note": "; ".join(notes), "unit": figure.unit}
     more |= {"count": counts[0], "reference_count": counts[1], "measure": figure.measure}
-    return make_distance(name, (values[0] - values[1]).abs(), **more)
+    difference = figures[0] - figures[1]
+    return make_distance(name, Draws(difference.values.abs(), difference.files), **more)
 
 
 def _histogram_distance(name: str, generated: ClipSet, reference: ClipSet, row: str) -> Score:
@@ -340,9 +351,10 @@ def _histogram_distance(name: str, generated: ClipSet, reference: ClipSet, row: 
             notes.append(f"{which}: {_why_undefined(clips.rows['stereo'])}")
     x, y = histograms
     values = earth_movers_distance(x, y, float(EDGES[row][1] - EDGES[row][0]))
+    figure = Draws(values, min(generated.num_files, reference.num_files))
     more: dict[str, Any] = {"count": int(x[0].sum()), "reference_count": int(y[0].sum())}
     more |= {"unit": SEGMENTS, "note": "; ".join(notes), "measure": "stereo"}
-    return make_distance(name, values, **more)
+    return make_distance(name, figure, **more)
 
 
 def histograms(generated: Results, reference: Results) -> dict[str, Any]:
@@ -371,24 +383,29 @@ def _shares(results: Results, row: str) -> list[float] | None:
 def _memorisation(generated: ClipSet, reference: ClipSet, found: Neighbours) -> list[Score]:
     """Distances to the nearest reference clip, and the share of samples that are memorised.
 
-    The reference's values are of the distance of each of its clips to its nearest other one.
+    The reference's values are of the distance of each of its clips to the nearest of other files.
     Draws keep the nearest clips that were found.
     """
-    weights, own_weights = generated.clip_weights, reference.clip_weights
     counts = {"count": len(generated.files), "reference_count": len(reference.files)}
     more: dict[str, Any] = {"measure": "thumbnail", **counts}
-    medians = weighted_median(found.distance, weights)
+    medians = _median(found.distance, generated)
     if found.own is None or found.threshold is None:
-        more["note"] = "one reference clip only"
+        more["note"] = "one reference file only"
         memorised = make_score(MEMORISED, None, better="lower", **more)
         return [make_score(NEAREST, medians, **more), memorised]
-    own_medians = weighted_median(found.own, own_weights)
-    shares = _share(found.distance <= found.threshold, weights)
-    own_shares = _share(found.own <= found.threshold, own_weights)
+    own_medians = _median(found.own, reference)
+    shares = _share(found.distance <= found.threshold, generated)
+    own_shares = _share(found.own <= found.threshold, reference)
     memorised = make_score(MEMORISED, shares, own_shares, better="lower", **more)
     return [make_score(NEAREST, medians, own_medians, **more), memorised]
 
 
-def _share(chosen: th.Tensor, weights: th.Tensor) -> th.Tensor:
-    """[N], [R, N] -> the share [R] of the weight that is chosen."""
-    return (weights @ chosen.double()) / weights.sum(dim=1)
+def _median(values: th.Tensor, clips: ClipSet) -> Draws:
+    """The median of values [N] of the clips."""
+    return Draws(weighted_median(values, clips.clip_weights), clips.num_files)
+
+
+def _share(chosen: th.Tensor, clips: ClipSet) -> Draws:
+    """The share of the clips [N] that are chosen."""
+    weights = clips.clip_weights
+    return Draws((weights @ chosen.double()) / weights.sum(dim=1), clips.num_files)

@@ -93,7 +93,8 @@ def time_difference(pieces: th.Tensor, sample_rate: int) -> th.Tensor:
 
 def correlation(audio: th.Tensor) -> float:
     """[2, L] -> Pearson correlation of left and right; NaN where one of them is constant."""
-    left, right = (audio - audio.mean(dim=-1, keepdim=True)).double()
+    audio = audio.double()  # of float32, a constant less its mean is not zero
+    left, right = audio - audio.mean(dim=-1, keepdim=True)
     power = (left.square().sum() * right.square().sum()).sqrt()
     return ((left * right).sum() / power).item() if power > TINY else float("nan")
 

@@ -68,8 +68,10 @@ def make_meter(
     clips = read_held_out(data, config.val_dir, config.val_share, most)
     count = len(clips["video"]) if clips else 0
     if clips is None or count < 2:
-        where = config.val_dir or f"--val_share {config.val_share} of {data.data_dir}"
-        logger.log(f"coupling is not measured: {count} held-out clips in {where}; give --val_dir")
+        where, remedy = f"--val_dir {config.val_dir}", "add clips"
+        if not config.val_dir:
+            where, remedy = f"--val_share {config.val_share} of {data.data_dir}", "give --val_dir"
+        logger.log(f"coupling is not measured: {count} held-out clips in {where}; {remedy}")
         return None
     logger.log(f"coupling is measured at every save, on {count} held-out clips")
     return CouplingMeter(clips, diffusion, config.batch_size, world, config.task_mix)

@@ -113,5 +113,5 @@ def _correlation(audio: th.Tensor) -> float | str:
     for side, channel in zip(("left", "right"), audio, strict=True):
         if is_silent(channel[None]):
             return f"{side} is silent"
-    correlation = stereo.correlation(audio.double())
+    correlation = stereo.correlation(audio)
     return "a channel is constant" if math.isnan(correlation) else correlation

@@ -172,12 +172,16 @@ def _extremes(name: str, report: Mapping[str, Any], folder: str) -> Row:
 def link(place: Mapping[str, Any], folder: str) -> Row:
     """{"name", "href", "src"} of a clip: its place in the gallery, if there is one, and its file.
 
-    The gallery is looked for in the folders above the file.
+    The gallery is looked for in the folders above the file. A remote file has its own address.
     """
-    path, start = Path(os.path.abspath(place["path"])), place["start"]
-    time = f"#t={start:g}" if start else ""
-    src = f"{_url(path, folder)}{time}"
+    start = place["start"]
     name = f"{place['path']} at {start:g} s" if start else place["path"]
+    time = f"#t={start:g}" if start else ""
+    if is_remote(place["path"]):
+        address = f"{place['path']}{time}"
+        return {"name": name, "href": address, "src": address}
+    path = Path(os.path.abspath(place["path"]))
+    src = f"{_url(path, folder)}{time}"
     found = {"name": name, "href": src, "src": src}
     for parent in path.parents:
         page = parent / gallery.PAGE
