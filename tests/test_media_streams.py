@@ -18,6 +18,7 @@ from mm_diffusion.data.index import ClipIndex, probe_folders
 
 FRAMES = grey_frames(range(0, 200, 10))  # 2 s at 10 fps
 RATE = 16000
+EMPTY = np.zeros((1, 0), np.float32)
 
 
 def read(path, start=0.0, count=2 * RATE, **streams):
@@ -53,6 +54,9 @@ def test_only_mono_streams_can_be_left_and_right(tmp_path):
         ([noise(2 * RATE, 1), noise(RATE, 1)], ()),
         ([noise(2 * RATE, 1)], ()),
         ([noise(2 * RATE, 2), noise(2 * RATE, 2)], ()),
+        ([noise(RATE // 2, 1), noise(RATE // 2, 1)], (1, 2)),  # 1.5 s before the video ends
+        ([noise(2 * RATE, 2), EMPTY, noise(2 * RATE, 1), noise(2 * RATE, 1)], (3, 4)),
+        ([noise(2 * RATE, 2), EMPTY, EMPTY], ()),
     ],
 )
 def test_mono_streams_of_one_length_are_found(tmp_path, waveforms, expected):
@@ -139,6 +143,18 @@ def test_another_truncated_mp4_is_an_error(tmp_path, share):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(MediaError, match=r"a\.mp4: is truncated \(ends at \d\.\d of 6\.\d s\)"):
         decode.probe(path)
+
+
+def test_a_file_is_complete_though_a_stream_that_is_not_used_lasts_longer(tmp_path):
+    """The header of Matroska has one duration, that of the longest stream."""
+    path = make_clip(tmp_path / "a.mkv", FRAMES, audio=[noise(2 * RATE), noise(4 * RATE, 1)])
+    info = decode.probe(path)
+    assert (info.duration_seconds, info.audio_end_seconds, info.audio_stream) == (2, 2, 1)
+    assert decode.video_duration(path) == 2
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for measure in (decode.probe, decode.video_duration):
+        with pytest.raises(MediaError, match=r"a\.mkv: is truncated \(ends at \d\.\d of 4\.0 s\)"):
+            measure(path)
 
 
 @pytest.mark.parametrize(("text", "value"), [("3", 3), (3, 3), ("1,2", (1, 2)), ((1, 2), (1, 2))])
@@ -230,6 +246,15 @@ def test_eight_channels_of_pcm_in_mov_are_downmixed(tmp_path):
 @real_media
 def test_the_file_that_corrupts_the_heap_of_another_version_is_read():
     assert read_levels(MEDIA / "odd" / "pcm_7.1.mov") == [8, 0, 0]
+
+
+def test_audio_whose_sample_rate_is_unknown_is_an_error_at_once(tmp_path):
+    """It begins so late that libav does not find it when it opens the file."""
+    options = {"audio": noise(RATE), "rate": RATE, "codec": "mp2", "video_codec": "mpeg2video"}
+    path = make_clip(tmp_path / "a.ts", grey_frames(range(200), 16, 16), **options)
+    for use in (decode.probe, read):
+        with pytest.raises(MediaError, match=r"a\.ts: its audio stream has an unknown sample rate"):
+            use(path)
 
 
 @real_media

@@ -8,6 +8,7 @@ holds the frames at `start + i / fps` and `num_samples` samples from `start` on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -46,6 +47,7 @@ from .streams import (
     find_fragments,
     frame_seconds,
     is_mp4,
+    last_packet_end,
     open_media,
     pixel_aspect,
     stream_start,
@@ -131,10 +133,13 @@ def _mono_streams(path: AnyPath, container) -> tuple[int, ...]:
     mono = [stream for stream in audio if stream.codec_context.channels == 1]
     if len(mono) < 2:
         return ()
-    spans, _ = _stream_spans(path, container, mono)
-    ends = np.array([span[:2] for span in spans], float)
-    is_alike = (abs(ends - ends[0]) <= MAX_MONO_DIFFERENCE_SECONDS).all(axis=1)
-    alike = tuple(stream.index for stream, same in zip(mono, is_alike, strict=True) if same)
+    spans = {}
+    for stream in mono:
+        with contextlib.suppress(MediaError):  # of a stream that need not be used
+            spans[stream.index] = _decoded_span(path, stream, _stated_end(container, stream))
+    ends = np.array([span[:2] for span in spans.values()], float).reshape(-1, 2)
+    is_alike = (abs(ends - ends[:1]) <= MAX_MONO_DIFFERENCE_SECONDS).all(axis=1)
+    alike = tuple(itertools.compress(spans, is_alike))
     return alike if len(alike) > 1 else ()
 
 
@@ -162,15 +167,14 @@ def _stream_spans(path: AnyPath, container, streams: list) -> tuple[list[Span], 
 
     MediaError if the file is truncated, unless it is a fragmented mp4: that is used up to its end.
     """
-    file_end = Fraction((container.start_time or 0) + (container.duration or 0), 1_000_000)
-    stated, spans = [], []
-    for stream in streams:
-        duration = stream.duration and stream.duration * stream.time_base
-        stated.append(stream_start(stream) + duration if duration else file_end)
-        spans.append(_decoded_span(path, stream, stated[-1]))
+    stated = [_stated_end(container, stream) for stream in streams]
+    spans = [_decoded_span(path, *of_one) for of_one in zip(streams, stated, strict=True)]
     last, promised = float(max(span.end for span in spans)), float(max(stated))
     missing = [float(end - span.end) for end, span in zip(stated, spans, strict=True)]
     is_cut, has_fragments = last < promised - MAX_MISSING_SECONDS, False
+    if is_cut:  # unless what is stated is the end of another stream
+        others = {stream.index for stream in container.streams if stream not in streams}
+        is_cut = last_packet_end(path, others) < promised - MAX_MISSING_SECONDS
     if is_mp4(container) and max(missing) > ROUNDING_SECONDS:
         has_fragments, is_complete = find_fragments(path)
         is_cut |= not is_complete
@@ -182,6 +186,13 @@ def _stream_spans(path: AnyPath, container, streams: list) -> tuple[list[Span], 
         contradiction = f"{container.size / 1e6:.2g} MB would last {seconds / 3600:.3g} h"
         raise MediaError(f"{path}: corrupt timestamps ({contradiction})")
     return spans, note
+
+
+def _stated_end(container, stream) -> Fraction:
+    """The end of the stream by its header, else of the file, in s on the file's clock."""
+    if stream.duration:
+        return stream_start(stream) + stream.duration * stream.time_base
+    return Fraction((container.start_time or 0) + (container.duration or 0), 1_000_000)
 
 
 def _decoded_span(path: AnyPath, stream, stated: Fraction) -> Span:

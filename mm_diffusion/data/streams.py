@@ -81,6 +81,8 @@ def choose_stream(path: AnyPath, container, kind: str, index: int | None = None)
     stream = best if best in streams else streams[0]
     if stream.codec_context is None:
         raise MediaError(f"{path}: its {kind} stream has an unknown codec")
+    if kind == "audio" and not stream.codec_context.sample_rate:  # it begins late, without a header
+        raise MediaError(f"{path}: its audio stream has an unknown sample rate")
     return stream
 
 
@@ -110,6 +112,16 @@ def find_fragments(path: AnyPath) -> tuple[bool, bool]:
                 break
             position += length
     return has_fragments, position == size
+
+
+def last_packet_end(path: AnyPath, indices: set[int]) -> float:
+    """Where the packets of these streams end, in s on the file's clock; reads the whole file."""
+    end = Fraction(0)
+    with open_media(path) as container:
+        for packet in container.demux():
+            if packet.stream_index in indices and packet.pts is not None and not packet.is_corrupt:
+                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+    return float(end)
 
 
 def stream_start(stream) -> Fraction:
