@@ -23,7 +23,7 @@ from media_files import NOT_VIDEOS, damage_middle, make_clip, moving_frames, sma
 from mm_diffusion import checkpoint, logger
 from mm_diffusion.config import DataConfig, FilesConfig
 from mm_diffusion.data import DataError
-from mm_diffusion.data.clips import audio_shares, load_data, notes_on_audio
+from mm_diffusion.data.clips import audio_shares, load_data, notes_on_audio, read_held_out
 from mm_diffusion.data.decode import ClipInfo
 from mm_diffusion.data.extract import ExtractSettings, extract_videos
 from mm_diffusion.data.frames import FrameInfo
@@ -337,6 +337,19 @@ def test_files_that_turn_out_corrupt_count_against_the_bad_share(damaged):
     (damaged / "empty.mp4").write_bytes(b"")
     with pytest.raises(DataError, match=r"2 of 5 files cannot be used"):
         batches(damaged, 8)
+
+
+def test_held_out_windows_that_cannot_be_decoded_are_left_out_and_their_file_named(damaged, capsys):
+    config = DataConfig(data_dir=str(damaged), **SIZES, clip_stride=4)
+    found = read_held_out(config, str(damaged), 0.0, most=64)
+    assert 18 <= len(found["video"]) == len(found["audio"]) < 24  # of 6 windows in 4 equal files
+    for values in found.values():
+        assert values[:6].equal(values[-6:])
+        assert not values[:6].equal(values[1:7])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert f"{damaged}/b.mp4: cannot be decoded" in warnings[0]
+    assert read_held_out(config, str(damaged), 0.0, most=1)["video"].equal(found["video"][:1])
 
 
 # ---------------------------------------------------------------- workers that die

@@ -308,6 +308,7 @@ def test_the_same_command_resumes_where_it_was_bit_for_bit(tmp_path):
     resumed = loop(tmp_path / "b", **options)
     assert resumed.step == 2
     resumed.run_loop()
+    assert resumed.step == straight.step == 6  # no signal from elsewhere has stopped them
     assert same(resumed, straight)
 
 
@@ -421,6 +422,7 @@ def test_a_signal_saves_and_ends_and_the_same_command_resumes_bit_for_bit(tmp_pa
     resumed = loop(tmp_path / "b", **options)
     assert resumed.step == 2
     resumed.run_loop()
+    assert resumed.step == straight.step == 5  # no signal from elsewhere has stopped them
     assert same(resumed, straight)
 
 

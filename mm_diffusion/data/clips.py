@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from .. import logger, rng
 from ..config import DataConfig
 from ..dist_util import World
-from . import decode, images
+from . import MediaError, decode, images
 from .cache import DiskCache, Parts
 from .decode import ClipInfo
 from .held_out import split
@@ -189,10 +189,10 @@ def read_clips(folder: str, config: DataConfig, most: int | None = None) -> Samp
 
 
 def read_held_out(config: DataConfig, val_dir: str, val_share: float, most: int) -> Sample | None:
-    """Up to `most` clips of `val_dir`, or of the share of `data_dir`; None where that is empty.
+    """Up to `most` clips of `val_dir`, or of the share of `data_dir`; None where there are none.
 
-    Windows of equal distances among all: of as many files as there are. Must be called on every
-    rank. Errors: see `load_data`.
+    Windows of equal distances among all: of as many files as there are. Those that cannot be
+    decoded are left out, with a warning. Must be called on every rank. Errors: see `load_data`.
     """
     if val_dir:
         index = index_clips(dataclasses.replace(config, data_dir=val_dir))
@@ -201,8 +201,16 @@ def read_held_out(config: DataConfig, val_dir: str, val_share: float, most: int)
     if not index.clips:
         return None
     dataset = ClipDataset(index, dataclasses.replace(config, random_flip=False))
+    clips, failures = [], {}
     count = min(most, len(dataset))
-    return default_collate([dataset[k * len(dataset) // count] for k in range(count)])
+    for window in (k * len(dataset) // count for k in range(count)):
+        try:
+            clips.append(dataset[window])
+        except MediaError as error:
+            failures[dataset.source(window)[0]] = str(error)
+    for reason in failures.values():
+        logger.warn(f"{reason}; held-out clips of it are left out")
+    return default_collate(clips) if clips else None
 
 
 def load_data(
