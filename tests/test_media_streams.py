@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch as th
@@ -14,6 +15,7 @@ from media_files import MEDIA, grey_frames, make_changing_audio, make_clip, nois
 
 from mm_diffusion.config import DataConfig, SamplingConfig
 from mm_diffusion.data import MediaError, decode, encode
+from mm_diffusion.data.audio import stereo_converter
 from mm_diffusion.data.index import ClipIndex, probe_folders
 
 FRAMES = grey_frames(range(0, 200, 10))  # 2 s at 10 fps
@@ -103,7 +105,8 @@ def test_audio_that_changes_its_rate_or_channels_stays_in_place(tmp_path, codec,
     path = make_changing_audio(tmp_path / "a.ts", codec, parts)
     whole = read(path, 0, 4 * RATE).numpy()
     for (_, channels), begin, end in ((before, 0.2, 1.8), (after, 2.2, 3.7)):
-        expected = tones(RATE, begin, end)[[0, 0] if channels == 1 else [0, 1]]
+        front = 1 / (1 + 2**0.5) if channels == 6 else 1  # its weight in a downmix
+        expected = front * tones(RATE, begin, end)[[0, 0] if channels == 1 else [0, 1]]
         found = whole[:, round(begin * RATE) : round(end * RATE)]
         np.testing.assert_allclose(found, expected, atol=0.03)
     for start in (0.7, 2.3):
@@ -241,6 +244,16 @@ def test_eight_channels_of_pcm_in_mov_are_downmixed(tmp_path):
     channels, left, right = read_levels(path)
     assert channels == 8
     assert left < 1e-3 < 0.03 < right
+
+
+@pytest.mark.parametrize(("layout", "channels"), [("3.0", 3), ("quad", 4), ("5.0", 5), ("7.1", 8)])
+def test_a_downmix_of_equal_channels_is_one_of_them(layout, channels):
+    """Not their sum, which clips: libav's weights of 5.1 add up to 2.4."""
+    wave = np.sin(np.arange(100)).astype(np.float32)
+    packed = np.repeat(wave, channels)[None]
+    frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
+    frame.sample_rate = RATE
+    np.testing.assert_allclose(stereo_converter()(frame), [wave, wave], atol=1e-6)
 
 
 @real_media

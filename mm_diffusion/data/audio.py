@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import av
+import av.filter
 import numpy as np
 import torch as th
 import torchaudio
@@ -214,18 +215,37 @@ def _common_length(lengths: list[int]) -> int:
 
 def stereo_converter() -> Callable[[Any], th.Tensor]:
     """A function frame -> [2, n] float32 in [-1, 1]: mono doubled, stereo as is, more downmixed."""
-    converters: dict[tuple, av.AudioResampler] = {}
+    converters: dict[tuple, av.AudioResampler | _Downmix] = {}
 
     def convert(frame) -> th.Tensor:
         layout = frame.layout  # which may change within a stream, like all of the key
         key = frame.format.name, layout.name, frame.sample_rate, layout.nb_channels
-        if key not in converters:
-            target = layout if layout.nb_channels <= 2 else "stereo"
-            converters[key] = av.AudioResampler("fltp", target)
         try:
+            if key not in converters:
+                is_mix = layout.nb_channels > 2
+                converters[key] = _Downmix(frame) if is_mix else av.AudioResampler("fltp", layout)
             (frame,) = converters[key].resample(frame)
         except av.error.FFmpegError:
             raise ValueError(f"its audio is in {layout.name}: no downmix to stereo") from None
         return th.from_numpy(frame.to_ndarray()).expand(2, -1)
 
     return convert
+
+
+class _Downmix:
+    """Frames like the first -> stereo floats, by libav's weights over their sum: none clips."""
+
+    def __init__(self, frame) -> None:
+        self.graph = av.filter.Graph()
+        source = self.graph.add_abuffer(
+            sample_rate=frame.sample_rate,
+            format=frame.format.name,
+            layout=frame.layout.name,
+            time_base=Fraction(1, frame.sample_rate),
+        )
+        mix = self.graph.add("aresample", "osf=fltp:ochl=stereo:rematrix_maxval=1")
+        self.graph.link_nodes(source, mix, self.graph.add("abuffersink")).configure()
+
+    def resample(self, frame) -> list[Any]:
+        self.graph.push(frame)
+        return [self.graph.pull()]

@@ -24,7 +24,7 @@ from .probing import identity
 
 Tensors = tuple[th.Tensor, ...]
 Parts = Sequence[tuple[tuple[int, ...], str]]  # shape and type of each array of a decoded item
-CACHE_FORMAT = 2  # raised whenever the same settings decode to something else
+CACHE_FORMAT = 3  # raised whenever the same settings decode to something else
 SPARE_BYTES = 2**31  # stay free: a full disk would stop checkpoints, too
 
 

@@ -221,7 +221,7 @@ def read_window(
 
     Frames are fitted into H x W (`fit_image`), by default without antialiasing, as published.
     After the end of the video its last frame repeats. Mono becomes two equal channels, more than
-    two are downmixed (libav's matrix), two mono streams become left and right. The window begins
+    two are downmixed (`_Downmix`), two mono streams become left and right. The window begins
     at sample round(start * rate) of the resampled stream. Values beyond [-1, 1], as lossy codecs
     may give, are clipped. MediaError if the file cannot be decoded or has NaN as audio.
     """
