@@ -338,6 +338,15 @@ def to_rank_0(value: Result) -> list[Result]:
     return box
 
 
+def from_all(value: Result) -> list[Result]:
+    """The values of all ranks, in order of rank, on every rank."""
+    _, size = group_rank()
+    box: list = [value] * size
+    if size > 1:
+        dist.all_gather_object(box, value)
+    return box
+
+
 def from_rank_0(make: Callable[[], Result]) -> Result:
     """The result of `make()` on rank 0, on every rank."""
     if not dist.is_initialized():

@@ -14,7 +14,7 @@ from mm_diffusion.config import (
     parse,
     pick,
 )
-from mm_diffusion.data.clips import load_data
+from mm_diffusion.data.clips import index_clips, load_data
 from mm_diffusion.dist_util import friendly_errors, setup_dist
 from mm_diffusion.generation.previews import make_preview
 from mm_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -42,13 +42,14 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     logger.log(f"{size:,} parameters on {world.size} x {world.device}")
 
-    data = functools.partial(load_data, data_config, world, val_share=config.held_out_share)
+    index, share = index_clips(data_config), config.held_out_share
+    data = functools.partial(load_data, data_config, world, val_share=share, index=index)
     options = {
         "use_fp16": flags["use_fp16"],
         "flags": flags,
         "preview": make_preview(diffusion, config, data_config, world),
         "task_mix": config.task_mix,
-        "meter": make_meter(diffusion, config, data_config, world),
+        "meter": make_meter(diffusion, config, data_config, world, index),
     }
     TrainLoop(model, diffusion, data, config, world, **options).run_loop()
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import os
 
 import pytest
 import tiny
@@ -191,6 +192,25 @@ def test_a_share_of_the_files_is_held_out_whatever_others_there_are_and_wherever
     assert int(hashlib.sha256(f"/{name}".encode()).hexdigest()[:8], 16) < 0.1 * 16**8
 
 
+@pytest.mark.parametrize(
+    "folders", ["/data", "/data/", "data", "./data/../data", "/data/0,/data/0x,/data", "/", "."]
+)
+def test_the_hash_of_the_path_below_its_folder_decides_what_is_held_out(folders):
+    """The definition, for one path at a time: a run that resumes has to hold out the same files."""
+    prefixes = [os.path.abspath(folder) for folder in folders.split(",")]
+    names = [f"{k % 3}{'x' * (k % 2)}/clip_{k}é\udcff.mp4" for k in range(300)]
+    paths = [os.path.join(folder, name) for folder in folders.split(",") for name in names]
+
+    def fraction(path):
+        full = os.path.abspath(path)
+        below = min((full.removeprefix(prefix) for prefix in prefixes), key=len)
+        return int(hashlib.sha256(os.fsencode(below)).hexdigest()[:13], 16) / 16**13
+
+    training, held_out = split(ClipIndex([(p, INFO) for p in paths], {}, folders), 0.3)
+    assert held_out.paths() == [path for path in paths if fraction(path) < 0.3]
+    assert training.paths() == [path for path in paths if fraction(path) >= 0.3]
+
+
 def test_small_sets_are_trained_on_as_a_whole():
     least = LEAST_FILES * 10
     assert split(index(NAMES[: least - 1]), 0.1)[1].clips == []
@@ -217,6 +237,20 @@ def test_no_clip_that_is_held_out_is_trained_on(tmp_path, monkeypatch, capsys):
     whole = data_clips.read_held_out(config, str(tmp_path), 0.4, most=64)
     assert len(whole["video"]) == 30  # three windows of each file
     assert data_clips.read_held_out(config, "", 0.0, most=3) is None
+
+
+def test_training_and_its_held_out_clips_take_an_index_that_is_there(tmp_path, monkeypatch):
+    """Fault: the folder was searched once for each, which takes seconds for a million files."""
+    write_toy_dataset(tmp_path, 3, ToyConfig(height=16, width=16, seconds=1, fps=4))
+    sizes = {"video_size": "2,3,8,8", "audio_size": "2,4000", "audio_fps": 8000}
+    config = DataConfig(data_dir=str(tmp_path), num_workers=0, batch_size=1, **sizes)
+    monkeypatch.setattr("mm_diffusion.data.held_out.LEAST_FILES", 0)
+    index = data_clips.index_clips(config)
+    monkeypatch.delattr(data_clips, "index_clips")
+    batch, _ = next(data_clips.load_data(config, index=index))
+    assert batch["video"].shape == (1, 2, 3, 8, 8)
+    held_out = data_clips.read_held_out(config, "", 1.0, most=3, index=index)
+    assert len(held_out["video"]) == 3
 
 
 def test_a_share_that_leaves_nothing_is_refused():

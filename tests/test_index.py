@@ -1,6 +1,9 @@
 """The index of a folder at scale: columns, interrupted probing, several ranks and workers."""
 
+import csv
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import pickle
@@ -13,15 +16,17 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mm_diffusion import dist_util
+from mm_diffusion import dist_util, rng
 from mm_diffusion.config import DataConfig
-from mm_diffusion.data import probing
+from mm_diffusion.data import loader, probing, shared
 from mm_diffusion.data.clips import LEAST_AUDIO_SHARE, ClipDataset, audio_shares, notes_on_audio
 from mm_diffusion.data.decode import ClipInfo
 from mm_diffusion.data.index import ClipIndex
 from mm_diffusion.data.probing import Found, Probe, Probed, probe_files
-from mm_diffusion.data.table import SharedBytes, Table, encode, number_fields, row_type, text_of
+from mm_diffusion.data.shared import SharedBytes
+from mm_diffusion.data.table import Table, encode, number_fields, row_type, text_of
 from mm_diffusion.data.workers import ReaderPool, clean_context
+from mm_diffusion.generation.conditioning import ConditioningClips, long_enough
 
 SIZES = {"video_size": "4,3,8,8", "audio_size": "2,512", "audio_fps": 512}
 NAMES = [f"{k}.mp4" for k in range(7)]
@@ -65,6 +70,7 @@ def test_a_table_is_the_list_that_it_was_made_of():
     assert table[1:3] == CLIPS[1:3]
     assert table[1:].select(np.array([True, False, True])) == [CLIPS[1], CLIPS[3]]
     assert list(pickle.loads(pickle.dumps(table[2:]))) == CLIPS[2:]
+    assert table[1:].paths() == [path for path, _ in CLIPS[1:]]
     assert table_of([]) == []
     with pytest.raises(IndexError):
         table[4]
@@ -98,11 +104,76 @@ def test_windows_with_little_audio_are_counted_as_if_every_file_were_looked_at()
         for _ in range(200)
     ]
     config = DataConfig(**SIZES, clip_stride=3, video_fps=10)
-    shares = np.concatenate([audio_shares(info, 4, 10, 3) for info in infos])
-    index = ClipIndex([(f"{k}.mp4", info) for k, info in enumerate(infos)], {})
+    clips = [(f"{k}.mp4", info) for k, info in enumerate(infos)]
+    parts = [audio_shares(ClipIndex([clip], {}), 4, 10, 3) for clip in clips]
+    shares = np.concatenate([of_one for _, of_one in parts])
+    index = ClipIndex(clips, {})
     (note,) = notes_on_audio(index, config)
     without, little = (shares <= 0).sum(), ((shares > 0) & (shares < LEAST_AUDIO_SHARE)).sum()
     assert note.startswith(f"{without} of {len(shares)} windows have no audio, {little} have it")
+
+
+# ---------------------------------------------------------------- what is made of columns
+
+
+def probed_clips(folder):
+    """A table of CLIPS as files of the folder, of different sizes."""
+    clips = [(str(folder / path), info) for path, info in CLIPS]
+    for number, (path, _) in enumerate(clips):
+        Path(path).write_bytes(bytes(1 + number))
+    table = table_of(clips)
+    rows = table.rows.copy()
+    rows["file_size"] = [os.stat(path).st_size for path, _ in clips]
+    content = encode(rows, table.paths(), table.texts.all())
+    return clips, Table(ClipInfo, SharedBytes.of(content))
+
+
+def test_conditioning_clips_and_their_fingerprint_are_those_of_a_loop_over_all(tmp_path):
+    """The definitions, for one file at a time: folders that were begun go on."""
+    clips, table = probed_clips(tmp_path)
+    config = DataConfig(**SIZES, video_fps=4, clip_stride=1, data_dir=str(tmp_path))
+    windows = [(k, file) for file, (_, info) in enumerate(clips) for k in range(windows_of(info))]
+    order = sorted(range(len(windows)), key=lambda window: windows[window][0])
+    streams = [(info.video_stream, info.audio_stream) for _, info in clips]
+    files = [[os.path.basename(p), os.stat(p).st_size] for p, _ in clips]
+    files = [[*file, *which] for file, which in zip(files, streams, strict=True)]
+    facts = [files, order, config.clip_stride, config.random_flip, config.antialias]
+    expected = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    for index in (ClipIndex(table, {}), ClipIndex(clips, {})):
+        made = ConditioningClips("video", index, config)
+        assert made.order.tolist() == order
+        assert made.fingerprint() == expected
+    made.write_sources(tmp_path, "a")
+    with open(tmp_path / "sources.csv", errors="surrogateescape", newline="") as file:
+        rows = [(row["file"], float(row["start_seconds"])) for row in csv.DictReader(file)]
+    assert rows == [(clips[windows[w][1]][0], windows[w][0] / 4) for w in order]
+
+
+def windows_of(info):
+    return int(info.duration_seconds * 4 + 0.05) - 4 + 1
+
+
+def test_files_that_are_too_short_to_condition_on_are_left_out_of_columns_and_lists():
+    config = DataConfig(**SIZES, video_fps=4, max_bad_share=0.5)
+    clips = [*CLIPS, ("e.mp4", info_of(0.9))]
+    kept = [long_enough(ClipIndex(c, {}, "data"), config) for c in (clips, table_of(clips))]
+    assert [index.clips for index in kept] == 2 * [CLIPS]
+    assert kept[0].bad == kept[1].bad
+    assert kept[0].bad["e.mp4"].startswith("e.mp4: lasts 0.90 s, need 1.00 s (4 frames")
+
+
+@pytest.mark.parametrize("count", [1, 200, 300, 70_000])
+def test_the_order_of_windows_does_not_depend_on_how_small_their_numbers_are(count):
+    expected = np.random.default_rng(rng.derive_seed(1, "order", 2)).permutation(count)
+    order = loader._permutation(1, 2, count)
+    assert order.tolist() == expected.tolist()
+    assert order.nbytes < expected.nbytes
+
+
+@pytest.mark.parametrize("values", [[], [1, 2, 2**40]])
+def test_shared_numbers_are_those_that_were_given(values):
+    array = shared.SharedArray.of(np.array(values, "i8"))
+    assert array.values.tolist() == pickle.loads(pickle.dumps(array)).values.tolist() == values
 
 
 # ---------------------------------------------------------------- probing
@@ -225,9 +296,12 @@ def probe_as_rank(rank, port, tmp_path, log):
         assert rank == 0
         return found
 
-    for k in range(2):
+    shared.PIECE_BYTES = 100
+    for k, host in enumerate(("of all", f"of rank {rank}")):
+        shared._host = lambda host=host: host
         result = probe_files(find, probe_of(tmp_path, log))
-        content = list(result.clips), result.bad
+        inode = os.fstat(result.clips.content.file.fileno()).st_ino
+        content = list(result.clips), result.bad, inode
         Path(tmp_path, f"{k} {rank}.pickle").write_bytes(pickle.dumps(content))
     dist.destroy_process_group()
 
@@ -236,8 +310,13 @@ def test_ranks_share_the_probing_and_agree(tmp_path, log):
     """Fault: rank 0 probed for hours, while the others ran into the time limit."""
     arguments = dist_util._free_port(), tmp_path, log
     mp.start_processes(probe_as_rank, arguments, nprocs=2, start_method="forkserver")
-    results = [pickle.loads(path.read_bytes()) for path in tmp_path.glob("*.pickle")]
-    assert results == 4 * [([(str(tmp_path / name), Size(5)) for name in NAMES], {})]
+    written = sorted(tmp_path.glob("*.pickle"))
+    results = [pickle.loads(path.read_bytes()) for path in written]
+    expected = [(str(tmp_path / name), Size(5)) for name in NAMES], {}
+    assert [(clips, bad) for clips, bad, _ in results] == 4 * [expected]
+    of_host, of_rank_1_there, own, own_of_rank_1 = [inode for _, _, inode in results]
+    assert of_host == of_rank_1_there  # they map one file
+    assert own != own_of_rank_1
     assert names_in(log) == NAMES
     probed = [name.split()[:2] for name in os.listdir(log)]
     by_rank = {who: sorted(n for n, w in probed if w == who) for _, who in probed}

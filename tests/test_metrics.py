@@ -1100,8 +1100,10 @@ def test_content_tells_files_apart_that_differ_in_their_length_only(tmp_path):
     folders = []
     for between in (0, 9):
         (tmp_path / "long.bin").write_bytes(b"a" * 2**20 + b"a" * between + b"z" * 2**20)
-        files = [(str(tmp_path / "long.bin"), None)]
-        folders.append(ClipFolder.content(types.SimpleNamespace(files=files, config=SIZES, most=0)))
+        index = types.SimpleNamespace(paths=lambda: [str(tmp_path / "long.bin")])
+        dataset = types.SimpleNamespace(index=index)
+        folder = types.SimpleNamespace(dataset=dataset, config=SIZES, most=0)
+        folders.append(ClipFolder.content(folder))
     assert folders[0] != folders[1]
 
 

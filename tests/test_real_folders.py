@@ -274,9 +274,10 @@ def test_check_data_and_sampling_refuse_them_too(tmp_path, clip, monkeypatch):
 
 def test_windows_without_audio_or_with_little_are_counted():
     info = info_of(10, audio_begin_seconds=1.5, audio_end_seconds=6.0)
-    shares = audio_shares(info, num_frames=4, fps=4, clip_stride=4)
-    assert shares.tolist() == [0, 0.5, 1, 1, 1, 1, 0, 0, 0, 0]
     index = ClipIndex([("a.mp4", info), ("b.mp4", info_of(2))], {})
+    files, shares = audio_shares(index, num_frames=4, fps=4, clip_stride=4)
+    assert files.tolist() == 10 * [0] + 2 * [1]
+    assert shares.tolist() == [0, 0.5, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1]
     (note,) = notes_on_audio(index, DataConfig(**SIZES, clip_stride=4))
     assert "5 of 12 windows have no audio, 1 have it for less than 90%" in note
     assert "in 1 files, for example a.mp4" in note

@@ -20,9 +20,12 @@ from .decode import ClipInfo
 from .held_out import split
 from .index import ClipIndex, build_index
 from .loader import endless_batches
+from .shared import SharedArray
 
 Sample = dict[str, th.Tensor]
 ROUNDING_FRAMES = 0.05  # a video that ends this much before a frame would, still has that frame
+PIECE_FILES = 1000  # whose windows are looked at together
+SPANS = ("duration_seconds", "audio_begin_seconds", "audio_end_seconds")
 LEAST_AUDIO_SHARE = 0.9  # of a window; windows with less are reported
 
 
@@ -58,34 +61,39 @@ def count_windows(info: ClipInfo, num_frames: int, fps: float, clip_stride: int)
     return int(window_counts(info.duration_seconds, num_frames, fps, clip_stride))
 
 
-def audio_shares(info: ClipInfo, num_frames: int, fps: float, clip_stride: int) -> np.ndarray:
-    """For each window of a file, the share of its video that has audio, 0 to 1."""
-    numbers = np.arange(count_windows(info, num_frames, fps, clip_stride))
+def audio_shares(
+    index: ClipIndex[ClipInfo], num_frames: int, fps: float, clip_stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each window of all files: its file, and the share of its video that has audio, 0 to 1."""
+    seconds, audio_begin, audio_end = (index.column(name).astype(float) for name in SPANS)
+    counts = window_counts(seconds, num_frames, fps, clip_stride)
+    files, numbers = locate_all(np.cumsum(counts))
     starts = numbers * clip_stride / fps
-    ends = np.minimum(starts + num_frames / fps, info.duration_seconds)
-    first = np.maximum(starts, info.audio_begin_seconds)
-    last = np.minimum(ends, info.audio_end_seconds)
-    return np.clip(last - first, 0, None) / np.maximum(ends - starts, 1e-6)
+    ends = np.minimum(starts + num_frames / fps, seconds[files])
+    first = np.maximum(starts, audio_begin[files])
+    last = np.minimum(ends, audio_end[files])
+    return files, np.clip(last - first, 0, None) / np.maximum(ends - starts, 1e-6)
 
 
 def notes_on_audio(index: ClipIndex[ClipInfo], config: DataConfig) -> list[str]:
     """What the user should know: windows without audio, and files of several mono streams."""
     sizes = (config.video_size[0], config.video_fps, config.clip_stride)
     without = little = 0  # windows without audio, with little
-    quiet = []
-    for number in _gaps_in_audio(index, config):
-        path, info = index.clips[number]
-        shares = audio_shares(info, *sizes)
+    quiet: list[int] = []  # files
+    gaps = _gaps_in_audio(index, config)
+    for begin in range(0, len(gaps), PIECE_FILES):
+        piece = gaps[begin : begin + PIECE_FILES]
+        part = ClipIndex(index.choose(piece), {}, index.data_dir)
+        files, shares = audio_shares(part, *sizes)
         without += (shares <= 0).sum()
         little += ((shares > 0) & (shares < LEAST_AUDIO_SHARE)).sum()
-        if (shares < LEAST_AUDIO_SHARE).any():
-            quiet.append(path)
+        quiet += piece[np.unique(files[shares < LEAST_AUDIO_SHARE])].tolist()
     notes = []
     if quiet:
         windows = window_counts(index.column("duration_seconds"), *sizes).sum()
         less = f"{little} have it for less than {LEAST_AUDIO_SHARE:.0%} of their time"
-        files = f"in {len(quiet)} files, for example {quiet[0]}"
-        notes.append(f"{without} of {windows} windows have no audio, {less} ({files})")
+        where = f"in {len(quiet)} files, for example {index.clips[quiet[0]][0]}"
+        notes.append(f"{without} of {windows} windows have no audio, {less} ({where})")
     mono = np.flatnonzero(np.fromiter(map(len, index.column("mono_streams")), int) > 1)
     if len(mono) and config.audio_stream is None:
         path, info = index.clips[int(mono[0])]
@@ -101,9 +109,8 @@ def notes_on_audio(index: ClipIndex[ClipInfo], config: DataConfig) -> list[str]:
 
 def _gaps_in_audio(index: ClipIndex[ClipInfo], config: DataConfig) -> np.ndarray:
     """Numbers of the files that may have a window with less than LEAST_AUDIO_SHARE of audio."""
-    duration = index.column("duration_seconds")
-    late = np.maximum(0, index.column("audio_begin_seconds"))
-    early = np.maximum(0, duration - index.column("audio_end_seconds"))
+    duration, audio_begin, audio_end = map(index.column, SPANS)
+    late, early = np.maximum(0, audio_begin), np.maximum(0, duration - audio_end)
     window = np.minimum(config.video_size[0] / config.video_fps, duration)
     # Half of what may be missing: the ends of windows are rounded.
     return np.flatnonzero(late + early >= (1 - LEAST_AUDIO_SHARE) / 2 * window)
@@ -113,6 +120,13 @@ def locate(item: int, first_after: np.ndarray) -> tuple[int, int]:
     """Item of all files -> (file, item of that file); file f ends before item `first_after[f]`."""
     file = int(np.searchsorted(first_after, item, side="right"))
     return file, int(item - (first_after[file - 1] if file else 0))
+
+
+def locate_all(first_after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`locate` of every item."""
+    counts = np.diff(first_after, prepend=0)
+    files = np.repeat(np.arange(len(counts)), counts)
+    return files, np.arange(len(files)) - (first_after - counts)[files]
 
 
 class ClipDataset(Dataset):
@@ -130,9 +144,14 @@ class ClipDataset(Dataset):
         num_frames, _, height, width = config.video_size
         sizes = (num_frames, config.video_fps, config.clip_stride)
         counts = window_counts(index.column("duration_seconds"), *sizes)
-        self.first_after = np.cumsum(counts)  # of each clip: the first window of the next one
+        self.ends = SharedArray.of(np.cumsum(counts))
         frames = ((num_frames, height, width, 3), "uint8")
         self.parts: Parts = [frames, ((2, config.audio_size[1]), "float32")]
+
+    @property
+    def first_after(self) -> np.ndarray:
+        """Of each clip: the first window of the next one."""
+        return self.ends.values
 
     def __len__(self) -> int:
         return int(self.first_after[-1])
@@ -150,8 +169,11 @@ class ClipDataset(Dataset):
     def source(self, window: int) -> tuple[str, ClipInfo, Fraction]:
         """Window -> (path, info, start in seconds)."""
         clip, number = locate(window, self.first_after)
-        start = number * self.config.clip_stride / Fraction(self.config.video_fps)
-        return *self.clips[clip], start
+        return *self.clips[clip], self.start(number)
+
+    def start(self, number: int) -> Fraction:
+        """Where window `number` of a file begins, in seconds."""
+        return number * self.config.clip_stride / Fraction(self.config.video_fps)
 
     def _decoded(self, window: int) -> tuple[th.Tensor, ...]:
         """Window -> ([F, H, W, 3] uint8, [2, L] float32)."""
@@ -188,16 +210,23 @@ def read_clips(folder: str, config: DataConfig, most: int | None = None) -> Samp
     return default_collate([clips[k] for k in range(len(clips))[:most]])
 
 
-def read_held_out(config: DataConfig, val_dir: str, val_share: float, most: int) -> Sample | None:
+def read_held_out(
+    config: DataConfig,
+    val_dir: str,
+    val_share: float,
+    most: int,
+    index: ClipIndex[ClipInfo] | None = None,
+) -> Sample | None:
     """Up to `most` clips of `val_dir`, or of the share of `data_dir`; None where there are none.
 
     Windows of equal distances among all: of as many files as there are. Those that cannot be
-    decoded are left out, with a warning. Must be called on every rank. Errors: see `load_data`.
+    decoded are left out, with a warning. index: of `data_dir`, if it is there already. Must be
+    called on every rank. Errors: see `load_data`.
     """
     if val_dir:
         index = index_clips(dataclasses.replace(config, data_dir=val_dir))
     else:
-        index = split(index_clips(config), val_share)[1]
+        index = split(index or index_clips(config), val_share)[1]
     if not index.clips:
         return None
     dataset = ClipDataset(index, dataclasses.replace(config, random_flip=False))
@@ -218,11 +247,13 @@ def load_data(
     world: World | None = None,
     start_sample: int = 0,
     val_share: float = 0.0,
+    index: ClipIndex[ClipInfo] | None = None,
 ) -> Iterator[tuple[Sample, dict]]:
     """-> endless ({"video": [B, F, 3, H, W], "audio": [B, C, L]}, {}), float32 in [-1, 1].
 
     start_sample: how many samples all ranks have taken before. val_share: of the files, which
-    are held out (see held_out.py). Must be called on every rank.
+    are held out (see held_out.py). index: of `data_dir`, if it is there already. Must be called
+    on every rank.
     DataError (an unusable folder) and ValueError (an unusable cache_dir, video and audio of
     different duration) at once; DataError when too many files turn out to be undecodable
     (`endless_batches`).
@@ -230,7 +261,7 @@ def load_data(
     config.check_durations()
     world = world or World()
     disk = DiskCache(config.cache_dir, config.data_dir) if config.cache_dir else None
-    index, held_out = split(index_clips(config), val_share)
+    index, held_out = split(index or index_clips(config), val_share)
     if world.rank == 0:
         logger.log(f"{config.data_dir}: {index.report()}")
         if held_out.clips:

@@ -27,6 +27,7 @@ from .index import (
 )
 from .loader import endless_batches
 from .probing import Probe, probe_files
+from .shared import SharedArray
 
 cv2.setNumThreads(1)  # images are resized in several processes
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -119,7 +120,12 @@ class FrameDataset(Dataset):
         self.index, self.files, self.config, self.disk = index, index.clips, config, disk
         self.parts: Parts = [((3, config.large_size, config.large_size), "uint8")]
         frames = frame_counts(index.column("duration_seconds"), config.video_fps)
-        self.first_after = np.cumsum(np.where(index.column("is_video"), frames, 1))
+        self.ends = SharedArray.of(np.cumsum(np.where(index.column("is_video"), frames, 1)))
+
+    @property
+    def first_after(self) -> np.ndarray:
+        """Of each file: the first item of the next one."""
+        return self.ends.values
 
     def __len__(self) -> int:
         return int(self.first_after[-1]) if len(self.first_after) else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,13 +27,21 @@ def split(index: Index, share: float) -> tuple[Index, Index]:
     if share * len(index.clips) < LEAST_FILES:
         return index, ClipIndex([], {}, index.data_dir)
     folders = [absolute(folder) for folder in folders_in(index.data_dir)]
-    is_held_out = np.array([_fraction(path, folders) < share for path, _ in index.clips])
+    is_held_out = _fractions(index.paths(), folders) < share
     training = ClipIndex(index.choose(~is_held_out), index.bad, index.data_dir)
     return training, ClipIndex(index.choose(is_held_out), {}, index.data_dir)
 
 
-def _fraction(path: str, folders: list[str]) -> float:
-    """In [0, 1), by the hash of the path below the folder that holds it."""
-    full = absolute(path)
-    below = min((full.removeprefix(folder) for folder in folders), key=len)
-    return int(hashlib.sha256(os.fsencode(below)).hexdigest()[:13], 16) / 16**13
+def _fractions(paths: list[str], folders: list[str]) -> np.ndarray:
+    """[N] in [0, 1), by the hash of each path below the folder that holds it."""
+    hashes = [hashlib.sha256(os.fsencode(path)).digest()[:8] for path in _below(paths, folders)]
+    return (np.frombuffer(b"".join(hashes), ">u8") >> 12) / 2**52
+
+
+def _below(paths: list[str], folders: list[str]) -> Iterator[str]:
+    """What each path adds to the folder that holds it."""
+    from_root = functools.cache(lambda folder: os.path.join(absolute(folder), ""))
+    for path in paths:
+        name = path.rfind("/") + 1
+        full = from_root(path[:name]) + path[name:]
+        yield min([full.removeprefix(folder) for folder in folders], key=len)

@@ -18,7 +18,7 @@ import numpy as np
 from ..files import absolute, is_remote, unambiguous
 from . import DataError, decode
 from .decode import ClipInfo
-from .probing import Found, Probe, probe_files
+from .probing import Found, Probe, identity, probe_files
 from .streams import AudioChoice
 from .table import Table
 
@@ -52,6 +52,12 @@ class ClipIndex(Generic[Info]):
             return self.clips.column(name)
         return np.fromiter((getattr(info, name) for _, info in self.clips), object)
 
+    def paths(self) -> list[str]:
+        """The path of every clip."""
+        if isinstance(self.clips, Table):
+            return self.clips.paths()
+        return [path for path, _ in self.clips]
+
     def leave_out(self, bad: dict[str, str]) -> ClipIndex[Info]:
         """The index in which these files are bad as well; path -> why."""
         if isinstance(self.clips, Table):
@@ -60,11 +66,17 @@ class ClipIndex(Generic[Info]):
             clips = [(path, info) for path, info in self.clips if path not in bad]
         return ClipIndex(clips, self.bad | bad, self.data_dir)
 
-    def choose(self, mask: np.ndarray) -> Sequence[tuple[str, Info]]:
-        """The clips for which the mask is true."""
+    def choose(self, chosen: np.ndarray) -> Sequence[tuple[str, Info]]:
+        """The clips of these numbers, or of this mask."""
         if isinstance(self.clips, Table):
-            return self.clips.select(mask)
-        return [self.clips[number] for number in np.flatnonzero(mask).tolist()]
+            return self.clips.select(chosen)
+        return [self.clips[number] for number in np.arange(len(self.clips))[chosen].tolist()]
+
+    def file_sizes(self) -> np.ndarray:
+        """Bytes of every clip's file, as it was when the files were searched."""
+        if isinstance(self.clips, Table):
+            return self.clips.column("file_size")
+        return np.array([identity(path)["size"] for path, _ in self.clips], "i8")
 
     def refuse_if_bad(self, max_bad_share: float, lister: str = "py_scripts/check_data.py") -> None:
         """DataError, with examples, where no file is good or more than `max_bad_share` are bad."""
@@ -132,7 +144,7 @@ def find_files(
     """
     if not folders:
         raise DataError(f"no data folder of {kind} given; {remedy}")
-    paths: set[str] = set()
+    paths: list[str] = []
     unreadable: dict[str, str] = {}
     searched: set[tuple[int, int]] = set()
     for folder in folders:
@@ -140,14 +152,22 @@ def find_files(
         for root, names in _walk(folder, searched, unreadable):
             visible = [name for name in names if not name.startswith(".")]
             wanted = [name for name in visible if name.lower().endswith(extensions)]
-            paths.update(blobfile.join(root, name) for name in wanted)
+            paths += _join(root, wanted)
     where = ",".join(folders)
     if not paths and unreadable:
         examples = "; ".join(list(unreadable.values())[:MAX_EXAMPLES])
         raise DataError(f"{where}: no {kind} found where it could be searched ({examples})")
     if not paths:
         raise DataError(f"{where}: holds no {kind} ({' '.join(extensions)}); {remedy}")
-    return Found(sorted(paths), unreadable)
+    once = dict.fromkeys(paths)  # in an order that is quickly sorted
+    return Found(sorted(once), unreadable)
+
+
+def _join(folder: str, names: list[str]) -> list[str]:
+    if is_remote(folder):
+        return [blobfile.join(folder, name) for name in names]
+    prefix = os.path.join(folder, "")
+    return [prefix + name for name in names]
 
 
 def _require_folder(folder: str, remedy: str) -> None:

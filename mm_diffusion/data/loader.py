@@ -63,9 +63,10 @@ class GlobalOrder:
             yield [self.at(position) for position in range(begin, begin + self.batch_size)]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng(rng.derive_seed(seed, "order", epoch)).permutation(count)
+    windows = np.arange(count, dtype=np.min_scalar_type(count))  # small: there may be millions
+    return np.random.default_rng(rng.derive_seed(seed, "order", epoch)).permutation(windows)
 
 
 class ReplacingDataset(Dataset):

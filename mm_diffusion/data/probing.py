@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,12 +20,14 @@ from .. import logger
 from ..dist_util import from_rank_0, group_rank, to_rank_0
 from ..files import is_remote, write_atomically
 from . import MediaError
-from .table import SharedBytes, Table, encode, is_intact, number_fields, row_type, text_of
+from .shared import SharedBytes, share
+from .table import IDENTITY, Table, encode, is_intact, number_fields, row_type, text_of
 from .workers import ReaderPool
 
 FINGERPRINT_BYTES = 2**20  # at either end of a file
 PIECE_FILES = 1000  # that a rank probes before all meet, so that none waits for long
 SAVE_SECONDS = 60.0  # of probing are lost at most, beside a piece, where a run is interrupted
+NOT_FOUND = (OSError, blobfile.Error)
 Info = TypeVar("Info")
 Result = Any  # an info, or the MediaError of a bad file
 
@@ -70,8 +71,9 @@ def probe_files(find: Callable[[], Found], probe: Probe) -> Probed:
     for results in _probe_together(from_rank_0(lambda: files.waiting()), probe):
         if files:
             files.add(results)
-    content, bad = from_rank_0(lambda: files.finish())
-    return Probed(Table(probe.kind, SharedBytes.of(content)), bad)
+    content = files.finish() if files else None
+    bad = from_rank_0(lambda: files.unreadable | dict(sorted(files.bad.items())))
+    return Probed(Table(probe.kind, share(content)), bad)
 
 
 def _probe_together(paths: list[str], probe: Probe) -> Iterator[list[Result]]:
@@ -118,30 +120,32 @@ class _Files:
 
     def _identify(self) -> None:
         """Size and time of every file."""
-        pieces = [self.paths[k : k + PIECE_FILES] for k in range(0, len(self.paths), PIECE_FILES)]
+        begins = range(0, len(self.paths), PIECE_FILES)
+        pieces = [self.paths[k : k + PIECE_FILES] for k in begins]
         with ThreadPoolExecutor(max(1, self.probe.num_workers)) as threads:
-            results = itertools.chain.from_iterable(threads.map(_identities, pieces))
-            for number, (path, result) in enumerate(zip(self.paths, results, strict=True)):
-                if isinstance(result, MediaError):
-                    self.bad[path] = str(result)
-                    result = (0, 0.0)
-                self.rows["file_size"][number], self.rows["file_time"][number] = result
+            results = threads.map(_identities, pieces)
+            for begin, (identities, bad) in zip(begins, results, strict=True):
+                rows = self.rows[begin : begin + PIECE_FILES]
+                for name in IDENTITY:
+                    rows[name] = identities[name]
+                self.bad |= bad
 
-    def _recall(self) -> bytes | None:
+    def _recall(self) -> SharedBytes | None:
         """Take rows of unchanged files from the cache -> its content, if that is still right."""
-        content = _read(self.probe.cache)
+        content = SharedBytes.read(self.probe.cache)
         if not is_intact(content, self.probe.kind):
             return None
-        known = Table(self.probe.kind, SharedBytes(None, content))
-        self.texts = {known.texts[k]: k for k in range(len(known.texts))}
-        place = {path: k for k, path in enumerate(known.paths())}
-        numbers = np.array([place.get(path, -1) for path in self.paths])
-        candidates = np.flatnonzero(numbers >= 0)
-        old, new = known.rows[numbers[candidates]], self.rows[candidates]
-        same = (old["file_size"] == new["file_size"]) & (old["file_time"] == new["file_time"])
-        self.rows[candidates[same]] = old[same]
-        self.is_known[candidates[same]] = True
-        return content if same.sum() == len(known) else None
+        known = Table(self.probe.kind, content)
+        self.texts = {text: k for k, text in enumerate(known.texts.all())}
+        numbers = _places(self.paths, known.paths())
+        ours = np.flatnonzero(numbers >= 0)
+        theirs = numbers[ours]
+        for name in IDENTITY:
+            same = self.rows[name][ours] == known.rows[name][theirs]
+            ours, theirs = ours[same], theirs[same]
+        self.rows[ours] = known.rows[theirs]
+        self.is_known[ours] = True
+        return content if len(ours) == len(known) else None
 
     def waiting(self) -> list[str]:
         """The files to be probed."""
@@ -161,10 +165,9 @@ class _Files:
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self._save()
 
-    def finish(self) -> tuple[bytes, dict[str, str]]:
-        """The encoded table, saved if it has changed, and why files or folders are bad."""
-        content = self._save() if self.content is None else self.content
-        return content, self.unreadable | dict(sorted(self.bad.items()))
+    def finish(self) -> SharedBytes:
+        """The encoded table, saved if it has changed."""
+        return self.content or SharedBytes.of(self._save())
 
     def _save(self) -> bytes:
         """Encode the files that are known, and write them to the cache."""
@@ -178,23 +181,28 @@ class _Files:
         return content
 
 
-def _identities(paths: list[str]) -> list[tuple[int, float] | MediaError]:
-    """Size and time of each file; MediaError for an empty or missing one."""
-    results: list[tuple[int, float] | MediaError] = []
+def _places(paths: list[str], known: list[str]) -> np.ndarray:
+    """Where each path is among the known ones, -1 for the others."""
+    if paths == known:
+        return np.arange(len(paths))
+    place = {path: k for k, path in enumerate(known)}
+    return np.fromiter((place.get(path, -1) for path in paths), int, len(paths))
+
+
+def _identities(paths: list[str]) -> tuple[np.ndarray, dict[str, str]]:
+    """Size and time of each file, and why some are bad: empty or missing."""
+    found: list[tuple[int, float]] = []
+    bad: dict[str, str] = {}
     for path in paths:
         try:
-            size, mtime = _size_and_time(path)
-            results.append((size, mtime) if size else MediaError(f"{path}: is empty (0 bytes)"))
+            found.append(_size_and_time(path))
         except MediaError as error:
-            results.append(error)
-    return results
-
-
-def _read(cache: Path) -> bytes:
-    try:
-        return cache.read_bytes()
-    except OSError:
-        return b""
+            bad[path] = str(error)
+            found.append((0, 0.0))
+            continue
+        if not found[-1][0]:
+            bad[path] = f"{path}: is empty (0 bytes)"
+    return np.array(found, [*IDENTITY.items()]), bad
 
 
 def _write(cache: Path, content: bytes) -> bool:
@@ -217,26 +225,27 @@ def identity(path: str) -> dict[str, float]:
 
 
 def _size_and_time(path: str) -> tuple[int, float]:
-    with _missing_as_media_error(path):
+    try:
         if is_remote(path):
             remote = blobfile.stat(path)
             return remote.size, remote.mtime
         stat = os.stat(path)  # blobfile takes ten times as long
         return stat.st_size, stat.st_mtime
+    except NOT_FOUND as error:
+        raise _missing(path, error) from error
 
 
 def fingerprint(path: str) -> str:
     """sha256 of a file's size and first and last MiB; MediaError as above."""
-    with _missing_as_media_error(path), blobfile.BlobFile(path, "rb") as file:
-        first, size = file.read(FINGERPRINT_BYTES), file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        return hashlib.sha256(b"%d " % size + first + file.read()).hexdigest()
-
-
-@contextmanager
-def _missing_as_media_error(path: str) -> Iterator[None]:
     try:
-        yield
-    except (OSError, blobfile.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{path}: cannot be found ({reason})") from error
+        with blobfile.BlobFile(path, "rb") as file:
+            first, size = file.read(FINGERPRINT_BYTES), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            return hashlib.sha256(b"%d " % size + first + file.read()).hexdigest()
+    except NOT_FOUND as error:
+        raise _missing(path, error) from error
+
+
+def _missing(path: str, error: Exception) -> MediaError:
+    reason = getattr(error, "strerror", None) or error
+    return MediaError(f"{path}: cannot be found ({reason})")

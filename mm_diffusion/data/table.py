@@ -4,66 +4,25 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import json
-import mmap
-import os
-import tempfile
 import typing
 import zlib
-from collections.abc import Collection, Iterator, Sequence
-from multiprocessing import context, reduction
-from typing import Any, BinaryIO, Generic, TypeVar, overload
+from collections.abc import Collection, Sequence
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from .. import logger
+from .shared import SharedArray, SharedBytes
 
-FORMAT = 6  # of encoded tables; raised whenever an entry changes its meaning
+FORMAT = 7  # of encoded tables; raised whenever an entry changes its meaning
+IDENTITY = {"file_size": "i8", "file_time": "f8"}  # changes with the file
 NUMBER_TYPES = {float: "f8", int: "i8", bool: "?"}
 Info = TypeVar("Info")
 
 
-class SharedBytes:
-    """Bytes that processes started by this one share instead of copying them.
-
-    They lie in a nameless temporary file: what happens to the file that they come from, on this
-    or another host, does not reach those who read them.
-    """
-
-    def __init__(self, file: BinaryIO | None, buffer: Any) -> None:
-        self.file, self.buffer = file, buffer
-
-    @classmethod
-    def of(cls, content: bytes) -> SharedBytes:
-        """Copy the bytes into a file; where there is no space for it, keep them in memory."""
-        try:
-            file: Any = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as it is mapped)
-            file.write(content)
-            file.flush()
-        except OSError as error:
-            logger.warn(
-                f"{tempfile.gettempdir()}: cannot hold the index ({error.strerror}), so each data"
-                " worker keeps a copy; set TMPDIR to a folder with space"
-            )
-            return cls(None, content)
-        return cls.map(file)
-
-    @classmethod
-    def map(cls, file: Any) -> SharedBytes:
-        return cls(file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-    def __reduce__(self) -> tuple:
-        if self.file is None or context.get_spawning_popen() is None:
-            return SharedBytes, (None, bytes(self.buffer))
-        return _inherit, (reduction.DupFd(self.file.fileno()),)
-
-
-def _inherit(descriptor: Any) -> SharedBytes:
-    return SharedBytes.map(os.fdopen(descriptor.detach(), "rb"))
-
-
 class Strings:
-    """Texts by number, as the bytes of all and where each ends."""
+    """Texts by number, as the bytes of all, each with a zero after it, and where those are."""
 
     def __init__(self, ends: np.ndarray, data: np.ndarray) -> None:
         self.ends, self.data = ends, data
@@ -72,14 +31,21 @@ class Strings:
         return len(self.ends)
 
     def __getitem__(self, number: int) -> str:
-        begin = self.ends[number - 1] if number else 0
-        return bytes(self.data[begin : self.ends[number]]).decode("utf-8", "surrogateescape")
+        begin = self.ends[number - 1] + 1 if number else 0
+        return _decode(self.data[begin : self.ends[number]])
+
+    def all(self) -> list[str]:
+        return _decode(self.data).split("\0")[:-1]
 
     @staticmethod
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        parts = [text.encode("utf-8", "surrogateescape") for text in texts]
-        ends = np.cumsum([len(part) for part in parts], dtype="i8")
-        return [ends, np.frombuffer(b"".join(parts), "u1")]
+        joined = "\0".join([*texts, ""]).encode("utf-8", "surrogateescape")
+        data = np.frombuffer(joined, "u1")
+        return [np.flatnonzero(data == 0), data]
+
+
+def _decode(data: np.ndarray) -> str:
+    return str(data.data, "utf-8", "surrogateescape")
 
 
 def number_fields(kind: type) -> dict[str, str]:
@@ -91,8 +57,7 @@ def number_fields(kind: type) -> dict[str, str]:
 
 def row_type(kind: type) -> np.dtype:
     """A file in a table: size and time, the fields that are numbers, the number of its text."""
-    own = {"file_size": "i8", "file_time": "f8", "text": "i8"}
-    return np.dtype([*own.items(), *number_fields(kind).items()])
+    return np.dtype([*(IDENTITY | {"text": "i8"} | number_fields(kind)).items()])
 
 
 def text_of(info: Any, numbers: Collection[str]) -> str:
@@ -103,24 +68,24 @@ def text_of(info: Any, numbers: Collection[str]) -> str:
 def encode(rows: np.ndarray, paths: Sequence[str], texts: Sequence[str]) -> bytes:
     """A table as bytes: a line of JSON, the rows, and the strings."""
     arrays = [rows, *Strings.encode(paths), *Strings.encode(texts)]
-    body = b"".join(array.tobytes() for array in arrays)
+    parts = [array.view("u1").data for array in arrays]
     header = {
         "format": FORMAT,
         "fields": rows.dtype.descr,
         "lengths": [len(array) for array in arrays],
-        "crc32": zlib.crc32(body),
+        "crc32": functools.reduce(lambda value, part: zlib.crc32(part, value), parts, 0),
     }
-    return json.dumps(header).encode() + b"\n" + body
+    return b"".join([json.dumps(header).encode(), b"\n", *parts])
 
 
-def is_intact(content: bytes, kind: type) -> bool:
+def is_intact(content: SharedBytes, kind: type) -> bool:
     """Whether these bytes are an encoded table of such infos."""
+    start = content.buffer.find(b"\n") + 1
     try:
-        line, _, body = content.partition(b"\n")
-        header = json.loads(line)
+        header = json.loads(content.buffer[:start])
         fields = [tuple(field) for field in header["fields"]]
         is_current = header["format"] == FORMAT and fields == row_type(kind).descr
-        return is_current and header["crc32"] == zlib.crc32(body)
+        return is_current and header["crc32"] == zlib.crc32(memoryview(content.buffer)[start:])
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -128,16 +93,17 @@ def is_intact(content: bytes, kind: type) -> bool:
 class Table(Sequence[tuple[str, Info]], Generic[Info]):
     """(path, info) of files, sorted by path, made when they are asked for.
 
-    kind: the dataclass of the infos. numbers: of the rows that belong to this part of the table.
+    kind: the dataclass of the infos. chosen: the rows that belong to this part of the table.
     """
 
     def __init__(
-        self, kind: type[Info], content: SharedBytes, numbers: np.ndarray | None = None
+        self, kind: type[Info], content: SharedBytes, chosen: SharedArray | None = None
     ) -> None:
         self.kind, self.content = kind, content
         self.fields = number_fields(kind)
         self._map()
-        self.numbers = np.arange(len(self.rows)) if numbers is None else numbers
+        self.chosen = chosen or SharedArray.of(np.arange(len(self.rows), dtype="i4"))
+        self.numbers = self.chosen.values
 
     def _map(self) -> None:
         buffer = self.content.buffer
@@ -152,7 +118,7 @@ class Table(Sequence[tuple[str, Info]], Generic[Info]):
         self.all_paths, self.texts = Strings(*arrays[1:3]), Strings(*arrays[3:])
 
     def __reduce__(self) -> tuple:
-        return Table, (self.kind, self.content, self.numbers)
+        return Table, (self.kind, self.content, self.chosen)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -175,12 +141,13 @@ class Table(Sequence[tuple[str, Info]], Generic[Info]):
     def path(self, number: int) -> str:
         return self.all_paths[self.numbers[number]]
 
-    def paths(self) -> Iterator[str]:
-        return map(self.path, range(len(self)))
+    def paths(self) -> list[str]:
+        everything = self.all_paths.all()
+        return [everything[number] for number in self.numbers.tolist()]
 
     def column(self, name: str) -> np.ndarray:
-        """A field of the info of every file; a sequence is a list."""
-        if name in self.fields:
+        """A field of the info of every file, or its `file_size`; a sequence is a list."""
+        if name in IDENTITY or name in self.fields:
             return self.rows[name][self.numbers]
         used, places = np.unique(self.rows["text"][self.numbers], return_inverse=True)
         values = np.empty(len(used), object)
@@ -190,11 +157,14 @@ class Table(Sequence[tuple[str, Info]], Generic[Info]):
 
     def select(self, chosen: slice | np.ndarray) -> Table[Info]:
         """The files of these numbers, or of this mask."""
-        return Table(self.kind, self.content, self.numbers[chosen])
+        return self._part(self.numbers[chosen])
+
+    def _part(self, numbers: np.ndarray) -> Table[Info]:
+        return Table(self.kind, self.content, SharedArray.of(numbers))
 
     def without(self, paths: Collection[str]) -> Table[Info]:
         """All files but these."""
         found = [bisect.bisect_left(range(len(self)), path, key=self.path) for path in paths]
         places = zip(found, paths, strict=True)
         mine = [k for k, path in places if k < len(self) and self.path(k) == path]
-        return Table(self.kind, self.content, np.delete(self.numbers, mine))
+        return self._part(np.delete(self.numbers, mine))

@@ -14,7 +14,7 @@ import torch as th
 
 from ..config import ClipReadingConfig, DataConfig
 from ..data import decode, images
-from ..data.clips import ClipDataset, count_frames, count_windows, locate
+from ..data.clips import ClipDataset, count_frames, count_windows, locate_all
 from ..data.decode import ClipInfo
 from ..data.index import ClipIndex, build_index
 from ..data.probing import fingerprint, identity
@@ -110,13 +110,13 @@ class ClipFolder:
 
     def file_numbers(self) -> th.Tensor:
         """[N]: the file of each clip."""
-        first_after = self.dataset.first_after
-        return th.tensor([locate(number, first_after)[0] for number in range(len(self))])
+        files, _ = locate_all(self.dataset.first_after)
+        return th.from_numpy(files[: len(self)])
 
     def content(self) -> str:
         """Identifies the clips by their files' content and the way they are read."""
         with ThreadPoolExecutor(max(1, self.config.num_workers)) as pool:
-            files = list(pool.map(_file_content, [path for path, _ in self.files]))
+            files = list(pool.map(_file_content, self.dataset.index.paths()))
         config = self.config
         how = config.video_size, config.audio_size, config.video_fps, config.audio_fps
         return json.dumps([decode.DECODER, [*how, config.antialias, self.most], files])

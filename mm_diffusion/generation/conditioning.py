@@ -9,13 +9,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch as th
 
 from ..config import DataConfig
-from ..data.clips import ClipDataset, count_frames, locate
+from ..data.clips import ClipDataset, frame_counts, locate_all
 from ..data.decode import ClipInfo
 from ..data.index import ClipIndex
-from ..data.probing import identity
 from ..files import write_text
 from .output import clip_name
 
@@ -34,16 +34,16 @@ class ConditioningClips:
         self.modality = modality
         self.index = long_enough(index, config)
         self.dataset = ClipDataset(self.index, config)
-        windows, first_after = range(len(self.dataset)), self.dataset.first_after
+        _, numbers = locate_all(self.dataset.first_after)
         # A stable sort: windows of the same number stay in the order of their files.
-        self.order = sorted(windows, key=lambda window: locate(window, first_after)[1])
+        self.order = np.argsort(numbers, kind="stable")
 
     def __len__(self) -> int:
         return len(self.order)
 
     def truth(self, number: int) -> dict[str, th.Tensor]:
         """A clip: {"video" [F, 3, H, W], "audio" [2, L]} in [-1, 1]."""
-        return self.dataset[self.order[number]]
+        return self.dataset[int(self.order[number])]
 
     def conditioning(self, number: int) -> dict[str, th.Tensor]:
         """The conditioning modality of a clip."""
@@ -51,12 +51,12 @@ class ConditioningClips:
 
     def fingerprint(self) -> str:
         """A short name of these clips in this order: names, sizes and streams of files, windows."""
-        files = [
-            [os.path.basename(path), identity(path)["size"], info.video_stream, info.audio_stream]
-            for path, info in self.index.clips
-        ]
-        config = self.dataset.config
-        facts = [files, self.order, config.clip_stride, config.random_flip, config.antialias]
+        index, config = self.index, self.dataset.config
+        names = map(os.path.basename, index.paths())
+        streams = index.column("video_stream").tolist(), index.column("audio_stream").tolist()
+        files = [*zip(names, index.file_sizes().tolist(), *streams, strict=True)]
+        order = self.order.tolist()
+        facts = [files, order, config.clip_stride, config.random_flip, config.antialias]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def write_sources(self, folder: str | os.PathLike, stem: str) -> None:
@@ -64,9 +64,12 @@ class ConditioningClips:
         table = io.StringIO()
         rows = csv.writer(table)
         rows.writerow(["clip", "file", "start_seconds"])
-        for number, window in enumerate(self.order):
-            path, _, start = self.dataset.source(window)
-            rows.writerow([clip_name(stem, number), path, float(start)])
+        paths = self.index.paths()
+        files, windows = (part[self.order] for part in locate_all(self.dataset.first_after))
+        starts = [float(self.dataset.start(k)) for k in range(windows.max() + 1)]
+        sources = zip(files.tolist(), windows.tolist(), strict=True)
+        for number, (file, window) in enumerate(sources):
+            rows.writerow([clip_name(stem, number), paths[file], starts[window]])
         write_text(Path(folder, SOURCES), table.getvalue())
 
 
@@ -76,12 +79,13 @@ def long_enough(index: ClipIndex[ClipInfo], config: DataConfig) -> ClipIndex[Cli
     In training such clips are padded; here the padding would be conditioned on.
     """
     num_frames, fps = config.video_size[0], config.video_fps
-    short = {}
+    seconds = index.column("duration_seconds")
+    is_short = frame_counts(seconds, fps) < num_frames
     need = f"need {num_frames / fps:.2f} s ({num_frames} frames at {fps} per second)"
-    for path, info in index.clips:
-        seconds = info.duration_seconds
-        if count_frames(seconds, fps) < num_frames:
-            short[path] = f"{path}: lasts {seconds:.2f} s, {need}"
+    short = {
+        path: f"{path}: lasts {info.duration_seconds:.2f} s, {need}"
+        for path, info in index.choose(is_short)
+    }
     kept = index.leave_out(short)
     kept.refuse_if_bad(config.max_bad_share)
     return kept

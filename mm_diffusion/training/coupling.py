@@ -21,6 +21,8 @@ from torch import nn
 from .. import logger, rng
 from ..config import TASKS, DataConfig, JointTrainConfig
 from ..data.clips import read_held_out
+from ..data.decode import ClipInfo
+from ..data.index import ClipIndex
 from ..dist_util import SINGLE_PROCESS, World, all_sum
 from ..gaussian_diffusion import GaussianDiffusion
 from ..sampling import bind
@@ -47,11 +49,16 @@ def steps_per_clip(task_mix: Iterable[str]) -> float:
 
 
 def make_meter(
-    diffusion: GaussianDiffusion, config: JointTrainConfig, data: DataConfig, world: World
+    diffusion: GaussianDiffusion,
+    config: JointTrainConfig,
+    data: DataConfig,
+    world: World,
+    index: ClipIndex[ClipInfo] | None = None,
 ) -> CouplingMeter | None:
     """The meter of a training run, on as many held-out clips as take TIME_SHARE of its time.
 
-    None, and the reason in the log, where they are too few. Must be called on every rank.
+    None, and the reason in the log, where they are too few. index: of the training data, if it is
+    there already. Must be called on every rank.
     """
     clips_per_step = config.batch_size * world.size
     cost = steps_per_clip(config.task_mix)
@@ -65,7 +72,7 @@ def make_meter(
             f" {interval} steps to a save; {needed} are enough (--save_interval)"
         )
         return None
-    clips = read_held_out(data, config.val_dir, config.val_share, most)
+    clips = read_held_out(data, config.val_dir, config.val_share, most, index)
     count = len(clips["video"]) if clips else 0
     if clips is None or count < 2:
         where, remedy = f"--val_dir {config.val_dir}", "add clips"
