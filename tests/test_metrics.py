@@ -45,7 +45,7 @@ from mm_diffusion.evaluation.distances import (
     Points,
     TooFewError,
     earth_movers_distance,
-    frechet_distances,
+    frechet_distance,
     gaussian_distances,
     kernel_distances,
     nearest,
@@ -99,7 +99,6 @@ def unweighted(distances):
     return distance
 
 
-frechet_distance = unweighted(frechet_distances)
 kernel_distance = unweighted(kernel_distances)
 gaussian_distance = unweighted(gaussian_distances)
 

@@ -66,14 +66,19 @@ def _frechet_distance(x: th.Tensor, y: th.Tensor, w: th.Tensor, v: th.Tensor) ->
     return (between_means + r.square().sum() + s.square().sum() - 2 * cross).clamp(min=0)
 
 
-def standard_frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
-    """[N, D], [M, D] -> `frechet_distances`, each dimension divided by the standard deviation of y.
+def frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
+    """[N, D], [M, D] -> `frechet_distances` of points that all have one weight."""
+    return frechet_distances(Points.unweighted(x), Points.unweighted(y)).item()
 
-    All points have one weight. A dimension in which y is constant is not scaled.
+
+def standard_frechet_distance(x: th.Tensor, y: th.Tensor) -> float:
+    """[N, D], [M, D] -> `frechet_distance`, each dimension divided by the standard deviation of y.
+
+    A dimension in which y is constant is not scaled.
     """
     spread = y.double().std(dim=0)
     spread = th.where(spread > 0, spread, 1.0)
-    return frechet_distances(Points.unweighted(x / spread), Points.unweighted(y / spread)).item()
+    return frechet_distance(x / spread, y / spread)
 
 
 def _moments(x: th.Tensor, w: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
