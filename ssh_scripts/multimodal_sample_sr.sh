@@ -19,7 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 # Upsampler
 : "${SR_SAMPLE_FN:=ddim}"  # on the diffusion steps stored in the checkpoint, else on 1100
-: "${SR_TIMESTEP_RESPACING=ddim25}"  # set it empty for dpm_solver
+: "${SR_TIMESTEP_RESPACING:=}"  # steps of ddim and ddpm; empty: ddim25, as published, all of ddpm
 : "${SR_BATCH_SIZE:=0}"  # frames per rank at a time; 0: what fits in memory
 : "${SR_USE_FP16:=$USE_FP16}"
 : "${LOAD_NOISE:=}"  # .npy with one noise image for all clips
@@ -31,5 +31,6 @@ need_path MODEL_PATH /path/to/checkpoint.pt
 check_paths SR_MODEL_PATH REF_PATH LOAD_NOISE
 use_environment
 set_flags OUTPUT_DIR ALL_SAVE_NUM BATCH_SIZE SAMPLE_FN SEED USE_FP16 SR_MODEL_PATH SR_SAMPLE_FN \
-    SR_TIMESTEP_RESPACING SR_BATCH_SIZE SR_USE_FP16 LOAD_NOISE REF_PATH
+    SR_BATCH_SIZE SR_USE_FP16 LOAD_NOISE REF_PATH
+[ -z "$SR_TIMESTEP_RESPACING" ] || FLAGS+=(--sr_timestep_respacing "$SR_TIMESTEP_RESPACING")
 launch multimodal_sample_sr.py --multimodal_model_path "$MODEL_PATH" "${FLAGS[@]}" "$@"

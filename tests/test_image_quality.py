@@ -14,7 +14,8 @@ from torchvision.io import write_png
 
 from mm_diffusion import checkpoint
 from mm_diffusion.data import encode
-from mm_diffusion.evaluation.image_quality import flicker, psnr, ssim
+from mm_diffusion.evaluation.distances import frechet_distance
+from mm_diffusion.evaluation.image_quality import flicker, patches, psnr, ssim
 from mm_diffusion.script_util import image_sr_model_and_diffusion_defaults
 
 SCRIPT = Path(__file__).resolve().parents[1] / "py_scripts/check_upsampler.py"
@@ -24,8 +25,8 @@ def noise(*shape, seed=0):
     return th.randn(*shape, generator=th.Generator().manual_seed(seed))
 
 
-def textured(count=3, side=24):
-    return (0.4 * noise(count, 3, side, side)).clamp(-0.9, 0.9)
+def textured(count=3, side=24, seed=0):
+    return (0.4 * noise(count, 3, side, side, seed=seed)).clamp(-0.9, 0.9)
 
 
 def test_psnr_is_that_of_the_root_mean_square_error_and_bounded():
@@ -70,6 +71,29 @@ def test_flicker_is_the_change_beyond_that_of_the_reference_in_grey_levels():
     assert math.isnan(flicker(still[:1], still[:1]))
 
 
+def grey(luma):
+    """Frames [F, 3, H, W] of luma [F, H, W] in grey levels."""
+    return (luma[:, None] / 127.5 - 1).expand(-1, 3, -1, -1)
+
+
+def test_patches_hold_the_luma_of_frames_and_leave_out_what_is_left_over():
+    luma = (255 * th.rand(2, 18, 25, generator=th.Generator().manual_seed(0))).double()
+    found = patches(grey(luma))
+    assert found.shape == (2 * 2 * 3, 64)
+    kept = luma[:, :16, :24]
+    th.testing.assert_close(8 * found.flatten().sort().values, kept.flatten().sort().values)
+    assert any(th.allclose(8 * row, kept[1, 8:, 16:].flatten()) for row in found)
+    assert len(patches(textured(20, 64))) == 1024
+
+
+def test_the_frechet_distance_of_patches_is_in_squared_grey_levels():
+    """Of a shift it is the shift squared; in general at most the mean square error (Gelbrich)."""
+    x, y = (patches(textured(20, 32, seed)) for seed in (0, 1))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x + 3 / 8, x) == pytest.approx(9)
+    assert 0 < frechet_distance(x, y) < (x - y).square().sum(dim=1).mean()
+
+
 # ---------------------------------------------------------------- the script
 
 
@@ -103,7 +127,7 @@ def check(folder, out, monkeypatch, *more):
 def test_the_check_compares_upsampled_and_bicubic_frames_with_the_true_ones(
     folder, monkeypatch, capsys
 ):
-    found = check(folder, "few", monkeypatch, "--sr_timestep_respacing", "ddim2")
+    found = check(folder, "few", monkeypatch, "--sr_timestep_respacing", "ddim2")["ddim"]
     image, scene = (
         found["clips"][str(folder / "data" / name)] for name in ("image.png", "scene.mp4")
     )
@@ -113,14 +137,16 @@ def test_the_check_compares_upsampled_and_bicubic_frames_with_the_true_ones(
         assert clip["bicubic"]["psnr"] > clip["upsampled"]["psnr"]  # weights that were not trained
         assert clip["bicubic"]["ssim"] > 0.9 > clip["upsampled"]["ssim"]
         assert clip["upsampled"]["seconds"] > 0
+        assert clip["upsampled"]["passes"] == 2
     for kind, mean in found["mean"].items():
         values = [clip[kind]["psnr"] for clip in (image, scene)]
         assert mean["psnr"] == pytest.approx(sum(values) / 2)
         assert mean["flicker"] == scene[kind]["flicker"]
+    assert found["mean"]["bicubic"]["frechet"] < found["mean"]["upsampled"]["frechet"]
     assert found["settings"]["sr_process"]["timestep_respacing"] == "ddim2"
     text = capsys.readouterr().out
     assert f"{found['mean']['upsampled']['psnr']:.4g}" in text
-    other = check(folder, "more", monkeypatch, "--sr_timestep_respacing", "ddim4")
+    other = check(folder, "more", monkeypatch, "--sr_timestep_respacing", "ddim4")["ddim"]
     assert other["mean"]["upsampled"]["psnr"] != found["mean"]["upsampled"]["psnr"]
     assert other["mean"]["bicubic"] == found["mean"]["bicubic"]
 
@@ -128,10 +154,51 @@ def test_the_check_compares_upsampled_and_bicubic_frames_with_the_true_ones(
 def test_frames_are_made_small_as_in_the_training_of_the_upsampler(folder, monkeypatch):
     (folder / "data/scene.mp4").unlink()
     few = ["--sr_timestep_respacing", "ddim2"]
-    plain = check(folder, "plain", monkeypatch, *few)
+    plain = check(folder, "plain", monkeypatch, *few)["ddim"]
     save_upsampler(folder, antialias=True)
-    smooth = check(folder, "smooth", monkeypatch, *few)
+    smooth = check(folder, "smooth", monkeypatch, *few)["ddim"]
     assert smooth["mean"]["bicubic"]["psnr"] != plain["mean"]["bicubic"]["psnr"]
+
+
+def test_samplers_side_by_side_take_the_steps_they_are_given_and_give_what_they_give_alone(
+    folder, monkeypatch, capsys
+):
+    steps = {"ddpm": 3, "ddim": 4, "dpm_solver": 5, "dpm_solver++": 6}
+    names = [f"{name}:{count}" for name, count in steps.items()]
+    found = check(folder, "all", monkeypatch, "--samplers", ",".join(names))
+    passes = {name: report["mean"]["upsampled"]["passes"] for name, report in found.items()}
+    assert passes == dict(zip(names, steps.values(), strict=True))
+    text = capsys.readouterr().out
+    assert all(name in text for name in names)
+    alone = ["--sr_sample_fn", "dpm_solver", "--sr_sample_steps", 5]
+    alone = check(folder, "one", monkeypatch, *alone)["dpm_solver"]
+    beside = found["dpm_solver:5"]
+    assert beside["settings"] == alone["settings"]
+    for report in (beside, alone):
+        report["mean"]["upsampled"].pop("seconds")
+    assert beside["mean"] == alone["mean"]
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["--samplers", "ddim25"], "'ddim25': need NAME:STEPS"),
+        (["--samplers", "ddim:25,euler:5"], "'euler:5': need NAME:STEPS .*dpm_solver"),
+        (["--samplers", "ddim:0"], "'ddim:0': need NAME:STEPS"),
+        (
+            ["--samplers", "ddim:5,dpm_solver:5", "--sr_sample_steps", "7"],
+            "--sr_sample_steps: --samplers",
+        ),
+        (["--samplers", "dpm_solver:5,ddim:77"], "ddim77"),
+    ],
+)
+def test_samplers_that_cannot_be_compared_are_refused_before_any_frame(
+    folder, monkeypatch, more, problem
+):
+    for path in (folder / "data").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=problem):
+        check(folder, "none", monkeypatch, *more)
 
 
 def test_a_check_without_an_upsampler_is_refused(folder, monkeypatch):

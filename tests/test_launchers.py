@@ -146,6 +146,17 @@ def test_every_flag_of_a_launcher_is_known_to_its_script(name, tmp_path):
     assert_refused(done, "unrecognized arguments: --no_such_flag 1 ")
 
 
+@pytest.mark.parametrize("name", ["multimodal_sample_sr", "audio2video_sample_sr"])
+def test_any_sampler_of_the_upsampler_is_chosen_by_its_name_alone(name, tmp_path):
+    """Fault: ddim25 was set for every sampler, which dpm_solver refuses."""
+    given = {"NUM_GPUS": "1", "MODEL_PATH": tmp_path, "DATA_DIR": tmp_path}
+    line = recorded(tmp_path, name, SR_SAMPLE_FN="dpm_solver", **given)
+    assert line[line.index("--sr_sample_fn") + 1] == "dpm_solver"
+    assert "--sr_timestep_respacing" not in line
+    line = recorded(tmp_path, name, SR_TIMESTEP_RESPACING="ddim10", **given)
+    assert line[line.index("--sr_timestep_respacing") + 1] == "ddim10"
+
+
 # Several hosts
 
 

@@ -446,11 +446,12 @@ def test_flags_of_the_weights_to_start_from_yield_to_given_ones_and_those_of_a_r
             assert values["sr_num_channels"] == 32
 
 
-def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_path):
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver", "dpm_solver++"])
+def test_a_preview_shows_low_res_upsampled_bicubic_and_true_side_by_side(tmp_path, name):
     model, _ = tiny.build_upsampler()
     flags = image_sr_model_and_diffusion_defaults() | tiny.SR_FLAGS
     process = pick(SRDiffusionConfig, flags)
-    config = TrainConfig(output_dir=str(tmp_path), sample_fn="ddim")
+    config = TrainConfig(output_dir=str(tmp_path), sample_fn=name)
     large, cond = next(pairs())
     preview = previews.make_sr_preview(
         process, config, lambda: (large, cond["low_res"]), SINGLE_PROCESS

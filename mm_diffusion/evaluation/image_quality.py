@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch as th
 import torch.nn.functional as F
+from einops import rearrange
+
+from .. import rng
 
 LUMA = (0.299, 0.587, 0.114)
 # SSIM of Wang et al. (2004): Gaussian window of 11 pixels, sigma 1.5, and two constants.
 WINDOW_PIXELS, WINDOW_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 GREY_LEVELS = 127.5  # per unit of a frame
+PATCH_PIXELS, MOST_PATCHES = 8, 1024  # side of a patch; patches of a clip
 LEAST_ERROR = 4e-10  # mean square; PSNR is 100 dB at most
 
 
@@ -61,3 +65,18 @@ def flicker(frames: th.Tensor, reference: th.Tensor) -> float:
     """
     change = frames.double().diff(dim=0).abs().mean() - reference.double().diff(dim=0).abs().mean()
     return (GREY_LEVELS * change).item()
+
+
+def patches(frames: th.Tensor) -> th.Tensor:
+    """Luma of patches of 8 x 8 pixels side by side -> [N, 64]: at most 1,024 of all frames.
+
+    In grey levels over 8, so that squared distances are mean squares over the pixels of a patch. A
+    Frechet distance of such points compares local contrast and texture and needs no weights. The
+    choice of patches depends on the shape alone. What is left over at the edges is not used.
+    """
+    height, width = (size - size % PATCH_PIXELS for size in frames.shape[-2:])
+    luma = _luma(frames[..., :height, :width])
+    side = PATCH_PIXELS
+    rows = rearrange(luma, "f 1 (h p) (w q) -> (f h w) (p q)", p=side, q=side)
+    order = th.randperm(len(rows), generator=rng.generator(0, "patches"))
+    return GREY_LEVELS / side * rows[order[:MOST_PATCHES]]
