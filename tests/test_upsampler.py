@@ -22,6 +22,8 @@ from mm_diffusion.checkpoint import (
     published_state_dict,
 )
 from mm_diffusion.config import (
+    DataConfig,
+    ModelConfig,
     SamplingConfig,
     SRDiffusionConfig,
     TrainConfig,
@@ -444,6 +446,20 @@ def test_flags_of_the_weights_to_start_from_yield_to_given_ones_and_those_of_a_r
             values = flags_to_start_with(values, given, SR_CARRIED_FLAGS)
             assert values["sr_diffusion_steps"] == 50
             assert values["sr_num_channels"] == 32
+
+
+@pytest.mark.parametrize("trained", [{}, {"cross_attention_rope": True}])
+def test_a_flag_that_earlier_checkpoints_lack_may_be_given_with_initial_weights(
+    tmp_path, monkeypatch, trained
+):
+    path = str(tmp_path / "init.pt")
+    checkpoint.save_weights(path, th.nn.Linear(1, 1), {"num_channels": 32, **trained})
+    for text, value in (("True", True), ("False", False)):
+        line = ["script.py", "--init_checkpoint", path, "--cross_attention_rope", text]
+        monkeypatch.setattr(sys, "argv", [*line, "--output_dir", str(tmp_path / "run")])
+        values, given = parse("A script.", ModelConfig, DataConfig, TrainConfig)
+        values = flags_to_start_with(values, given)
+        assert (values["cross_attention_rope"], values["num_channels"]) == (value, 32)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm_solver", "dpm_solver++"])

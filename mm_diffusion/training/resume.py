@@ -105,9 +105,10 @@ def flags_to_start_with(
     else:
         return values
     trained = from_rank_0(lambda: checkpoint.load_state(path)[1])
-    if not state:
-        trained = {name: value for name, value in trained.items() if name not in explicit}
-    return merge_checkpoint_flags(values, explicit, trained, path, carried)
+    if state:
+        return merge_checkpoint_flags(values, explicit, trained, path, carried)
+    given = {name: values[name] for name in explicit & values.keys()}
+    return merge_checkpoint_flags(values, set(), trained, path, carried) | given
 
 
 def start_from(path: str, model: nn.Module) -> None:
