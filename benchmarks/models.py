@@ -107,6 +107,11 @@ def sample_of(model: nn.Module, batch: int = 1) -> tuple[Tree, dict[str, Any]]:
     return {"video": noise(network.video_size), "audio": noise(network.audio_size)}, {}
 
 
+def batch_that_fits() -> int:
+    """Clips in a training step of the published joint model: 4, or 1 on a small GPU or a CPU."""
+    return 4 if th.cuda.is_available() and th.cuda.mem_get_info()[0] > 36 * 2**30 else 1
+
+
 def forward_of(model: nn.Module, batch: int = 1) -> Callable[[], Tree]:
     """A pass through the model, or through a prepared one, without gradients."""
     network: Any = model.model if isinstance(model, InferenceModel) else model
@@ -123,10 +128,13 @@ def forward_flop(size: Size) -> int:
 
 
 def train_loop(
-    size: Size, precision: str, folder: str, compiled: bool = False, **flags: Any
+    size: Size, precision: str, folder: str, compiled: str = "False", **flags: Any
 ) -> TrainLoop:
-    """The trainer without data: call `run_step` with a batch of `sample_of`."""
+    """The trainer without data: call `run_step` with a batch of `sample_of`.
+
+    compiled: a value of --compile.
+    """
     model, diffusion = build(size, **flags)
-    options: dict[str, Any] = {"precision": precision, "compile": str(compiled)}
+    options: dict[str, Any] = {"precision": precision, "compile": compiled}
     config = TrainConfig(output_dir=folder, preview_clips=0, keep_last=1, **options)
     return TrainLoop(model, diffusion, lambda start: iter(()), config, World(device=device()))

@@ -51,7 +51,8 @@ def training(bench: Bench, name: str, size: Size, precision: str, variant: str) 
     """Add the figure of a training step."""
     is_compiled = variant == "compiled"
     with tempfile.TemporaryDirectory() as folder:
-        loop = train_loop(size, precision, folder, is_compiled, **RECOMPUTED.get(variant, {}))
+        recomputed = RECOMPUTED.get(variant, {})
+        loop = train_loop(size, precision, folder, str(is_compiled), **recomputed)
         batch = sample_of(loop.model, bench.batch_size)
 
         def step() -> None:

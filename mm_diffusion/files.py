@@ -44,6 +44,17 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
+def cache_folder() -> Path:
+    """MM_DIFFUSION_CACHE, else a folder below the user's cache folder, else below the temporary."""
+    chosen = os.environ.get("MM_DIFFUSION_CACHE")
+    if chosen:
+        return Path(chosen)
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if user.startswith("~"):  # a user without a home
+        return Path(tempfile.gettempdir(), f"mm_diffusion_{os.getuid()}")
+    return Path(user, "mm_diffusion")
+
+
 def checksum(path: str | os.PathLike) -> dict[str, Any]:
     """{"bytes": length, "sha256": hexadecimal digest} of a file."""
     with blobfile.BlobFile(os.fspath(path), "rb", streaming=is_remote(path)) as file:

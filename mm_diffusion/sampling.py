@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-import os
-import shutil
-import sysconfig
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch as th
 from torch import nn
 
-from . import logger, rng
+from . import rng
 from .calls import Progress, bind
-from .config.flags import CUDA_GRAPH_MODES
+from .devices.compiled import Compiled, map_output
 from .dpm_solver import DPMSolver
 from .gaussian_diffusion import ModelMeanType
 from .nn import store_channels_last
@@ -54,11 +47,6 @@ SR_SETTINGS: Settings = {"dpm_solver": _MULTISTEP, "dpm_solver++": _MULTISTEP}
 
 CPU_ACTIVATION_BYTES = 2**31  # for the frames that go through the upsampler together on a CPU
 GPU_ACTIVATION_SHARE = 0.6  # of the free memory of a GPU
-# Of the compiler: so many reads and operations may be done again rather than written to memory,
-# or it keeps feature maps in float32.
-FUSION = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
-COMPILERS = ("g++", "clang++", "c++")
-
 Conditioning = dict[str, th.Tensor]  # modality -> [B, ...]
 
 # ---------------------------------------------------------------- how a model is run
@@ -94,79 +82,13 @@ def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
     return "bf16"
 
 
-def require_compiler() -> None:
-    """ValueError where torch.compile has nothing to compile with."""
-    compilers = [os.environ.get("CXX"), *COMPILERS]
-    if not any(shutil.which(name) for name in compilers if name):
-        raise ValueError("--compile: no C++ compiler found; install g++, or leave --compile out")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not header.exists():
-        raise ValueError(f"--compile: no {header}; install python3-dev, or leave --compile out")
-
-
-class Compiled(nn.Module):
-    """The network compiled as one graph; the same call, and its weights under their names.
-
-    Window shifts are drawn outside the graph. In evaluation mode batches are filled up to the
-    largest so far: adaptive sampling shrinks the batch, and each size would be compiled anew.
-    """
-
-    def __init__(self, network: nn.Module, mode: str, **options: Any) -> None:
-        super().__init__()
-        self.network: Any = network
-        self.signature = inspect.signature(network.forward)
-        self.largest = 0
-        self.mode, self.has_graphs, self.is_ready = mode, mode in CUDA_GRAPH_MODES, False
-        if "backend" not in options:
-            require_compiler()
-            from torch._inductor import list_mode_options  # takes a second
-
-            options["options"] = list_mode_options(mode) | FUSION
-        self.compiled = th.compile(network.forward, fullgraph=True, dynamic=False, **options)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs: dict[str, Any] = self.signature.bind(*args, **kwargs).arguments
-        batch = len(leaves(inputs["timesteps"])[0])
-        self.largest = batch if self.training else max(batch, self.largest)
-        fill_up = partial(_fill_up, batch=self.largest)
-        full = {name: tree_map(fill_up, x) for name, x in inputs.items()}
-        if "video" in full:
-            shifts = th.tensor(self.network.draw_shifts(full["video"].shape[1]))
-            full["shifts"] = to_device(shifts, full["video"].device)
-        if self.has_graphs:
-            th.compiler.cudagraph_mark_step_begin()
-        with nullcontext() if self.is_ready else self._logged():
-            out = self.compiled(**full)
-        # The next call of a CUDA graph overwrites its results.
-        return _map_output(lambda x: x[:batch].clone() if self.has_graphs else x[:batch], out)
-
-    @contextmanager
-    def _logged(self) -> Iterator[None]:
-        """Around the first call, which compiles."""
-        logger.log(f"compiling the network ({self.mode}), which takes minutes")
-        start = time.monotonic()
-        yield
-        self.is_ready = True
-        logger.log(f"compiled it in {time.monotonic() - start:.0f} s")
-
-
-def _map_output(fn: Callable[[th.Tensor], th.Tensor], out: Any) -> Any:
-    return tuple(map(fn, out)) if isinstance(out, tuple) else fn(out)
-
-
-def _fill_up(x: th.Tensor, batch: int) -> th.Tensor:
-    """[B, ...] -> [batch, ...], contiguous: the last sample repeated."""
-    missing = batch - len(x)
-    full = th.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
-    return full.contiguous()
-
-
 class InferenceModel(nn.Module):
     """A copy of the model as the samplers run it (same call, float32 in and out).
 
     precision: "fp32", "bf16" or "fp16", of weights and activations; norms, softmax and the schedule
         stay in float32.
-    compile_mode: of torch.compile, "" for none; `options` are more of torch.compile's.
+    compile_mode: "blocks", or a mode of torch.compile, "" for none; `options` are more of
+        torch.compile's.
     """
 
     def __init__(
@@ -183,7 +105,7 @@ class InferenceModel(nn.Module):
             self.run = Compiled(self.model, compile_mode, **options).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _map_output(th.Tensor.float, self.run(*args, **kwargs))
+        return map_output(th.Tensor.float, self.run(*args, **kwargs))
 
 
 prepare = InferenceModel  # its public name
@@ -206,6 +128,13 @@ class Sampler:
     classifier_scale: float
     conditioning: str  # "clean" or "replacement"
     settings: dict[str, Any]
+
+    @property
+    def passes(self) -> int:
+        """Evaluations of the model per sample; 0 where adaptive steps leave it open."""
+        if self.name in LOOPS:
+            return self.diffusion.num_timesteps
+        return 0 if self.settings["method"] == "adaptive" else self.settings["steps"]
 
     def __call__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,13 +21,15 @@ from . import checkpoint, logger, rng
 from .checkpoint import published_name
 from .config import TrainConfig
 from .data.loader import prefetch_to_device
+from .devices.compile_choice import PASSES_PER_STEP, choose_compilation
+from .devices.compiled import Compiled
 from .dist_util import SINGLE_PROCESS, MaxOfRanks, World, barrier, broadcast, from_rank_0
 from .files import is_remote, remove_unfinished
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import store_channels_last, use_norm_kernel
 from .resample import create_named_schedule_sampler
 from .rng import randn_like
-from .sampling import DTYPES, Compiled, bind, choose_precision
+from .sampling import DTYPES, bind, choose_precision
 from .training.averages import QUARTILES, Averages, Pace
 from .training.lock import locked
 from .training.optimizer_state import from_published, to_published
@@ -106,7 +109,7 @@ class TrainLoop:
             logger.log(f"{ignored}: resuming the existing run in {state.folder}")
         elif initial and world.rank == 0:
             start_from(initial.path, self.model)
-        self.forward_model = self._wrap_model()  # gives all ranks the weights of rank 0
+        self.forward_model = self._wrap_model(state)  # gives all ranks the weights of rank 0
         self.names, self.params = map(list, zip(*self.model.named_parameters(), strict=True))
         self.emas = {rate: [p.detach().clone() for p in self.params] for rate in config.ema_rate}
         optimizer = partial(th.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -130,17 +133,26 @@ class TrainLoop:
         self.data: Iterator[Any] = prefetch_to_device(data(self.samples), world.device)
         self.averages, self.pace = Averages(), Pace(self.samples)
 
-    def _wrap_model(self) -> nn.Module:
+    def _wrap_model(self, state: State | None) -> nn.Module:
         """The model as training calls it: compiled, and with gradients averaged over the ranks."""
         model, device = self.model, self.world.device
-        if self.config.compile:
-            model = Compiled(model, self.config.compile)
+        left = (self.total_steps or math.inf) - (state.step if state else 0)
+        passes = PASSES_PER_STEP * left
+        way = from_rank_0(lambda: choose_compilation(self.config.compile, device, passes))
+        if way:
+            model = Compiled(model, way)
         if self.world.size == 1:
             return model
         gpus = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(
             model, device_ids=gpus, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps after which the run ends; None for no limit of steps."""
+        limits = (self.config.lr_anneal_steps, self.config.max_steps)
+        return min(filter(None, limits), default=None)
 
     # ------------------------------------------------------------ the loop
 
@@ -149,8 +161,7 @@ class TrainLoop:
 
         The error of the data, after saving, where that is the reason.
         """
-        limits = (self.config.lr_anneal_steps, self.config.max_steps)
-        total, is_silent = min(filter(None, limits), default=None), self.world.rank > 0
+        total, is_silent = self.total_steps, self.world.rank > 0
         bar = partial(tqdm, unit="step", disable=is_silent, dynamic_ncols=True)
         agree, verdict = MaxOfRanks(), CONTINUE
         with (

@@ -8,7 +8,8 @@ blocks is a dict of feature maps [B, C, *grid] in channels-last memory, keyed by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -239,6 +240,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.emb_channels = config, emb_channels
         self.use_checkpoint = config.use_checkpoint
+        self.runners: Mapping[nn.Module, Callable] = {}
         self.widths = [int(config.num_channels * mult) for mult in config.channel_mult]
         into_emb = nn.Linear(config.num_channels, emb_channels)
         self.time_embed = nn.Sequential(into_emb, nn.SiLU(), nn.Linear(emb_channels, emb_channels))
@@ -289,6 +291,20 @@ class UNet(nn.Module):
                     blocks.append(self._resampled(width, len(skips) - 1, "upsample"))
                 self.output_blocks.append(nn.ModuleList(blocks))
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks that run in turn, all but the last convolutions."""
+        for stage in (*self.input_blocks, getattr(self, self.middle), *self.output_blocks):
+            yield from stage.children()
+
+    @contextmanager
+    def running(self, runners: Mapping[nn.Module, Callable]) -> Iterator[None]:
+        """Within it `runners[block](h, emb, shift)` runs instead of each block of `blocks`."""
+        before, self.runners = self.runners, runners
+        try:
+            yield
+        finally:
+            self.runners = before
+
     def draw_shifts(self, num_frames: int) -> list[int]:
         """The window shift of each cross-attention, in the order in which they run."""
         blocks = [block for block in self.modules() if isinstance(block, CrossAttention)]
@@ -328,11 +344,12 @@ class UNet(nn.Module):
         """Blocks in turn, recomputed for the gradient at the chosen resolutions (0: nowhere)."""
         for block in blocks.children():
             shift = next(shifts) if isinstance(block, CrossAttention) else 0
+            run = self.runners[block] if self.runners else block
             factor = full_width // _width(h)
             if factor and factor in (self.config.checkpoint_resolutions or (factor,)):
-                h = checkpoint(block, h, emb, shift, use_reentrant=False)
+                h = checkpoint(run, h, emb, shift, use_reentrant=False)
             else:
-                h = block(h, emb, shift)
+                h = run(h, emb, shift)
         return h
 
 

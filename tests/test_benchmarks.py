@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import breakdown
 import changes
 import clips
+import compiling
 import measure
 import models
 import network
@@ -142,6 +143,21 @@ def test_on_a_gpu_the_batch_is_that_of_training_and_nothing_is_compiled(monkeypa
     monkeypatch.setattr(run, "choose_precision", lambda *args: "bf16")
     options = run.parse(["--json", ""])
     assert (options.batch_size, options.variants) == (4, ["plain"])
+
+
+def test_compiling_is_what_the_first_step_takes_beyond_later_ones(monkeypatch):
+    monkeypatch.setattr(compiling, "seconds_of", lambda call: call() or 100.0)
+    monkeypatch.setattr(compiling, "repeat", lambda call, budget: [call() or 2.0, 3.0, 4.0])
+    found = compiling.time_steps(MODELS["small_base"], "eager", batch_size=1)
+    assert found == {"compile": 97.0, "step": 3.0}
+    assert "first step 97 s longer, then 3.000 s each" in compiling.line("eager", found)
+
+
+def test_compiling_that_takes_too_long_or_fails_has_no_time(tmp_path):
+    flags = ["--model", "small_base", "--batch_size", "1"]
+    assert compiling.time_in_own_process("eager", limit=0.5, flags=flags) is None
+    assert compiling.time_in_own_process("eager", limit=60, flags=["--model", "none"]) is None
+    assert compiling.line("whole", None) == "whole: failed, or took too long"
 
 
 def test_signal_to_noise_of_a_tenth_is_20_dB():

@@ -1,9 +1,7 @@
 """What sampling must not wait for: encoders, copies to the device, compilation."""
 
 import os
-import shutil
 import threading
-from functools import partial
 
 import pytest
 import tiny
@@ -11,16 +9,12 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mm_diffusion import checkpoint, rng, train_util
-from mm_diffusion.config import SamplingConfig, TrainConfig
-from mm_diffusion.config.flags import compile_mode
+from mm_diffusion import rng
 from mm_diffusion.generation.output import ClipFormat, background, missing_clips, write_sample
 from mm_diffusion.generation.run import generate_clips
 from mm_diffusion.rng import randn_like
-from mm_diffusion.sampling import Compiled, make_sampler, prepare, require_compiler, sample_joint
-from mm_diffusion.train_util import TrainLoop
+from mm_diffusion.sampling import make_sampler, prepare
 from mm_diffusion.tree import append_dims
-from mm_diffusion.unet import window_shift
 
 PATIENCE_SECONDS = 20  # after which something that should not wait counts as waiting
 
@@ -124,152 +118,6 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path):
     os.utime(kept[1], (0, 0))
     missing_clips(tmp_path, ["k"], {"given": []})
     assert sorted(old.parent.iterdir()) == sorted(kept)
-
-
-# ---------------------------------------------------------------- compilation
-
-EAGER = {
-    "backend": "eager"
-}  # traces, guards and recompiles like any other, and calls the operators as they are
-
-
-@pytest.fixture
-def no_recompilation():
-    """Within it every network is compiled once at most."""
-    th._dynamo.reset()
-    th._dynamo.utils.counters.clear()
-    yield th._dynamo.utils.counters["stats"]
-    th._dynamo.reset()
-
-
-def test_one_graph_serves_all_window_shifts_timesteps_and_smaller_batches(no_recompilation):
-    """With rotary positions, and a timestep per modality."""
-    model, _ = tiny.build(cross_attention_rope=True)
-    plain, compiled = prepare(model), prepare(model, "fp32", "default", **EAGER)
-    video, audio, t = tiny.inputs()
-    with th.no_grad():
-        for shift, step, batch in (("zero", 0, 2), ("max", 50, 2), ("zero", 7, 1), (None, 99, 2)):
-            steps = (t[:batch] + step) % 100
-            given = video[:batch], audio[:batch], {"video": steps, "audio": steps // 2}
-            outs = []
-            for network in (plain, compiled):
-                with window_shift(shift or rng.generator(3)):
-                    outs.append(network(*given))
-            for a, b in zip(*outs, strict=True):
-                th.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert no_recompilation["unique_graphs"] == 1
-
-
-def test_the_upsampler_is_one_graph_too(no_recompilation):
-    model, _ = tiny.build_upsampler()
-    plain, compiled = prepare(model), prepare(model, "fp32", "default", **EAGER)
-    x, low_res = th.randn(3, 3, 32, 32), th.randn(3, 3, 8, 8)
-    with th.no_grad():
-        for batch in (3, 2):
-            given = x[:1].expand(batch, -1, -1, -1), th.full((batch,), 10 * batch)
-            th.testing.assert_close(
-                compiled(*given, low_res=low_res[:batch]),
-                plain(*given, low_res=low_res[:batch]),
-                rtol=1e-5,
-                atol=1e-5,
-            )
-    assert no_recompilation["unique_graphs"] == 1
-
-
-def test_compiled_training_has_the_same_gradients_and_published_names(
-    tmp_path, monkeypatch, no_recompilation
-):
-    """With recomputed activations, whose window shifts must be those of the forward pass."""
-    monkeypatch.setattr(train_util, "Compiled", partial(Compiled, **EAGER))
-    trainers, gradients = {}, {}
-    for mode in ("False", "True"):
-        config = TrainConfig(output_dir=str(tmp_path / mode), batch_size=2, compile=mode)
-        model, diffusion = tiny.build(use_checkpoint=True)
-        trainers[mode] = trainer = TrainLoop(model, diffusion, lambda start: iter(()), config)
-        trainer._optimize = lambda: th.zeros(())
-        for step in range(2):
-            trainer.run_step(tiny.clips(2 * step, 2), {})
-        gradients[mode] = th.cat([p.grad.flatten() for p in trainer.params])
-    assert (gradients["True"] - gradients["False"]).norm() < 1e-5 * gradients["False"].norm()
-    assert isinstance(trainer.forward_model, Compiled)
-    assert (
-        trainer._published(trainer.params).keys() == checkpoint.published_state_dict(model).keys()
-    )
-    assert no_recompilation["unique_graphs"] == 1
-
-
-def reusing(graph, example):
-    """A backend that, like a CUDA graph, writes the results of every call to the same memory."""
-    held = []
-
-    def call(*args):
-        outs = graph(*args)
-        if not held:
-            held.extend(out.clone() for out in outs)
-        for mine, out in zip(held, outs, strict=True):
-            mine.copy_(out)
-        return tuple(held)
-
-    return call
-
-
-def test_results_of_a_graph_outlive_the_next_call(no_recompilation):
-    """Order 3 needs those of three calls."""
-    model, diffusion = tiny.build()
-    sampler = make_sampler("dpm_solver", diffusion, steps=6)
-    plain, graph = (
-        sample_joint(network, sampler, [0, 1], 1)
-        for network in (prepare(model), prepare(model, "fp32", "reduce-overhead", backend=reusing))
-    )
-    for name in plain:
-        th.testing.assert_close(graph[name], plain[name], rtol=1e-4, atol=1e-4)
-
-
-def test_graphs_and_microbatches_are_refused_together():
-    options = {"output_dir": "x", "batch_size": 4, "microbatch": 2}
-    with pytest.raises(ValueError, match="microbatch 2: a CUDA graph's gradients"):
-        TrainConfig(compile="reduce-overhead", **options)
-    assert TrainConfig(compile="True", **options).compile == "default"
-
-
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_the_compiler_may_compute_again_rather_than_keep_float32_maps(monkeypatch, mode, capsys):
-    """The log says what is compiled and how long it took, once."""
-    asked = {}
-
-    def compile_nothing(function, **options):
-        asked.update(options)
-        return function
-
-    monkeypatch.setattr(th, "compile", compile_nothing)
-    monkeypatch.setattr("mm_diffusion.sampling.require_compiler", lambda: None)
-    model, _ = tiny.build_upsampler()
-    network = prepare(model, compile_mode=mode)
-    assert asked["options"]["realize_reads_threshold"] > 4  # torch's own
-    assert asked["options"]["realize_opcount_threshold"] > 30
-    assert asked["options"].get("triton.cudagraphs", False) is (mode == "reduce-overhead")
-    x, low_res = th.randn(1, 3, 32, 32), th.randn(1, 3, 8, 8)
-    for _ in range(2):
-        network(x, th.tensor([3]), low_res=low_res)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" (")[0] for line in lines[:1]] == ["compiling the network"]
-    assert len(lines) == 2
-    assert lines[1].startswith("compiled it in ")
-
-
-def test_an_unknown_way_to_compile_is_refused():
-    message = "compile 'fast': choose from false, true, reduce-overhead, max-autotune"
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(output_dir="x", compile="fast")
-    with pytest.raises(ValueError, match=message):
-        SamplingConfig(output_dir="x", compile="fast")
-
-
-def test_no_compiler_is_told_in_one_line(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"no C\+\+ compiler found; install g\+\+"):
-        require_compiler()
-    assert compile_mode("compile", False) == ""
 
 
 # ---------------------------------------------------------------- waits for the device

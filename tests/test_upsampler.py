@@ -635,6 +635,7 @@ def loaded_upsampler(tmp_path, monkeypatch, **options):
 
     def made(name, diffusion, clip_denoised, prefix, **settings):
         seen.update(clip_denoised=clip_denoised, settings=settings, steps=diffusion.num_timesteps)
+        return make_sampler(name, diffusion, clip_denoised, prefix, **settings)
 
     monkeypatch.setattr("mm_diffusion.generation.load._load", load)
     monkeypatch.setattr("mm_diffusion.generation.load.make_sampler", made)

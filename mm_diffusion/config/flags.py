@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from ..devices import AUTO, BLOCKS, CUDA_GRAPH_MODES
 from ..files import unambiguous
 
 SR = "sr_"  # how flags of the upsampler begin, but for the SHARED ones
 SHARED = ("large_size", "small_size", "use_checkpoint", "checkpoint_resolutions", "use_fp16")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # the next call overwrites their outputs
-# --compile -> the mode of torch.compile; "": not compiled
-COMPILE_MODES = {"false": "", "true": "default"} | {mode: mode for mode in CUDA_GRAPH_MODES}
+# --compile -> how the network is compiled; "": not at all
+COMPILE_MODES = {"auto": AUTO, "false": "", "true": "default", "blocks": BLOCKS}
+COMPILE_MODES |= {mode: mode for mode in CUDA_GRAPH_MODES}
 CHANNEL_MULT = {64: "1,2,3,4", 128: "1,1,2,3,4", 256: "1,1,2,2,4,4", 512: "0.5,1,1,2,2,4,4"}
 SR_CHANNEL_MULT = CHANNEL_MULT | {512: CHANNEL_MULT[256]}
 
@@ -163,7 +164,7 @@ def require_positive(**flags: float) -> None:
 
 
 def compile_mode(name: str, value: str | bool) -> str:
-    """What --compile means: a mode of torch.compile, "" for none."""
+    """What --compile means: auto, blocks, a mode of torch.compile, "" for none."""
     known = COMPILE_MODES | {mode: mode for mode in COMPILE_MODES.values()}
     if str(value).lower() not in known:
         raise ValueError(f"--{name} {value!r}: choose from {', '.join(COMPILE_MODES)}")

@@ -111,8 +111,9 @@ class ComputeConfig(DeviceConfig):
 
     precision: str = flag("", "fp32, bf16 or fp16; empty: as use_fp16", one_of(("", *PRECISIONS)))
     compile: str = flag(
-        "False",
-        "compile the network first, for minutes: True, reduce-overhead or max-autotune",
+        "auto",
+        "compile the network first, for minutes: True (as one graph), blocks (each by itself),"
+        " reduce-overhead, max-autotune or False; auto: on checked GPUs, for long runs",
         compile_mode,
     )
     norm_kernel: str = flag(

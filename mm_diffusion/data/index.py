@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import blobfile
 import numpy as np
 
-from ..files import absolute, is_remote, unambiguous
+from ..files import absolute, cache_folder, is_remote, unambiguous
 from . import DataError, decode
 from .decode import ClipInfo
 from .probing import Found, Probe, identity, probe_files
@@ -204,17 +203,6 @@ def _walk(
             continue
         searched.add((stat.st_dev, stat.st_ino))
         yield root, names
-
-
-def cache_folder() -> Path:
-    """MM_DIFFUSION_CACHE, else a folder below the user's cache folder, else below the temporary."""
-    chosen = os.environ.get("MM_DIFFUSION_CACHE")
-    if chosen:
-        return Path(chosen)
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if user.startswith("~"):  # a user without a home
-        return Path(tempfile.gettempdir(), f"mm_diffusion_{os.getuid()}")
-    return Path(user, "mm_diffusion")
 
 
 def cache_path(data_dir: str, *streams: AudioChoice | None, kind: str = "clips") -> Path:

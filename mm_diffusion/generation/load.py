@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from .. import checkpoint, logger
 from ..config import (
     SR,
+    SamplerConfig,
     SamplingConfig,
     SRDiffusionConfig,
     SRSamplerConfig,
@@ -20,6 +23,8 @@ from ..config import (
     UpsamplingConfig,
     pick,
 )
+from ..devices.compile_choice import choose_compilation
+from ..dist_util import group_rank
 from ..respace import SpacedDiffusion
 from ..sampling import (
     SR_SETTINGS,
@@ -57,7 +62,20 @@ def load_model(
     names = model_and_diffusion_defaults()
     model, diffusion = create_model_and_diffusion(**{name: flags[name] for name in names})
     precision = choose_precision(config.precision, flags["use_fp16"], device)
+    how = pick(SamplerConfig, flags)
+    sampler = make_sampler(how.sample_fn, diffusion, **how.solver_settings())
+    config = _with_compilation(config, device, sampler, clips_at_once=config.batch_size)
     return _load(model.to(device), path, weights, config, precision), diffusion
+
+
+def _with_compilation(
+    config: SamplingConfig, device: th.device, sampler: Sampler, clips_at_once: int
+) -> SamplingConfig:
+    """The config with what --compile auto means for the passes of this rank's clips."""
+    clips = math.ceil(config.all_save_num / group_rank()[1])
+    passes = math.ceil(clips / clips_at_once) * sampler.passes
+    way = choose_compilation(config.compile, device, passes)
+    return dataclasses.replace(config, compile=way)
 
 
 def _load(
@@ -140,6 +158,7 @@ def load_upsampler(
         "sr_noise": checkpoint.fingerprint({"noise": noise}) if noise is not None else "",
         "sr_sizes": [model.small_size, model.large_size],
     }
+    config = _with_compilation(config, device, sampler, clips_at_once=1)  # a pass: its frames
     prepared = _load(model.to(device), path, weights, config, precision)
     return Upsampler(
         prepared,
