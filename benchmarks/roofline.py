@@ -32,24 +32,12 @@ from torch.utils.flop_counter import flop_registry
 from mm_diffusion import cross_attention, train_util
 from mm_diffusion import nn as layers
 from mm_diffusion.config import TrainConfig
+from mm_diffusion.devices.gpus import KNOWN_GPUS, Gpu
 from mm_diffusion.dist_util import friendly_errors
 from mm_diffusion.train_util import TrainLoop
 from mm_diffusion.unet import window_shift
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak rates: bytes, and bfloat16 FLOPs of large matrix products, per second."""
-
-    bandwidth: float
-    flops: float
-
-
-GPUS = {
-    "A100": Gpu(2.04e12, 312e12),
-    "H100": Gpu(3.35e12, 790e12),
-    "H200": Gpu(4.8e12, 790e12),
-}
+GPUS = {name: KNOWN_GPUS[name] for name in ("A100", "H100", "H200")}
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.82, 0.7  # that kernels reach
 LAUNCH = 2e-6  # seconds, of the shortest kernel
 # Operators that only make views or memory.
@@ -112,9 +100,14 @@ class Work(TorchDispatchMode):
 
     def seconds(self, gpu: Gpu) -> float:
         """The predicted time."""
-        bandwidth, rate = BANDWIDTH_SHARE * gpu.bandwidth, FLOPS_SHARE * gpu.flops
+        bandwidth, rate = BANDWIDTH_SHARE * gpu.bandwidth, FLOPS_SHARE * matrix_rate(gpu)
         times = (max(n * LAUNCH, moved / bandwidth, f / rate) for n, moved, f in self.calls)
         return sum(times)
+
+
+def matrix_rate(gpu: Gpu) -> float:
+    """FLOPs per second of large matrix products."""
+    return gpu.reached or gpu.flops
 
 
 def size_of(x: th.Tensor) -> int:
@@ -216,7 +209,7 @@ def row(name: str, norms: str, work: Work) -> str:
     text = ROW.format(name, norms, *counts)
     for gpu in GPUS.values():
         seconds = work.seconds(gpu)
-        text += f"{f'{1e3 * seconds:.0f} ({work.flop / seconds / gpu.flops:.0%})':>18}"
+        text += f"{f'{1e3 * seconds:.0f} ({work.flop / seconds / matrix_rate(gpu):.0%})':>18}"
     return text
 
 

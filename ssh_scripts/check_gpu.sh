@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks that this machine's GPUs compute what they should, in about five minutes, and ends in one
-# line of verdict; the whole report is a file to attach to an issue. It needs requirements_dev.txt:
+# Checks that this machine's GPUs compute what they should, and how long compiling takes; it ends in
+# one line of verdict. The whole report is a file to attach to an issue. Where all is right it leaves
+# a record of the kind of GPU, by which --compile auto compiles. It needs requirements_dev.txt:
 #   bash ssh_scripts/check_gpu.sh            # one GPU
 #   bash ssh_scripts/check_gpu.sh 2          # and two of them together
 set -euo pipefail
@@ -37,6 +38,19 @@ for number in range(wanted):
 PYTHON
 }
 
+# Time the compiler on a published training step, and keep the result as the record of this GPU.
+time_compiler() {
+    python benchmarks/compiling.py --model base --json "$1"
+    python - "$1" <<'PYTHON'
+import json, sys
+from pathlib import Path
+import torch as th
+from mm_diffusion.devices.compile_choice import write_record
+
+print("record:", write_record(th.device("cuda", 0), json.loads(Path(sys.argv[1]).read_text())))
+PYTHON
+}
+
 verdict() {
     echo "check_gpu: $1; report: $REPORT" | tee -a "$REPORT"
 }
@@ -47,14 +61,18 @@ if ! describe_machine >"$REPORT" 2>&1; then
     exit 1
 fi
 cat "$REPORT"
+{ nvidia-smi --query-gpu=driver_version,mig.mode.current --format=csv || true; } | tee -a "$REPORT"
 nvidia-smi >>"$REPORT" 2>&1 || true
 df -h /dev/shm >>"$REPORT" 2>&1 || true
 cd "$REPO"
 STATUS=0
 python -m pytest -q -rA -p no:cacheprovider tests/test_gpu.py tests/test_norm_kernel.py >>"$REPORT" 2>&1 ||
     STATUS=$?
-grep -E "TFLOP/s|GiB$" "$REPORT" | sort -u || true
+grep -E "of the (published|matrix) rate" "$REPORT" | sort -u || true
 if [ "$STATUS" = 0 ]; then
+    echo "timing the compiler, for 9 minutes at most"
+    time_compiler "${REPORT%.txt}.compiling.json" 2>>"$REPORT" | tee -a "$REPORT" ||
+        echo "no record: --compile auto will not compile here; see $REPORT"
     verdict "PASSED: $(grep -E "^[0-9]+ passed" "$REPORT" | tail -n 1)"
 else
     grep -E "^(FAILED|ERROR)" "$REPORT" || true

@@ -267,6 +267,38 @@ def test_weights_of_convolutions_are_stored_as_their_kernels_read_them_with_equa
                 assert row.is_contiguous(memory_format=th.channels_last), name
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("Tesla V100-SXM2-16GB", 125),
+    ],
+)
+def test_the_published_rate_of_a_gpu_is_found_by_its_name(name, tflops):
+    assert gpus.known_gpu(name).flops == tflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A1000"],
+)
+def test_a_part_of_a_gpu_or_an_unknown_one_has_no_published_rate(name):
+    assert gpus.known_gpu(name) is None
+
+
+def test_no_gpu_reaches_more_than_is_published():
+    for gpu in gpus.KNOWN_GPUS.values():
+        assert 0 <= gpu.reached <= gpu.flops
+        assert 50 < gpu.flops / gpu.bandwidth < 600  # FLOPs a byte, of all cards of these years
+
+
 def check_gpu(report, *args):
     """Run the check of a machine."""
     env = os.environ | {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch as th
@@ -15,6 +17,46 @@ BUILDS = (
     ("cu128", (7, 5), (12, 0), "R525"),
     ("cu126", (5, 0), (9, 0), "R525"),
 )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peak rates: bytes, and dense bfloat16 FLOPs (float16 before Ampere), per second.
+
+    reached: FLOPs of large matrix products, where power is known to limit them; 0: as published.
+    """
+
+    bandwidth: float
+    flops: float
+    reached: float = 0.0
+
+
+# What a device's name has in it, as a word; the first that fits counts.
+KNOWN_GPUS = {
+    "B200": Gpu(8.0e12, 2250e12),
+    "H200": Gpu(4.8e12, 989e12, 790e12),
+    "GH200": Gpu(4.0e12, 989e12, 790e12),
+    "H100 PCIe": Gpu(2.0e12, 756e12),
+    "H100 NVL": Gpu(3.9e12, 835e12),
+    "H100": Gpu(3.35e12, 989e12, 790e12),
+    "A100-SXM4-40GB": Gpu(1.555e12, 312e12),
+    "A100-PCIE-40GB": Gpu(1.555e12, 312e12),
+    "A100": Gpu(2.04e12, 312e12),
+    "A30": Gpu(0.933e12, 165e12),
+    "A40": Gpu(0.696e12, 150e12),
+    "A10": Gpu(0.6e12, 125e12),
+    "RTX A6000": Gpu(0.768e12, 155e12),
+    "RTX 6000 Ada": Gpu(0.96e12, 364e12),
+    "L40S": Gpu(0.864e12, 362e12),
+    "L40": Gpu(0.864e12, 181e12),
+    "L4": Gpu(0.3e12, 121e12),
+    "RTX 3090": Gpu(0.936e12, 71e12),
+    "RTX 4090": Gpu(1.008e12, 165e12),
+    "RTX 5090": Gpu(1.792e12, 209e12),
+    "V100-SXM2": Gpu(0.9e12, 125e12),
+    "V100-PCIE": Gpu(0.9e12, 112e12),
+    "T4": Gpu(0.32e12, 65e12),
+}
 INSTALL = "pip install torch=={} --index-url https://download.pytorch.org/whl/{} (docs/GPU.md)"
 
 
@@ -31,6 +73,16 @@ def tune_gpus(deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         th.use_deterministic_algorithms(True, warn_only=True)
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """The published rates of a device by its name; None for an unknown one, or a part of one."""
+    if re.search(r"\b(MIG|Laptop|Max-Q|4090 D|5090 D)\b", name):
+        return None
+    for part, gpu in KNOWN_GPUS.items():
+        if re.search(rf"\b{re.escape(part)}\b", name):
+            return gpu
+    return None
 
 
 def check_gpu(device: th.device) -> None:
