@@ -36,6 +36,7 @@ VARIANTS = {
         "windows shifted at random; predicts the noise: both as published", PREDICTS_NOISE
     ),
     "mixed": Variant("no_shift with mixed tasks", NO_SHIFT | MIXED),
+    "mixed_rope": Variant("mixed with rotary time positions", NO_SHIFT | ROPE | MIXED),
     "rope": Variant("shift with rotary time positions", ROPE),
     "rope_mixed": Variant("shift with rotary time positions and mixed tasks", ROPE | MIXED),
     "v": Variant("no_shift, but predicts v", NO_SHIFT | PREDICTS_V),
