@@ -170,6 +170,13 @@ def test_the_order_of_windows_does_not_depend_on_how_small_their_numbers_are(cou
     assert order.nbytes < expected.nbytes
 
 
+def test_bytes_are_shared_where_the_system_cannot_reserve_space(monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    content = SharedBytes.of(b"abc")
+    assert content.file
+    assert bytes(content.buffer) == b"abc"
+
+
 @pytest.mark.parametrize("values", [[], [1, 2, 2**40]])
 def test_shared_numbers_are_those_that_were_given(values):
     array = shared.SharedArray.of(np.array(values, "i8"))

@@ -76,7 +76,8 @@ def _new_file(length: int) -> Any:
         return None
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as it is mapped)
-        os.posix_fallocate(file.fileno(), 0, length)
+        if hasattr(os, "posix_fallocate"):  # macOS has none, and fails at the first write instead
+            os.posix_fallocate(file.fileno(), 0, length)
     except OSError as error:
         logger.warn(
             f"{tempfile.gettempdir()}: cannot hold the index ({error.strerror}), so each data"
