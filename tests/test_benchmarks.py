@@ -171,7 +171,9 @@ def test_the_work_of_a_backward_pass_belongs_to_the_part_it_is_of():
         breakdown.marked(kind, layer) for kind, layer in zip("ab", layers, strict=True)
     )
     x = th.randn(800, 800)
-    forward = breakdown.seconds_by_kind(lambda: second(first(x)))
+    second(first(x)).sum().backward()  # the first call takes longer
+    forwards = [breakdown.seconds_by_kind(lambda: second(first(x))) for _ in range(3)]
+    forward = min(forwards, key=lambda seconds: seconds["b"])
     both = breakdown.seconds_by_kind(lambda: second(first(x)).sum().backward())
     assert both["a"] + both["b"] > 0.8 * both[breakdown.ALL]
     assert both["b"] > 1.5 * forward["b"]
