@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11,<3.13",
     install_requires=(HERE / "requirements_training_joint.txt").read_text().splitlines(),
     extras_require={
-        "eval": ["librosa==0.11.0"],  # onsets of Temporal AV-Align
+        "eval": ["librosa==0.11.0", "numba==0.68.1"],  # onsets of Temporal AV-Align
         "safetensors": ["safetensors==0.8.0"],  # checkpoints in this format
     },
 )

@@ -13,7 +13,6 @@ import types
 from fractions import Fraction
 from pathlib import Path
 
-import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -68,9 +67,10 @@ HZ = 16000
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def cache(compiled_librosa, tmp_path_factory, monkeypatch):
     """A cache folder of its own."""
     folder = tmp_path_factory.mktemp("cache")
+    shutil.copy(compiled_librosa, folder)
     monkeypatch.setenv("MM_DIFFUSION_CACHE", str(folder))
     return folder
 
@@ -256,6 +256,7 @@ def test_onsets_are_those_that_librosa_finds_in_the_file(tmp_path):
     """Read by librosa: mono, 22,050 Hz."""
     audio = toy.make_clip(toy.ToyConfig(height=8, width=8), 0)[1]
     soundfile.write(tmp_path / "a.wav", audio.T.numpy(), HZ, subtype="FLOAT")
+    librosa = temporal_av_align.load_librosa()
     mono, rate = librosa.load(tmp_path / "a.wav")
     assert rate == 22050
     expected = librosa.onset.onset_detect(y=mono, sr=rate, units="time")
@@ -338,6 +339,7 @@ def test_the_published_count_is_of_the_frames_and_audio_in_the_file(tmp_path, fp
     frames = list(decode.read_frames(path, 0, 16, 4))
     peaks = temporal_av_align.motion_peaks(frames, 4, least=0)
     soundfile.write(tmp_path / "a.wav", audio.T.numpy(), HZ, subtype="PCM_16")
+    librosa = temporal_av_align.load_librosa()
     waveform, rate = librosa.load(tmp_path / "a.wav")
     times = librosa.onset.onset_detect(y=waveform, sr=rate, units="time").tolist()
     assert len(peaks) > 1 < len(times)
@@ -1544,6 +1546,8 @@ def test_why_clips_are_not_aligned_is_empty_for_those_that_are():
 
 def evaluated(command, flags, folder):
     """eval.py as a process (or several): its screen and its report."""
+    folder.mkdir()
+    shutil.copy(temporal_av_align._compiled_path(), folder)
     line = [*command, str(REPOSITORY / "py_scripts/eval.py")]
     flags = flags | READING
     line += [part for name, value in flags.items() for part in (f"--{name}", str(value))]

@@ -6,15 +6,27 @@ published one lets several onsets share a peak, in the frames and audio of the f
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
-from collections.abc import Iterable
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch as th
 
+from .. import logger
 from ..data import images
+from ..files import cache_folder, write_atomically
 from .clips import Clip, Rows
 
 cv2.setNumThreads(1)  # clips are evaluated in parallel
@@ -23,15 +35,85 @@ FARNEBACK = (0.5, 3, 15, 3, 5, 1.2, 0)
 STILL_PIXELS = 1e-3  # a smaller mean displacement is no motion
 ONSET_HZ = 22050  # sample rate of the published onset detection
 INSTALL = "pip install librosa==0.11.0 (or pip install -e .[eval])"
+_loading = threading.Lock()  # clips are evaluated in parallel
 
 
 def why_no_onsets() -> str:
     """Why librosa, which detects the onsets, cannot be imported; empty if it can."""
     try:
-        import librosa.onset  # noqa: F401 (librosa alone is loaded lazily)
+        load_librosa()
     except ImportError as error:
         return str(error)
     return ""
+
+
+def load_librosa() -> Any:
+    """librosa with `librosa.onset`, whose import compiles for 15 s unless that is cached."""
+    import librosa  # alone it is loaded lazily, and compiles nothing
+
+    with _loading:
+        if "librosa.onset" not in sys.modules:
+            with compiled_by_numba(_compiled_path()):
+                import librosa.onset
+    return librosa
+
+
+def _compiled_path() -> Path:
+    """Where librosa's compiled functions are kept for this processor and these versions."""
+    from llvmlite import binding
+
+    names = ("librosa", "numba", "llvmlite", "numpy")
+    versions = [platform.python_version(), *map(metadata.version, names)]
+    processor = [binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()]
+    key = hashlib.sha256(" ".join(versions + processor).encode()).hexdigest()[:24]
+    return cache_folder() / f"librosa_{key}.zip"
+
+
+@contextlib.contextmanager
+def compiled_by_numba(archive: Path) -> Iterator[None]:
+    """Keep in this file what numba compiles and caches meanwhile; what it holds is not compiled.
+
+    Where several processes fill numba's own folder at once, functions are stored in each other's
+    place: whoever loads them crashes, now and later. Here every process has a folder of its own.
+    """
+    import numba
+
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    with tempfile.TemporaryDirectory() as folder:
+        _unpack(archive, folder)
+        known = _files(folder)
+        config.CACHE_DIR = folder
+        try:
+            yield
+        finally:
+            config.CACHE_DIR = before
+        if _files(folder) != known:
+            _pack(folder, archive)
+
+
+def _files(folder: str) -> set[Path]:
+    return set(Path(folder).rglob("*"))
+
+
+def _unpack(archive: Path, folder: str) -> None:
+    """Fill the folder, unless the file is missing or damaged."""
+    try:
+        shutil.unpack_archive(archive, folder)
+    except Exception:  # damage has many names
+        shutil.rmtree(folder)
+        os.mkdir(folder)
+
+
+def _pack(folder: str, archive: Path) -> None:
+    def pack(temporary: str) -> None:
+        shutil.make_archive(temporary.removesuffix(archive.suffix), "zip", folder)
+
+    try:
+        write_atomically(archive, pack)
+    except OSError as error:
+        where, reason = archive.parent, error.strerror
+        logger.warn(f"{where}: not writable ({reason}); librosa compiles for 15 s in every run")
 
 
 def version_key() -> str:
@@ -66,8 +148,7 @@ def motion_peaks(frames: Iterable[th.Tensor], fps: float, least: float) -> list[
 
 def onsets(audio: th.Tensor, sample_rate: int) -> list[float]:
     """[2, L] -> times of onsets in seconds: librosa's defaults on the mean of both channels."""
-    import librosa
-
+    librosa = load_librosa()
     mono = audio.mean(dim=0).numpy()
     mono = librosa.resample(mono, orig_sr=sample_rate, target_sr=ONSET_HZ)
     strength = librosa.onset.onset_strength(y=mono, sr=ONSET_HZ)
