@@ -129,6 +129,13 @@ def test_moments_of_another_shape_are_refused_with_the_parameters_name():
         read(wrong)
 
 
+def test_moments_without_a_step_count_are_refused_with_the_parameters_name():
+    content = published_file(SHAPES)
+    del content["state"][0]["step"]
+    with pytest.raises(CheckpointError, match=r"opt000007.pt: \S+: no step count"):
+        read(content)
+
+
 def test_moments_of_another_number_of_parameters_are_refused():
     with pytest.raises(CheckpointError, match="moments of 4 parameters, the model has 3"):
         read(published_file(SHAPES | {"more": (1,)}))

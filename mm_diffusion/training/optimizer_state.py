@@ -83,5 +83,10 @@ def _moments(found: Mapping[str, Any], shape: th.Size, culprit: str) -> dict[str
                 f"{culprit}: {key} has the shape {list(shape_found or ())}, its parameter"
                 f" {list(shape)}; check the model's flags"
             )
+    if "step" not in found:
+        raise CheckpointError(
+            f"{culprit}: no step count, so no state of Adam; move the file and the averages away to"
+            " resume the weights alone"
+        )
     step = th.tensor(float(found["step"]))  # an int in old versions of torch
     return {"step": step, **{key: found[key] for key in MOMENTS}}
