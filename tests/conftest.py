@@ -8,9 +8,7 @@ import torch as th
 
 from mm_diffusion import logger
 
-if (
-    "PYTEST_XDIST_WORKER" not in os.environ
-):  # workers have the folder of the process that starts them
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
     _cache = tempfile.TemporaryDirectory()
     os.environ["MM_DIFFUSION_CACHE"] = _cache.name
 th.set_num_threads(1)

@@ -100,7 +100,7 @@ def _unpack(archive: Path, folder: str) -> None:
     """Fill the folder, unless the file is missing or damaged."""
     try:
         shutil.unpack_archive(archive, folder)
-    except Exception:  # damage has many names
+    except Exception:  # damaged zip files raise errors of many types
         shutil.rmtree(folder)
         os.mkdir(folder)
 
